@@ -1,0 +1,20 @@
+"""Progress on stderr, for people only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ernie_quant.cli._options import is_terminal
+
+
+@contextmanager
+def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with MB/s and the time left; nothing where nobody watches."""
+    if quiet or not is_terminal():
+        yield lambda _: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, leave=False) as bar:
+        yield lambda done: bar.update(done) and None

@@ -1,0 +1,28 @@
+"""`ernie-quant convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ernie_quant.cli import _options
+
+RUNTIMES = {"pt": "vllm", "paddle": "fastdeploy"}
+
+
+@click.command()
+@_options.source
+@_options.out
+@click.option("--to", "layout", type=click.Choice(sorted(RUNTIMES)), required=True, help="Layout of the result.")
+@_options.run_options
+def command(src: Path, out: Path, layout: str, **options: Any) -> None:
+    """Convert names, layouts and config.json between Paddle and PT; every weight keeps its bits.
+
+    \b
+    ernie-quant convert ERNIE-4.5-21B-A3B-Paddle ERNIE-4.5-21B-A3B-PT --to pt
+    """
+    from ernie_quant.recipe import KEEP_ALL
+
+    _options.execute(src, out, KEEP_ALL, RUNTIMES[layout], **options)

@@ -1,0 +1,30 @@
+"""`ernie-quant fp8`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ernie_quant.cli import _options
+
+
+@click.command()
+@_options.source
+@_options.out
+@_options.experts_only
+@_options.runtime
+@_options.mtp
+@_options.keep_unfit
+@_options.run_options
+def command(src: Path, out: Path, **options: Any) -> None:
+    """Quantize to float8 in blocks of 128x128, for vLLM, SGLang and transformers.
+
+    Without --experts-only, shared experts, attention and dense FFN linears are quantized too. Router, norms,
+    embeddings, head, vision tower and resampler never are.
+
+    \b
+    ernie-quant fp8 ERNIE-4.5-21B-A3B-Paddle out --experts-only
+    """
+    _options.built_in("fp8", "fp8", {}, src, out, **options)

@@ -1,0 +1,33 @@
+"""`ernie-quant inspect`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from ernie_quant.cli import _options
+from ernie_quant.cli.main import print_json
+
+
+@click.command()
+@_options.source
+@_options.fix
+@_options.json_option
+def command(src: Path, fixes: tuple[str, ...], as_json: bool) -> None:
+    """Show what a checkpoint is, where its bytes are, and what is wrong with it.
+
+    Reads headers and config.json only. Exits with 1 if there is any anomaly.
+
+    \b
+    ernie-quant inspect ERNIE-4.5-21B-A3B-Paddle
+    """
+    from ernie_quant import inspect
+
+    found = inspect.inspect(src, frozenset(fixes))
+    if as_json:
+        print_json(inspect.as_json(found))
+    else:
+        click.echo(inspect.as_text(found))
+    sys.exit(1 if found.anomalies else 0)

@@ -1,0 +1,28 @@
+"""`ernie-quant quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ernie_quant.cli import _options
+
+
+@click.command()
+@_options.source
+@_options.out
+@click.option("--recipe", "recipe_file", type=_options.FOLDER, required=True, help="TOML file of rules.")
+@_options.runtime
+@_options.keep_unfit
+@_options.run_options
+def command(src: Path, out: Path, recipe_file: Path, runtime: str, keep_unfit: bool, **options: Any) -> None:
+    """Quantize by a recipe: [[rule]] tables with role or match, codec and its options; the first match wins.
+
+    \b
+    ernie-quant quantize ERNIE-4.5-21B-A3B-Paddle out --recipe recipe.toml
+    """
+    from ernie_quant import recipe
+
+    _options.execute(src, out, recipe.read(recipe_file, keep_unfit=keep_unfit), runtime, **options)

@@ -1,0 +1,5 @@
+"""`python -m ernie_quant`."""
+
+from ernie_quant.cli.main import main
+
+main()

@@ -1,0 +1,94 @@
+"""A checkpoint as names, shapes and places: headers and config, never data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# safetensors' spelling. U16 in Paddle files holds bfloat16 bits; readers hand it on as BF16.
+ITEMSIZE = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4,
+    "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype (safetensors' spelling, a key of `ITEMSIZE`) of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in a file: `nbytes` of payload that begin at `start`.
+
+    `latin1` marks the way pickle protocol 2 stores bytes: as UTF-8 of a latin-1 text, so that `stored` bytes in
+    the file stand for `nbytes` of payload.
+    """
+
+    start: int
+    nbytes: int
+    stored: int = 0
+    latin1: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a tensor lies: row-major data in one extent of `file` (several for split .pdparams arrays)."""
+
+    name: str
+    spec: TensorSpec
+    file: Path
+    extents: tuple[Extent, ...]
+    fortran: bool = False  # stored column-major: the data are those of the transposed shape
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One complete set of tensors: the whole model, or one tensor-parallel rank of it."""
+
+    refs: dict[str, TensorRef]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Headers and config of a checkpoint; `ranks` has one entry unless it was saved per tensor-parallel rank."""
+
+    folder: Path
+    config: dict[str, Any]
+    ranks: tuple[Rank, ...]
+    anomalies: tuple[str, ...] = ()  # what the files themselves disagree about
+    notes: tuple[str, ...] = ()  # worth a line, but no error
+    extra_files: tuple[Path, ...] = field(default=())  # tokenizer, licence, …: to be carried along
+
+    @property
+    def refs(self) -> dict[str, TensorRef]:
+        """The tensors of the first rank, by name."""
+        return self.ranks[0].refs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in all ranks."""
+        return sum(ref.spec.nbytes for rank in self.ranks for ref in rank.refs.values())
+
+    @staticmethod
+    def open(source: str | Path) -> Checkpoint:
+        """Read the headers of `source`, a folder. Raises CheckpointError or ConfigError."""
+        from ernie_quant.sources import folder
+
+        return folder.open_folder(Path(source))

@@ -1,0 +1,70 @@
+"""Codecs, one file each: mathematics on a weight [out, in], no bytes and no names of any runtime.
+
+A file defines one frozen dataclass that follows `Codec`, `CODEC` (that class) and `EXAMPLES` (instances that the
+contract tests take through every promise). Options of a recipe rule are the fields of the dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from ernie_quant import plugins
+from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.errors import PlanError
+
+if TYPE_CHECKING:
+    import torch
+
+    Encoded: TypeAlias = dict[str, torch.Tensor]
+
+
+class Codec(Protocol):
+    """A way to store a weight. Frozen: what it does is decided when it is made."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that must be encoded together: a slab has a multiple of it."""
+        ...
+
+    def describe(self) -> str:
+        """For people: `int4, group 128, mse`."""
+        ...
+
+    def problem(self, spec: TensorSpec) -> str | None:
+        """Why a weight [out, in] cannot be stored this way, with what would fit; None if it can."""
+        ...
+
+    def specs(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """Fields of the encoded weight; all have out (or out / rows) as their first dimension."""
+        ...
+
+    def bits_per_weight(self, spec: TensorSpec) -> float:
+        """Stored bits per element, scales included."""
+        ...
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """The fields for a weight [out, in], or for a slab of its rows."""
+        ...
+
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        """The weight that a runtime will see. This is what reports measure."""
+        ...
+
+
+def make(name: str, options: dict[str, Any]) -> Codec:
+    """The codec `name` with the options of a recipe rule. Raises PlanError."""
+    package = sys.modules[__name__]
+    if name not in plugins.names(package):
+        raise PlanError(f"there is no codec {name!r}; there are {', '.join(plugins.names(package))}", [])
+    cls = plugins.load(package, name).CODEC
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(options) - known):
+        takes = f"takes {', '.join(sorted(known))}" if known else "takes no options"
+        raise PlanError(f"codec {name} has no option {', '.join(unknown)}; it {takes}", [])
+    try:
+        codec: Codec = cls(**options)
+    except (ValueError, TypeError) as error:
+        raise PlanError(f"codec {name}: {error}", []) from None
+    return codec

@@ -1,0 +1,70 @@
+"""Float8 (e4m3) in blocks of 128 x 128 that share a float32 scale, as DeepSeek-V3 stores its weights.
+
+w ~ code * scale, scale = max|w| / 448 per block (deepseek-ai/DeepSeek-V3, inference/kernel.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ernie_quant.checkpoint import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from ernie_quant.codecs import Encoded
+
+BLOCK = 128
+LARGEST = 448.0  # of float8_e4m3fn
+SMALLEST_SCALE = 2.0**-120  # a block below it is all but zero; 1 / scale must stay finite
+
+
+@dataclass(frozen=True)
+class Float8Block:
+    """No options: the runtimes that load it know this one form."""
+
+    rows = BLOCK
+
+    def describe(self) -> str:
+        """For people."""
+        return f"fp8, blocks {BLOCK}x{BLOCK}"
+
+    def problem(self, spec: TensorSpec) -> str | None:
+        """Both widths must be multiples of 128: vLLM's kernels for experts load no partial blocks."""
+        ragged = [n for n in spec.shape if n % BLOCK]
+        return f"blocks of {BLOCK} do not divide {' and '.join(map(str, ragged))}" if ragged else None
+
+    def specs(self, spec: TensorSpec) -> dict[str, TensorSpec]:
+        """codes float8 [out, in] and scale f32 [out / 128, in / 128]."""
+        out, width = spec.shape
+        return {
+            "codes": TensorSpec((out, width), "F8_E4M3"),
+            "scale": TensorSpec((out // BLOCK, width // BLOCK), "F32"),
+        }
+
+    def bits_per_weight(self, spec: TensorSpec) -> float:
+        """8, and 32 for the scale of each block."""
+        return 8 + 32 / BLOCK**2
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """Codes and scales of a weight [out, in] whose sizes are multiples of 128."""
+        import torch
+
+        out, width = weight.shape
+        blocks = weight.float().reshape(out // BLOCK, BLOCK, width // BLOCK, BLOCK)
+        scale = blocks.abs().amax((1, 3)) / LARGEST
+        scale = torch.where(scale >= SMALLEST_SCALE, scale, 1.0)
+        codes = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return {"codes": codes.reshape(out, width), "scale": scale}
+
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        """bf16 [out, in]."""
+        codes, scale = encoded["codes"], encoded["scale"]
+        out, width = codes.shape
+        blocks = codes.float().reshape(out // BLOCK, BLOCK, width // BLOCK, BLOCK)
+        return (blocks * scale[:, None, :, None]).bfloat16().reshape(out, width)
+
+
+CODEC = Float8Block
+EXAMPLES = (Float8Block(),)

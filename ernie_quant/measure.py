@@ -1,0 +1,55 @@
+"""Error formulas, with their units.
+
+    rel_error      ||W - W'||^2 / ||W||^2
+    sqnr_db        -10 log10(rel_error), in decibels; None where nothing differs
+    max_abs_error  max |W - W'|, in units of the weight
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ernie_quant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Sums over a weight, or over a part of it; parts add up."""
+
+    error: float = 0.0  # ||W - W'||^2
+    total: float = 0.0  # ||W||^2
+    largest: float = 0.0  # max |W - W'|
+
+    def __add__(self, other: Difference) -> Difference:
+        return Difference(self.error + other.error, self.total + other.total, max(self.largest, other.largest))
+
+    @property
+    def rel_error(self) -> float:
+        """||W - W'||^2 / ||W||^2; 0 for a weight of zeros that stayed one."""
+        if self.total == 0:
+            return 0.0 if self.error == 0 else math.inf
+        return self.error / self.total
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise, in dB."""
+        return -10 * math.log10(self.rel_error) if 0 < self.rel_error < math.inf else None
+
+
+def compare(name: str, weight: torch.Tensor, decoded: torch.Tensor) -> Difference:
+    """The sums for a weight (or a slab of it) and what became of it. Raises CheckpointError for NaN or infinity."""
+    import torch
+
+    from ernie_quant.kernels.difference import squares
+
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        weight = weight.float()
+    error, total, largest = squares(weight, decoded)
+    if not math.isfinite(total):
+        raise CheckpointError(f"{name}: holds NaN or infinity, which cannot be quantized")
+    return Difference(error, total, largest)

@@ -1,0 +1,147 @@
+"""The output folder: whether it is ours, what of it is finished, and the files that are written last.
+
+A folder is ours if it has the manifest `ernie-quant.json` (written last: the result is complete) or the private
+state `.ernie-quant/` (a run has begun). Anything else that is not empty is left alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ernie_quant
+from ernie_quant import card, recipe, report
+from ernie_quant.errors import OutputError, RetryError
+from ernie_quant.jsonio import dumps, read_object
+from ernie_quant.plan import Plan, Shard
+from ernie_quant.report import TensorReport
+from ernie_quant.writer import PARTIAL, fsync_folder, write_file
+
+MANIFEST, STATE, INDEX = "ernie-quant.json", ".ernie-quant", "model.safetensors.index.json"
+REPORT, CONFIG, README, SOURCE_README = "report.json", "config.json", "README.md", "README.source.md"
+
+
+class OutputFolder:
+    """The folder that a plan is written to. `prepare` decides whether it may be; `finish` completes it."""
+
+    def __init__(self, plan: Plan, path: Path) -> None:
+        self.plan, self.path, self.state = plan, path, path / STATE
+
+    def prepare(self, *, restart: bool) -> bool:
+        """Make the folder ours; True if it is complete already. Raises OutputError or RetryError."""
+        source = self.plan.source.folder.resolve()
+        if self.path.resolve() == source or source in self.path.resolve().parents or self.path.resolve() in source.parents:
+            raise OutputError(f"{self.path}: the output folder must lie beside the source {source}, not in or around it")
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path}: is a file, not a folder")
+        ours = (self.path / MANIFEST).is_file() or self.state.is_dir()
+        if self.path.is_dir() and not ours and any(self.path.iterdir()):
+            raise OutputError(f"{self.path}: is not empty and was not made by ernie-quant; choose another folder")
+        if ours and restart:
+            self._sweep()
+        elif ours and self._same_plan():
+            return True
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            write_file(self.state / "plan.json", dumps({"fingerprint": self.plan.fingerprint}).encode())
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
+        self._check_space()
+        return False
+
+    def _same_plan(self) -> bool:
+        """True for a complete result of this plan, False for a begun one. Raises OutputError for another plan's."""
+        complete = (self.path / MANIFEST).is_file()
+        state = read_object(self.path / MANIFEST if complete else self.state / "plan.json") if complete or (self.state / "plan.json").exists() else {}  # fmt: skip
+        if state and state.get("fingerprint") != self.plan.fingerprint:
+            what = "the result" if complete else "the beginning"
+            raise OutputError(
+                f"{self.path}: holds {what} of another plan (source, recipe, options or version differ);"
+                " choose another folder, or --restart to begin anew here"
+            )
+        return complete
+
+    def _sweep(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        own = {MANIFEST, INDEX, REPORT, CONFIG, README, SOURCE_README}
+        for path in self.path.iterdir():
+            shard = path.name.startswith("model") and path.suffix == ".safetensors"
+            if path.is_file() and (path.name in own or shard or path.name.endswith(PARTIAL)):
+                path.unlink()
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def _check_space(self) -> None:
+        done = sum((self.path / s.filename).stat().st_size for s in self.plan.shards if (self.path / s.filename).exists())
+        free, needed = shutil.disk_usage(self.path).free, self.plan.disk_bytes - done
+        if free < needed:
+            raise RetryError(f"{self.path}: needs {needed / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One run at a time; the lock of a dead run vanishes with it. Raises RetryError."""
+        with open(self.state / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RetryError(f"{self.path}: another run is at work in this folder") from None
+            yield
+
+    def record(self, shard: Shard, entry: dict[str, Any], reports: Sequence[TensorReport]) -> None:
+        """Remember a finished file."""
+        rows = [r.to_json() for r in reports]
+        data = json.dumps({**entry, "reports": rows}, allow_nan=False).encode()
+        write_file(self.state / f"{shard.filename}.json", data)
+
+    def finished(self, shard: Shard) -> tuple[dict[str, Any], list[TensorReport]] | None:
+        """What was remembered of a file that is still there."""
+        record, file = self.state / f"{shard.filename}.json", self.path / shard.filename
+        if not record.is_file() or not file.is_file():
+            return None
+        try:
+            entry = read_object(record)
+            rows = [TensorReport.from_json(r) for r in entry.pop("reports")]
+        except (ernie_quant.errors.CheckpointError, KeyError, TypeError):
+            return None
+        return (entry, rows) if file.stat().st_size == entry.get("bytes") else None
+
+    def finish(self, files: dict[str, dict[str, Any]], rows: Sequence[TensorReport]) -> None:
+        """Write all but the weights; the manifest last. `files` has bytes and sha256 of the weight files."""
+        plan, entries = self.plan, dict(files)
+
+        def put(name: str, data: bytes) -> None:
+            entries[name] = {"bytes": len(data), "sha256": write_file(self.path / name, data)}
+
+        for source in plan.copies:
+            put(SOURCE_README if source.name == README else source.name, source.read_bytes())
+        if len(plan.shards) > 1:
+            total = sum(spec.nbytes for shard in plan.shards for spec in shard.specs.values())
+            put(INDEX, dumps({"metadata": {"total_size": total}, "weight_map": plan.weight_map}).encode())
+        put(CONFIG, dumps(plan.config).encode())
+        put(REPORT, report.to_json(rows, {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}).encode())
+        put(README, card.readme(plan, rows, self.path.name).encode())
+        write_file(self.path / MANIFEST, dumps(manifest(plan, entries)).encode())
+        shutil.rmtree(self.state)
+        fsync_folder(self.path)
+
+
+def manifest(plan: Plan, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`ernie-quant.json`: what was made from what, and the hash of every file. No times: the same run, the same text."""
+    sources = {
+        os.path.relpath(f, plan.source.folder): {"bytes": f.stat().st_size} for rank in plan.source.ranks for f in rank.files
+    }
+    return {
+        "tool": "ernie-quant",
+        "version": ernie_quant.__version__,
+        "fingerprint": plan.fingerprint,
+        "runtime": plan.runtime,
+        "layout": plan.layout,
+        "recipe": recipe.as_dict(plan.recipe),
+        "source": {"name": plan.source.folder.resolve().name, "files": sources},
+        "files": files,
+    }

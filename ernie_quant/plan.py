@@ -1,0 +1,305 @@
+"""Every decision and every check, from headers and config alone; the run that follows has nothing left to decide."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ernie_quant
+from ernie_quant import archs, names, recipe, runtimes
+from ernie_quant.archs._config import Facts, whole
+from ernie_quant.checkpoint import ITEMSIZE, Checkpoint, TensorSpec
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.keep import Keep
+from ernie_quant.errors import ConfigError, PlanError
+from ernie_quant.names import EMBED, HEAD, NORM, NameMap, Weight
+from ernie_quant.recipe import Recipe
+from ernie_quant.runtimes import Linear
+from ernie_quant.views import View
+
+SLAB_BYTES = 32 << 20  # of source data: the unit of memory
+SHARD_BYTES = 5_000_000_000  # the field's usual size of an output file
+FLOATS = ("BF16", "F16", "F32")
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+QUANTIZED_PARTS = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_weight", ".qweight", ".super_scales")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the result: where it comes from, what is done to it, what is stored."""
+
+    name: str
+    role: str
+    view: View
+    spec: TensorSpec
+    codec: Codec
+    parts: Mapping[str, TensorSpec]
+    sources: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return sum(spec.nbytes for spec in self.parts.values())
+
+    @property
+    def quantized(self) -> bool:
+        """Does it change?"""
+        return not isinstance(self.codec, Keep)
+
+    def slabs(self) -> list[tuple[int, int]]:
+        """Ranges of rows that together are the tensor, each about SLAB_BYTES of source data."""
+        if not self.spec.shape:
+            return [(0, 0)]
+        rows = self.spec.shape[0]
+        row_bytes = max(1, self.spec.nbytes // max(1, rows))
+        step = max(1, SLAB_BYTES // row_bytes // self.codec.rows) * self.codec.rows
+        return [(first, min(first + step, rows)) for first in range(0, rows, step)] or [(0, 0)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the result; `specs` in the order in which the tensors lie in it."""
+
+    filename: str
+    steps: tuple[Step, ...]
+    specs: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run needs to know."""
+
+    source: Checkpoint
+    runtime: str
+    layout: str
+    recipe: Recipe
+    shards: tuple[Shard, ...]
+    dims: Mapping[str, int]
+    config: Mapping[str, Any]
+    copies: tuple[Path, ...]
+    tp_sizes: tuple[int, ...]
+    notes: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps, in order of the result's names."""
+        return [step for shard in self.shards for step in shard.steps]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(step.nbytes for step in self.steps)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the result's weight files and of what is carried along."""
+        from ernie_quant.writer import header_bytes
+
+        metadata = file_metadata(self)
+        heads = sum(len(header_bytes(shard.specs, metadata)) for shard in self.shards)
+        return self.nbytes + heads + sum(path.stat().st_size for path in self.copies)
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Stored tensor -> file."""
+        return {name: shard.filename for shard in self.shards for name in shard.specs}
+
+
+def file_metadata(plan: Plan) -> dict[str, str]:
+    """`__metadata__` of the result's files: transformers refuses PT files without it."""
+    return {"format": "np" if plan.layout == names.PADDLE else "pt"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A checkpoint with its architecture: names resolved to canonical tensors, and what disagreed."""
+
+    arch: ModuleType
+    config: dict[str, Any]  # flat
+    map: NameMap
+    weights: list[Weight]
+    problems: list[str]
+
+
+def resolve(checkpoint: Checkpoint, fixes: frozenset[str] = frozenset()) -> Table:
+    """Names and shapes of a checkpoint against its architecture's table. Raises ConfigError."""
+    arch = archs.find(checkpoint.config)
+    config = arch.flat(checkpoint.config)
+    name_map: NameMap = arch.name_map(config, list(checkpoint.refs))
+    weights, problems = name_map.resolve(checkpoint, fixes)
+    return Table(arch, config, name_map, weights, [*checkpoint.anomalies, *problems])
+
+
+def make_plan(
+    source: Checkpoint,
+    *,
+    runtime: str,
+    recipe: Recipe = recipe.KEEP_ALL,
+    vl_config: str = "flat",
+    fixes: frozenset[str] = frozenset(),
+    copy_code: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
+    """Decide everything. Raises PlanError with every problem found, or ConfigError."""
+    target = runtimes.find(runtime)
+    refuse_quantized(source)
+    table = resolve(source, fixes)
+    if table.problems:
+        raise PlanError(f"{source.folder}: {len(table.problems)} problem(s) in the checkpoint", table.problems)
+    weights = table.map.write(table.weights, target.LAYOUT)
+    steps, problems, notes = _steps(weights, recipe, target)
+    linears = _linears(steps)
+    problems += recipe.unused(weights)
+    problems += target.problems(linears)
+    if problems:
+        raise PlanError(f"{source.folder}: cannot be done as asked", _folded(problems))
+    copies, left = _copies(source, copy_code)
+    config = _config(table, target.LAYOUT, vl_config, steps, copy_code)
+    if (entry := target.quantization_config(linears)) is not None:
+        _check_promise(target, entry, linears)
+        config["quantization_config"] = entry
+    shards = _shards(steps, shard_bytes)
+    tp = target.tp_sizes(linears, table.map.dims, whole(table.config, "num_attention_heads"))
+    identity = _identity(source, runtime, recipe, vl_config, fixes, copy_code, shard_bytes)
+    return Plan(
+        source, runtime, target.LAYOUT, recipe, shards, table.map.dims, config, copies, tuple(tp),
+        (*source.notes, *left, *notes), identity,
+    )  # fmt: skip
+
+
+def refuse_quantized(source: Checkpoint) -> None:
+    """Quantizing twice multiplies the errors. Raises PlanError."""
+    said = next((k for k in ("quantization_config", "compression_config") if source.config.get(k)), None)
+    said = said or ("is_quantized" if source.config.get("is_quantized") is True else None)
+    part = next((n for n in source.refs if n.endswith(QUANTIZED_PARTS)), None)
+    if said or part:
+        evidence = f"config.json has {said}" if said else f"it holds {part}"
+        raise PlanError(f"{source.folder}: is quantized already ({evidence}); start from the original checkpoint", [])
+
+
+def _steps(weights: Sequence[Weight], rules: Recipe, target: ModuleType) -> tuple[list[Step], list[str], list[str]]:
+    """Steps, what does not fit, and what is kept because it does not fit."""
+    steps, problems, unfit = [], [], []
+    for weight in weights:
+        codec, spec = rules.codec_for(weight), TensorSpec(weight.view.shape, weight.view.dtype)
+        problem = codec.problem(spec)
+        if not isinstance(codec, Keep) and spec.dtype not in FLOATS:
+            problem = f"is {spec.dtype}, not one of {', '.join(FLOATS)}"
+        if problem:
+            (unfit if rules.keep_unfit else problems).append(f"{weight.name}: {problem}")
+            codec = Keep()
+        parts = target.parts(weight.name, codec, spec)
+        steps.append(Step(weight.name, weight.role, weight.view, spec, codec, parts, weight.sources))
+    return steps, problems, [f"kept, because {line}" for line in _folded(unfit)]
+
+
+def _linears(steps: Sequence[Step]) -> list[Linear]:
+    """The layers that a runtime's configuration speaks of: every matrix but embeddings, norms and second routers."""
+    return [
+        Linear(s.name, s.spec, s.role, s.codec)
+        for s in steps
+        if len(s.spec.shape) == 2 and s.role not in (EMBED, NORM, HEAD) and s.name.endswith(".weight")
+    ]
+
+
+def _check_promise(target: ModuleType, entry: Mapping[str, Any], linears: Sequence[Linear]) -> None:
+    """config.json is derived from what is written; here it is read back and must say the same."""
+    promised = target.codecs_of(entry, [(li.name, li.spec) for li in linears])
+    for linear in linears:
+        assert target.parts(linear.name, promised[linear.name], linear.spec) == target.parts(
+            linear.name, linear.codec, linear.spec
+        ), f"{linear.name}: config.json promises {promised[linear.name].describe()}, the plan says {linear.codec.describe()}"
+
+
+def _folded(lines: Sequence[str]) -> list[str]:
+    """One line for all that differ in the numbers of their names only."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        name, _, rest = line.partition(": ")
+        groups.setdefault(names.folded(name) + ": " + rest, []).append(line)
+    return [group[0] if len(group) == 1 else f"{key} ({len(group)} tensors)" for key, group in groups.items()]
+
+
+def _copies(source: Checkpoint, copy_code: bool) -> tuple[tuple[Path, ...], list[str]]:
+    code = [p for p in source.extra_files if p.suffix == ".py"]
+    if copy_code or not code:
+        return source.extra_files, []
+    kept = tuple(p for p in source.extra_files if p.suffix != ".py")
+    return kept, [f"Python files are not carried along: {', '.join(p.name for p in code)}; --copy-code does it"]
+
+
+def _config(table: Table, layout: str, vl_config: str, steps: Sequence[Step], copy_code: bool) -> dict[str, Any]:
+    dtype = next(s.spec.dtype for s in steps if s.role == EMBED)
+    if dtype not in TORCH_NAMES:
+        raise ConfigError(f"the embeddings are {dtype}, not one of {', '.join(TORCH_NAMES)}")
+    dims = table.map.dims
+    facts = Facts(TORCH_NAMES[dtype], dims.get("MS", 0) // dims["M"] if "M" in dims else 0)
+    spelling = "transformers" if vl_config == "transformers" and layout == names.PT else layout
+    config: dict[str, Any] = table.arch.config_for(spelling, table.config, facts)
+    if not copy_code:  # it would point to files that are not there
+        config.pop("auto_map", None)
+    return config
+
+
+def _shards(steps: Sequence[Step], shard_bytes: int) -> tuple[Shard, ...]:
+    """Steps in order, cut into files of at most `shard_bytes` (a larger tensor has a file of its own)."""
+    groups: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        if groups[-1] and size + step.nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(step)
+        size += step.nbytes
+    total = len(groups)
+    return tuple(
+        Shard(f"model-{i:05d}-of-{total:05d}.safetensors" if total > 1 else "model.safetensors", tuple(g), _file_order(g))
+        for i, g in enumerate(groups, 1)
+    )
+
+
+def _file_order(steps: Sequence[Step]) -> dict[str, TensorSpec]:
+    """Step after step, so that writing is sequential; tensors of odd sizes last, so that every start is aligned."""
+    specs = [(name, spec) for step in steps for name, spec in step.parts.items()]
+    aligned = [item for item in specs if item[1].nbytes % 8 == 0]
+    odd = [item for item in specs if item[1].nbytes % 8]
+    return dict(aligned + sorted(odd, key=lambda item: -ITEMSIZE[item[1].dtype]))
+
+
+def _identity(source: Checkpoint, runtime: str, rules: Recipe, *options: object) -> str:
+    """A hash of everything that the bytes of the result depend on."""
+    digest = hashlib.sha256()
+    for rank in source.ranks:
+        for ref in sorted(rank.refs.values(), key=lambda r: r.name):
+            digest.update(repr((ref.name, ref.spec, ref.file.name, ref.extents)).encode())
+        for file in rank.files:
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+    digest.update(json.dumps(source.config, sort_keys=True).encode())
+    rules_text = [(r.roles, r.match, repr(r.codec)) for r in rules.rules]
+    plain = [sorted(o) if isinstance(o, frozenset) else o for o in options]
+    digest.update(repr((ernie_quant.__version__, runtime, rules_text, rules.keep_unfit, plain)).encode())
+    return digest.hexdigest()
+
+
+def summary(plan: Plan) -> list[dict[str, Any]]:
+    """What happens to each group of tensors; names folded over their numbers."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for step in plan.steps:
+        key = (names.folded(step.name), step.codec.describe())
+        row = groups.setdefault(key, {"name": key[0], "role": step.role, "codec": key[1], "tensors": 0, "bytes_in": 0, "bytes_out": 0})  # fmt: skip
+        row["tensors"] += 1
+        row["bytes_in"] += step.spec.nbytes
+        row["bytes_out"] += step.nbytes
+    return list(groups.values())
+
+
+def bits_per_weight(plan: Plan) -> float:
+    """Stored bits per element over all tensors."""
+    return 8 * plan.nbytes / max(1, sum(s.spec.numel for s in plan.steps))
+

@@ -1,0 +1,22 @@
+"""A plug-in is a file: its name is its file name, and a folder of them is all the registry there is."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def names(package: ModuleType) -> list[str]:
+    """The plug-ins of a package; files with a leading underscore are shared parts, not plug-ins."""
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def load(package: ModuleType, name: str) -> ModuleType:
+    """One plug-in. The name must come from `names`."""
+    return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def modules(package: ModuleType) -> list[ModuleType]:
+    """All plug-ins of a package, in order of their names."""
+    return [load(package, name) for name in names(package)]

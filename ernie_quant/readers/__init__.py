@@ -1,0 +1,32 @@
+"""Headers without data, one file per format: `SUFFIXES` and `read_header(path) -> list[TensorRef]`.
+
+A reader calls nothing that a file names, allocates nothing that a file claims before checking it against the
+file's size, and raises CheckpointError with the file's name.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from ernie_quant import plugins
+from ernie_quant.checkpoint import TensorRef
+from ernie_quant.errors import CheckpointError
+
+
+def by_suffix() -> dict[str, ModuleType]:
+    """Suffix of a weight file -> the reader for it."""
+    return {suffix: module for module in plugins.modules(sys.modules[__name__]) for suffix in module.SUFFIXES}
+
+
+def read_header(path: Path) -> list[TensorRef]:
+    """The tensors of one file. Raises CheckpointError."""
+    reader = by_suffix().get(path.suffix)
+    if reader is None:
+        raise CheckpointError(f"{path.name}: not a weight file ({', '.join(sorted(by_suffix()))})")
+    try:
+        refs: list[TensorRef] = reader.read_header(path)
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from error
+    return refs

@@ -1,0 +1,111 @@
+"""PyTorch's `.bin`: a zip of a pickle and raw storages (the format of torch.save since 1.6), read without torch.
+
+Format: pytorch/pytorch, caffe2/serialize/inline_container.h and torch/serialization.py.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef, TensorSpec
+from ernie_quant.errors import CheckpointError
+from ernie_quant.readers._pickle import Call, Global, walk
+
+SUFFIXES = (".bin", ".pt")
+
+STORAGES = {
+    "torch.FloatStorage": "F32", "torch.HalfStorage": "F16", "torch.BFloat16Storage": "BF16",
+    "torch.DoubleStorage": "F64", "torch.LongStorage": "I64", "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16", "torch.CharStorage": "I8", "torch.ByteStorage": "U8", "torch.BoolStorage": "BOOL",
+}  # fmt: skip
+REBUILD, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+ALLOWED = frozenset({REBUILD, PARAMETER, "collections.OrderedDict", *STORAGES})
+MAX_PICKLE_BYTES = 1 << 28
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, lengths of name and extra field
+
+
+def read_header(path: Path) -> list[TensorRef]:
+    """The tensors of one file, in file order."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name}: not a zip archive as torch.save writes it since version 1.6 ({error}); save it again"
+        ) from None
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        pickled = _stored(path, file, members, "data.pkl", size)
+        if pickled.nbytes > MAX_PICKLE_BYTES:
+            raise CheckpointError(f"{path.name}: data.pkl has {pickled.nbytes} bytes, more than any state dict")
+        file.seek(pickled.start)
+        table = walk(file, path.name, pickled.start + pickled.nbytes, ALLOWED)
+        if isinstance(table, Call) and table.function == "collections.OrderedDict":
+            table = table.state or {}
+        if not isinstance(table, dict):
+            raise CheckpointError(f"{path.name}: holds no dict of tensors")
+        storages: dict[str, Extent] = {}
+        return [_tensor(path, file, members, storages, name, value, size) for name, value in table.items()]
+
+
+def _stored(path: Path, file: Any, members: dict[str, zipfile.ZipInfo], name: str, size: int) -> Extent:
+    """Where the bytes of an uncompressed member lie."""
+    info = members.get(name)
+    if info is None:
+        raise CheckpointError(f"{path.name}: has no {name}")
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+        raise CheckpointError(f"{path.name}: {name} is compressed or encrypted; torch.save stores it as it is")
+    file.seek(info.header_offset)
+    raw = file.read(LOCAL_HEADER.size)
+    if len(raw) != LOCAL_HEADER.size or raw[:4] != b"PK\3\4":
+        raise CheckpointError(f"{path.name}: {name}: its place in the archive holds something else")
+    _, name_bytes, extra_bytes = LOCAL_HEADER.unpack(raw)
+    start = info.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
+    if start + info.file_size > size:
+        raise CheckpointError(f"{path.name}: {name}: ends at {start + info.file_size}, the file has {size} bytes")
+    return Extent(start, info.file_size)
+
+
+def _tensor(
+    path: Path, file: Any, members: dict[str, zipfile.ZipInfo], storages: dict[str, Extent], name: str, value: Any, size: int
+) -> TensorRef:
+    """A ref from `_rebuild_tensor_v2(persistent storage, offset, shape, stride, …)`."""
+    if isinstance(value, Call) and value.function == PARAMETER and value.args:
+        value = value.args[0]
+    match value:
+        case Call(
+            function="torch._utils._rebuild_tensor_v2",
+            args=(
+                Call(function="persistent", args=("storage", Global(name=kind), str(key), _, int())),
+                int(offset), tuple(shape), tuple(stride), *_,
+            ),
+        ) if kind in STORAGES:  # fmt: skip
+            pass
+        case _:
+            raise CheckpointError(f"{path.name}: {name}: is not a tensor of a known kind")
+    if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, offset)):
+        raise CheckpointError(f"{path.name}: {name}: shape is not a list of at most 8 sizes")
+    spec = TensorSpec(tuple(shape), STORAGES[kind])
+    fortran = len(shape) == 2 and stride == (1, shape[0]) and 1 not in shape
+    if not fortran and not _is_row_major(spec.shape, stride):
+        raise CheckpointError(f"{path.name}: {name}: strides {stride} of shape {spec.shape}: save it contiguous")
+    if key not in storages:
+        storages[key] = _stored(path, file, members, f"data/{key}", size)
+    start, total = offset * ITEMSIZE[spec.dtype], storages[key].nbytes
+    if start + spec.nbytes > total:
+        raise CheckpointError(f"{path.name}: {name}: ends at byte {start + spec.nbytes} of a storage of {total}")
+    return TensorRef(name, spec, path, (Extent(storages[key].start + start, spec.nbytes),), fortran)
+
+
+def _is_row_major(shape: tuple[int, ...], stride: tuple[Any, ...]) -> bool:
+    if len(shape) != len(stride):
+        return False
+    step = 1
+    for n, s in zip(reversed(shape), reversed(stride), strict=True):
+        if n > 1 and s != step:  # the stride of a dimension of 1 does not matter
+            return False
+        step *= n
+    return True

@@ -1,0 +1,130 @@
+"""Which codec for which tensor: by role or by name, first match wins, the rest is kept.
+
+    # recipe.toml
+    [[rule]]
+    match = 'layers\\.(3|4)\\.mlp\\.experts'     # regex, searched in the PT name
+    codec = "rtn"
+    bits = 8
+
+    [[rule]]
+    role = "experts"
+    codec = "rtn"
+    bits = 4
+    group_size = 128
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ernie_quant import codecs
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.keep import KEEP
+from ernie_quant.errors import PlanError
+from ernie_quant.names import EXPERT, MTP, QUANTIZABLE, ROLES, VISION_EXPERT, Weight
+
+EXPERT_ROLES = (EXPERT, VISION_EXPERT)
+
+
+@dataclass(frozen=True)
+class RecipeRule:
+    """A codec for every quantizable linear of some roles, or whose PT name the regex finds.
+
+    `if_unused` is what a user is told when no tensor fits.
+    """
+
+    codec: Codec
+    roles: tuple[str, ...] = ()
+    match: str = ""
+    if_unused: str = ""
+
+    def takes(self, weight: Weight) -> bool:
+        """Does the rule apply to this linear?"""
+        return weight.role in self.roles if self.roles else re.search(self.match, weight.name) is not None
+
+    def describe(self) -> str:
+        """For people."""
+        return f"role {' or '.join(self.roles)}" if self.roles else f"match = {self.match!r}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in order; `keep_unfit` leaves tensors that a codec cannot take as they are."""
+
+    name: str
+    rules: tuple[RecipeRule, ...] = ()
+    keep_unfit: bool = False
+
+    def codec_for(self, weight: Weight) -> Codec:
+        """The codec for a tensor; only linears of quantizable roles are ever changed."""
+        if weight.row.rule.linear:
+            for rule in self.rules:
+                if rule.takes(weight):
+                    return rule.codec
+        return KEEP
+
+    def unused(self, weights: Sequence[Weight]) -> list[str]:
+        """Rules that apply to nothing in this checkpoint."""
+        linears = [w for w in weights if w.row.rule.linear]
+        unused = [r for r in self.rules if not any(r.takes(w) for w in linears)]
+        return [r.if_unused or f"recipe {self.name}: no linear of this model fits {r.describe()}" for r in unused]
+
+
+KEEP_ALL = Recipe("keep")
+
+
+def built_in(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
+    """The recipe behind a short command: one codec for the experts, or for every quantizable linear."""
+    roles = EXPERT_ROLES if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and (r != MTP or mtp))
+    hint = "this model has no experts; without --experts-only its other linears are quantized"
+    return Recipe(name, (RecipeRule(codec, roles, if_unused=hint if experts_only else ""),), keep_unfit)
+
+
+def read(path: Path, *, keep_unfit: bool = False) -> Recipe:
+    """The recipe in a TOML file. Raises PlanError with every mistake in it."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error.strerror}", []) from None
+    except ValueError as error:
+        raise PlanError(f"{path}: is not valid TOML: {error}", []) from None
+    entries = table.pop("rule", [])
+    problems = [f"{key}: unknown; a recipe has [[rule]] tables only" for key in table]
+    if not isinstance(entries, list) or not entries:
+        raise PlanError(f"{path}: has no [[rule]]", problems)
+    rules = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            rules.append(_rule(dict(entry)))
+        except (PlanError, ValueError, TypeError) as error:
+            problems.append(f"rule {number}: {error}")
+    if problems:
+        raise PlanError(f"{path}: {len(problems)} mistake(s)", problems)
+    return Recipe(path.stem, tuple(rules), keep_unfit)
+
+
+def _rule(entry: dict[str, Any]) -> RecipeRule:
+    role, match, codec = entry.pop("role", ""), entry.pop("match", ""), entry.pop("codec", "")
+    if bool(role) == bool(match):
+        raise ValueError("needs either role or match")
+    if role and role not in QUANTIZABLE:
+        raise ValueError(f"role {role!r} is not one that can be quantized ({', '.join(r for r in ROLES if r in QUANTIZABLE)})")
+    if match:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"match {match!r} is no regular expression: {error}") from None
+    if not codec:
+        raise ValueError("needs a codec")
+    return RecipeRule(codecs.make(codec, entry), (role,) if role else (), match)
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """For the manifest."""
+    rules = [{"applies_to": r.describe(), "codec": r.codec.describe()} for r in recipe.rules]
+    return {"name": recipe.name, "rules": rules, "keep_unfit": recipe.keep_unfit}

@@ -1,0 +1,150 @@
+"""The only loop over tensors.
+
+Read `run_shard` from top to bottom and you know the program: what is read, encoded, measured, packed and written,
+and in which order. Threads work ahead on slabs; results are taken in order, so that a file and its report do not
+depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ernie_quant import runtimes
+from ernie_quant.measure import Difference, compare
+from ernie_quant.output import OutputFolder
+from ernie_quant.plan import Plan, Shard, Step, file_metadata
+from ernie_quant.report import TensorReport
+from ernie_quant.views import Files, read
+from ernie_quant.writer import ShardWriter
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int], None]  # is told the bytes of source data that are done
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished file and what it cost."""
+
+    filename: str
+    nbytes: int
+    sha256: str
+    reports: tuple[TensorReport, ...]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did; no reports where the folder was complete before."""
+
+    complete_before: bool
+    reports: tuple[TensorReport, ...]
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A finished slab of rows of one step's tensor."""
+
+    step: Step
+    rows: tuple[int, int]
+    parts: dict[str, torch.Tensor]
+    difference: Difference
+
+
+def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Progress) -> ShardResult:
+    """Write one file of the result. Raises CheckpointError; nothing stays under the final name then."""
+    runtime = runtimes.find(plan.runtime)
+
+    def work(item: tuple[Step, tuple[int, int]]) -> Slab:
+        step, rows = item
+        weight = read(step.view, files, rows if step.spec.shape else None)
+        encoded = step.codec.encode(weight)
+        difference = compare(step.name, weight, step.codec.decode(encoded)) if step.quantized else Difference()
+        parts = runtime.pack(step.name, step.codec, encoded)
+        return Slab(step, rows, parts, difference)
+
+    sums: dict[str, Difference] = {}
+    with Files() as files, ShardWriter(folder / shard.filename, shard.specs, file_metadata(plan)) as writer:
+        for step in shard.steps:
+            for name, tensor in runtime.constants(step.name, step.codec, step.spec).items():
+                writer.write(name, tensor)
+        slabs = [(step, rows) for step in shard.steps for rows in step.slabs()]
+        for slab in _ordered(work, slabs, workers):
+            for name, tensor in slab.parts.items():
+                writer.write(name, tensor, _scaled(slab.rows[0], slab.step, name))
+            sums[slab.step.name] = sums.get(slab.step.name, Difference()) + slab.difference
+            progress((slab.rows[1] - slab.rows[0]) * slab.step.spec.nbytes // max(1, slab.step.spec.shape[0]) if slab.step.spec.shape else 0)  # fmt: skip
+        sha256 = writer.close()
+    reports = tuple(TensorReport.of(step, sums.get(step.name, Difference())) for step in shard.steps)
+    return ShardResult(shard.filename, writer.nbytes, sha256, reports)
+
+
+def _scaled(row: int, step: Step, part: str) -> int:
+    """The row of a stored part that belongs to a row of the weight: scales of blocks have fewer rows."""
+    shape = step.parts[part].shape
+    return row * shape[0] // step.spec.shape[0] if shape and step.spec.shape else 0
+
+
+def _ordered(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`map` on threads, in order, with at most one finished result waiting per worker: memory stays bounded."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def default_workers() -> int:
+    """The processors that this process may use; more than 8 wait for the disk."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, usable)
+
+
+def run_plan(plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, progress: Progress = lambda _: None) -> RunResult:
+    """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError."""
+    folder = OutputFolder(plan, out)
+    if folder.prepare(restart=restart):
+        return RunResult(complete_before=True, reports=())
+    files: dict[str, dict[str, Any]] = {}
+    rows: list[TensorReport] = []
+    with folder.lock(), one_torch_thread():
+        for shard in plan.shards:
+            if (known := folder.finished(shard)) is None:
+                result = run_shard(plan, shard, out, workers or default_workers(), progress)
+                known = ({"bytes": result.nbytes, "sha256": result.sha256}, list(result.reports))
+                folder.record(shard, *known)
+            else:
+                progress(sum(step.spec.nbytes for step in shard.steps))
+            files[shard.filename] = known[0]
+            rows += known[1]
+        folder.finish(files, rows)
+    return RunResult(complete_before=False, reports=tuple(rows))
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Slabs are the parallel work; threads inside torch's operations would fight with ours."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,149 @@
+"""A checkpoint in a folder: which files belong to it, and that none of them lies elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ernie_quant.checkpoint import Checkpoint, Rank, TensorRef
+from ernie_quant.errors import CheckpointError
+from ernie_quant.jsonio import read_object
+from ernie_quant.readers import by_suffix, read_header
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model_state.pdparams.index.json")
+# in order of preference; a folder that holds more than one kind is read by the first
+WEIGHTS = (
+    re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors"),
+    re.compile(r"model_state\.pdparams"),
+    re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin"),
+)
+RANK_FOLDER = re.compile(r"rank(\d+)")
+RANK_PICKLE = re.compile(r"model_state\.tp(\d+)\.pdparams")
+OF_COUNT = re.compile(r"-of-(\d{5})\.")
+# never carried along: what is written anew, other weights, and what a version control or download client left
+OWN_FILES = {"config.json", "ernie-quant.json", "report.json", "SHA256SUMS", *INDEXES}
+OTHER_WEIGHTS = {".gguf", ".pt", ".pth", ".onnx", ".msgpack", ".h5", ".npz", ".pdiparams", ".pdopt"}
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Read all headers in `folder`. Raises CheckpointError or ConfigError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}")
+    config = read_object(inside(folder, "config.json", "the checkpoint"))
+    anomalies: list[str] = []
+    ranks = tuple(_read_rank(folder, where, anomalies) for where in _ranks(folder))
+    if not any(rank.refs for rank in ranks):
+        raise CheckpointError(f"{folder}: holds no weights (model*.safetensors, model_state.pdparams or pytorch_model*.bin)")
+    used = {file for rank in ranks for file in rank.files}
+    extra, notes = _extra_files(folder, used)
+    return Checkpoint(folder, config, ranks, tuple(anomalies), tuple(notes), extra)
+
+
+def inside(folder: Path, name: str, who: str) -> Path:
+    """`folder / name`, if that is a regular file that lies in it. Raises CheckpointError.
+
+    A link may point to the `blobs` of the download cache whose snapshot the folder is; nowhere else.
+    """
+    parts = PurePosixPath(name).parts
+    plain = name and parts == PureWindowsPath(name).parts and not PureWindowsPath(name).drive and "\0" not in name
+    if not plain or ".." in parts or name.startswith("/") or any(":" in p for p in parts):
+        raise CheckpointError(f"{who} names the file {name[:200]!r}, which is not a plain name in the folder")
+    path = folder / name
+    real, root = path.resolve(), folder.resolve()
+    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    if not any(real.is_relative_to(r) for r in roots):
+        raise CheckpointError(f"{name}: is a link to {real}, outside the folder; copy the file or open its folder")
+    if not path.is_file():
+        raise CheckpointError(f"{name}: named by {who}, but {'is no regular file' if path.exists() else 'is not there'}")
+    return path
+
+
+def _ranks(folder: Path) -> list[tuple[Path, re.Pattern[str] | None]]:
+    """(folder, pattern of its weight files or None for the usual ones) for each tensor-parallel rank."""
+    found = {int(m[1]): p for p in folder.iterdir() if (m := RANK_FOLDER.fullmatch(p.name)) and p.is_dir()}
+    pickles = {int(m[1]): p for p in folder.iterdir() if (m := RANK_PICKLE.fullmatch(p.name))}
+    usual = any(w.fullmatch(p.name) for p in folder.iterdir() for w in WEIGHTS) or any((folder / i).exists() for i in INDEXES)
+    if usual or not (found or pickles):
+        return [(folder, None)]
+    table = found or pickles
+    if sorted(table) != list(range(len(table))):
+        raise CheckpointError(f"{folder}: has the ranks {sorted(table)}, not 0 to {len(table) - 1}")
+    if found:
+        return [(found[i], None) for i in sorted(found)]
+    return [(folder, re.compile(re.escape(pickles[i].name))) for i in sorted(pickles)]
+
+
+def _read_rank(root: Path, where: tuple[Path, re.Pattern[str] | None], anomalies: list[str]) -> Rank:
+    folder, pattern = where
+    if folder.resolve() != (root.resolve() / folder.relative_to(root)):
+        raise CheckpointError(f"{folder.name}: is a link; open the folder that it points to")
+    index = next((folder / i for i in INDEXES if (folder / i).exists()), None) if pattern is None else None
+    weight_map = _weight_map(folder, index) if index else None
+    names = sorted(set(weight_map.values())) if weight_map is not None else _weight_files(folder, pattern, anomalies)
+    refs: dict[str, TensorRef] = {}
+    files = []
+    for name in names:
+        try:
+            path = inside(folder, name, index.name if index else "the folder")
+        except CheckpointError as error:
+            if not str(error).endswith("is not there"):
+                raise
+            anomalies.append(str(error))
+            continue
+        files.append(path)
+        for ref in read_header(path):
+            if ref.name in refs:
+                anomalies.append(f"{ref.name}: stands in {refs[ref.name].file.name} and again in {path.name}")
+            refs[ref.name] = ref
+    if weight_map is not None:
+        anomalies.extend(_index_anomalies(weight_map, refs, {f.name for f in files}))
+    return Rank(refs, tuple(files))
+
+
+def _weight_map(folder: Path, index: Path) -> dict[str, str]:
+    table = read_object(inside(folder, index.name, "the folder")).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+        raise CheckpointError(f"{index.name}: has no weight_map of names to file names")
+    for name, file in table.items():
+        if PurePosixPath(file).suffix not in by_suffix():
+            raise CheckpointError(f"{index.name}: {name} is said to be in {file[:200]!r}, which is no weight file")
+    return table
+
+
+def _weight_files(folder: Path, pattern: re.Pattern[str] | None, anomalies: list[str]) -> list[str]:
+    for kind in [pattern] if pattern else WEIGHTS:
+        names = sorted(p.name for p in folder.iterdir() if kind.fullmatch(p.name))
+        counts = {int(m[1]) for n in names if (m := OF_COUNT.search(n))}
+        if counts and (len(counts) > 1 or len(names) != max(counts)):
+            anomalies.append(f"{len(names)} shards are there, their names promise {max(counts)}")
+        if names:
+            return names
+    return []
+
+
+def _index_anomalies(weight_map: dict[str, str], refs: dict[str, TensorRef], files: set[str]) -> Iterable[str]:
+    for name, file in weight_map.items():
+        if file not in files:
+            continue  # the missing file has a line of its own
+        if name not in refs:
+            yield f"{name}: the index says it is in {file}, which does not hold it"
+        elif refs[name].file.name != file:
+            yield f"{name}: the index says it is in {file}, it is in {refs[name].file.name}"
+    for name, ref in refs.items():
+        if name not in weight_map:
+            yield f"{name}: is in {ref.file.name}, the index does not name it"
+
+
+def _extra_files(folder: Path, used: set[Path]) -> tuple[tuple[Path, ...], list[str]]:
+    """Files to carry along, and a note on what is left."""
+    carried, left = [], []
+    for path in sorted(folder.iterdir()):
+        if path in used or path.name in OWN_FILES or path.name.startswith(".") or RANK_FOLDER.fullmatch(path.name):
+            continue
+        weights = path.suffix in by_suffix() or path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json")
+        if path.is_dir() or weights:
+            left.append(path.name + ("/" if path.is_dir() else ""))
+        else:
+            carried.append(inside(folder, path.name, "the folder"))
+    return tuple(carried), [f"not read and not carried along: {', '.join(left)}"] if left else []

@@ -1,0 +1,271 @@
+"""Read a result back from disk and check everything that can be known about it.
+
+Nothing is taken from the run: names and shapes follow from the architecture's table, the form of every tensor from
+config.json, the values from the files. The report and the manifest are what is checked, not what is believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ernie_quant import archs, names, runtimes, views
+from ernie_quant.checkpoint import Checkpoint, TensorRef, TensorSpec
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.errors import CheckpointError, ErnieQuantError, OutputError, VerifyError
+from ernie_quant.jsonio import read_object
+from ernie_quant.measure import Difference, compare
+from ernie_quant.names import NameMap, Rule, Weight
+from ernie_quant.output import MANIFEST, REPORT, STATE
+from ernie_quant.plan import SLAB_BYTES, resolve
+from ernie_quant.report import TensorReport
+from ernie_quant.run import one_torch_thread
+from ernie_quant.views import Files, read
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int], None]
+CHUNK = 8 << 20
+TOLERANCE = 1e-9  # of a relative error, which is computed by the same sums again
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight of the result: its rule, shape [out, in], promised codec and the stored tensors that hold it."""
+
+    name: str
+    rule: Rule
+    shape: tuple[int, ...]
+    codec: Codec
+    refs: Mapping[str, TensorRef]
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Shape, and the dtype of the weight that decoding yields."""
+        dtype = next(iter(self.refs.values())).spec.dtype if isinstance(self.codec, Keep) else "BF16"
+        return TensorSpec(self.shape, dtype)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked."""
+
+    files: int
+    tensors: int
+    quantized: int
+    against: bool
+
+
+def verify(out: Path, against: Path | None = None, progress: Progress = lambda _: None) -> Verified:
+    """Check the result in `out`, and with `against` every tensor of it against the source. Raises VerifyError."""
+    manifest = _manifest(out)
+    problems = list(_file_problems(out, manifest, progress))
+    if problems:  # nothing in a file that changed is worth a closer look
+        raise VerifyError(f"{out}: {len(problems)} file(s) are not as they were written", problems)
+    checkpoint = Checkpoint.open(out)
+    target = runtimes.find(manifest["runtime"])
+    stored, problems = _stored(checkpoint, target)
+    rows, more = _reports(out, stored)
+    problems += [*checkpoint.anomalies, *more]
+    if problems:
+        raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
+    with one_torch_thread(), Files() as files:
+        problems = list(_value_problems(stored, target, files))
+        if against is not None:
+            problems += _against(stored, rows, target, files, Checkpoint.open(against))
+    if problems:
+        raise VerifyError(f"{out}: {len(problems)} tensor(s) are not as reported", problems)
+    quantized = sum(not isinstance(s.codec, Keep) for s in stored)
+    return Verified(len(manifest["files"]), len(stored), quantized, against is not None)
+
+
+def _manifest(out: Path) -> dict[str, Any]:
+    if not (out / MANIFEST).is_file():
+        begun = (out / STATE).is_dir()
+        raise OutputError(
+            f"{out}: is not finished; run the same command again"
+            if begun
+            else f"{out}: has no {MANIFEST}; it was not made by ernie-quant"
+        )
+    manifest = read_object(out / MANIFEST)
+    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("runtime"), str):
+        raise OutputError(f"{out / MANIFEST}: lacks files or runtime")
+    return manifest
+
+
+def _file_problems(out: Path, manifest: dict[str, Any], progress: Progress) -> Iterator[str]:
+    for name, entry in manifest["files"].items():
+        try:
+            from ernie_quant.sources.folder import inside
+
+            path = inside(out, name, MANIFEST)
+        except CheckpointError as error:
+            yield str(error)
+            continue
+        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
+            yield f"{name}: has {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"
+        elif (digest := _sha256(path, progress)) != entry.get("sha256"):
+            yield f"{name}: its sha256 is {digest[:16]}…, the manifest says {str(entry.get('sha256'))[:16]}…"
+    for path in sorted(out.glob("*.safetensors")):
+        if path.name not in manifest["files"]:
+            yield f"{path.name}: is not in the manifest"
+
+
+def _sha256(path: Path, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+            progress(len(data))
+    return digest.hexdigest()
+
+
+def _stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored], list[str]]:
+    """Every weight that the table expects, as config.json promises it, with the tensors that hold it."""
+    arch = archs.find(checkpoint.config)
+    groups: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in checkpoint.refs.items():
+        groups.setdefault(target.weight_of(name)[0], {})[name] = ref
+    table: NameMap = arch.name_map(arch.flat(checkpoint.config), list(groups))
+    expected = dict(_expected(table, target.LAYOUT))
+    linears = [(n, TensorSpec(shape, "BF16")) for n, (rule, shape) in expected.items() if rule.linear and n in groups]
+    promise = checkpoint.config.get("quantization_config")
+    codecs = target.codecs_of(promise, linears) if promise else {}
+    stored, problems = [], []
+    for name, (rule, shape) in expected.items():
+        refs = groups.pop(name, None)
+        if refs is None:
+            if rule.need in ("always", *table.flags):
+                problems.append(f"{name}: is missing")
+            continue
+        codec = codecs.get(name, KEEP)
+        entry = Stored(name, rule, shape, codec, refs)
+        problems += _spec_problems(entry, target)
+        stored.append(entry)
+    return stored, problems + [f"{name}: is unknown to this architecture" for refs in groups.values() for name in refs]
+
+
+def _expected(table: NameMap, layout: str) -> Iterator[tuple[str, tuple[Rule, tuple[int, ...]]]]:
+    for row in table.rows():
+        if layout == names.PT:
+            yield from ((name, (row.rule, shape)) for name, shape in zip(row.pt, row.shapes, strict=True))
+        else:
+            yield row.paddle, (row.rule, row.stored_shape)
+
+
+def _spec_problems(entry: Stored, target: ModuleType) -> Iterator[str]:
+    specs = target.parts(entry.name, entry.codec, entry.spec)
+    for name in sorted(specs.keys() | entry.refs.keys()):
+        promised, found = specs.get(name), entry.refs.get(name)
+        if found is None or promised is None or found.spec != promised:
+            yield (
+                f"{name}: is {_words(found.spec if found else None)}, config.json"
+                f" ({entry.codec.describe()}) wants {_words(promised)}"
+            )
+
+
+def _words(spec: TensorSpec | None) -> str:
+    return f"{spec.dtype} {spec.shape}" if spec else "not there"
+
+
+def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], list[str]]:
+    try:
+        rows = {r["name"]: TensorReport.from_json(r) for r in read_object(out / REPORT)["tensors"]}
+    except (KeyError, TypeError):
+        raise VerifyError(f"{out / REPORT}: lacks the rows of its tensors", []) from None
+    problems = [f"{n}: is in the report, not in the files" for n in rows.keys() - {s.name for s in stored}]
+    for entry in stored:
+        row = rows.get(entry.name)
+        nbytes = sum(ref.spec.nbytes for ref in entry.refs.values())
+        if row is None:
+            problems.append(f"{entry.name}: is in the files, not in the report")
+        elif (row.shape, row.bytes, row.codec == "kept") != (entry.shape, nbytes, isinstance(entry.codec, Keep)):
+            problems.append(
+                f"{entry.name}: the report says {row.codec} {row.shape} in {row.bytes} bytes, the files hold"
+                f" {entry.codec.describe()} {entry.shape} in {nbytes}"
+            )
+    return rows, problems
+
+
+def _value_problems(stored: list[Stored], target: ModuleType, files: Files) -> Iterator[str]:
+    """Quantized weights must decode to finite numbers."""
+    for entry in stored:
+        if not isinstance(entry.codec, Keep):
+            for rows in slabs(entry):
+                if not bool(decoded(entry, target, files, rows).isfinite().all()):
+                    yield f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
+                    break
+
+
+def slabs(entry: Stored) -> list[tuple[int, int]]:
+    """Ranges of rows of about SLAB_BYTES."""
+    if not entry.shape:
+        return [(0, 0)]
+    step = max(1, SLAB_BYTES // max(1, entry.spec.nbytes // max(1, entry.shape[0])) // entry.codec.rows) * entry.codec.rows
+    return [(first, min(first + step, entry.shape[0])) for first in range(0, entry.shape[0], step)]
+
+
+def decoded(entry: Stored, target: ModuleType, files: Files, rows: tuple[int, int]) -> torch.Tensor:
+    """Rows of the weight as a runtime will see them."""
+    out = entry.shape[0] if entry.shape else 1
+    parts = {}
+    for name, ref in entry.refs.items():
+        shape = ref.spec.shape
+        whole = not shape or (shape[0] * entry.codec.rows < out and not isinstance(entry.codec, Keep))
+        span = None if whole else (rows[0] * shape[0] // out, -(-rows[1] * shape[0] // out))
+        parts[name] = read(views.leaf(ref), files, span)
+    result: torch.Tensor = entry.codec.decode(target.unpack(entry.name, entry.codec, parts))
+    return result
+
+
+def _against(stored: list[Stored], rows: Mapping[str, TensorReport], target: ModuleType, files: Files, source: Checkpoint) -> list[str]:  # fmt: skip
+    """Kept tensors have the source's bytes; decoded ones have the error that was reported; none is missing."""
+    table = resolve(source, frozenset(names.FIXES))
+    if table.problems:
+        raise VerifyError(f"{source.folder}: the source itself has {len(table.problems)} problem(s)", table.problems)
+    weights = {w.name: w for w in table.map.write(table.weights, target.LAYOUT)}
+    found = {s.name: s for s in stored}
+    problems = [f"{name}: is in the source, not in the result" for name in weights.keys() - found.keys()]
+    problems += [f"{name}: is in the result, not in the source" for name in found.keys() - weights.keys()]
+    for name in sorted(weights.keys() & found.keys(), key=names.natural):
+        try:
+            problem = _difference(found[name], weights[name], rows[name], target, files)
+        except ErnieQuantError as error:
+            problem = str(error)
+        if problem:
+            problems.append(problem)
+    return problems
+
+
+def _difference(entry: Stored, weight: Weight, row: TensorReport, target: ModuleType, files: Files) -> str | None:
+    import torch
+
+    if weight.view.shape != entry.shape:
+        return f"{entry.name}: is {entry.shape}, in the source {weight.view.shape}"
+    if set(row.sources) != set(weight.sources):
+        return f"{entry.name}: the report says it comes from {', '.join(row.sources)}, it comes from {', '.join(weight.sources)}"
+    total = Difference()
+    for span in slabs(entry):
+        original = read(weight.view, files, span if entry.shape else None)
+        result = decoded(entry, target, files, span)
+        if isinstance(entry.codec, Keep):
+            if original.dtype != result.dtype or not torch.equal(original.view(torch.uint8), result.view(torch.uint8)):
+                return f"{entry.name}: should be the source's bytes, and is not"
+        else:
+            total += compare(entry.name, original, result)
+    if abs(total.rel_error - row.rel_error) > TOLERANCE * max(1.0, row.rel_error) or not math.isfinite(total.rel_error):
+        return f"{entry.name}: its relative error is {total.rel_error:.6g}, the report says {row.rel_error:.6g}"
+    return None
+
+
+def as_json(result: Verified) -> dict[str, Any]:
+    """For --json."""
+    return json.loads(json.dumps({"status": "verified", **result.__dict__}))  # type: ignore[no-any-return]

@@ -1,0 +1,263 @@
+"""Tensors that are not read yet: a transposed, cut or joined view of what lies in the files.
+
+The plan builds views; the run reads them in slabs of rows. A view has a shape and a dtype; `read(view, files, rows)`
+returns `view[rows]` as a contiguous tensor and touches no other bytes than it must. Every layout difference between
+Paddle, PT and tensor-parallel ranks is one of three operations on views: `T`, `Cut` and `Cat`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef
+from ernie_quant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+Box: TypeAlias = tuple[tuple[int, int], ...]  # (start, stop) per dimension
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A stored tensor as it lies in its file."""
+
+    ref: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in the file; reversed where the file is column-major."""
+        return self.ref.spec.shape[::-1] if self.ref.fortran else self.ref.spec.shape
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' spelling."""
+        return self.ref.spec.dtype
+
+
+@dataclass(frozen=True)
+class T:
+    """A matrix transposed."""
+
+    base: View
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the base, reversed."""
+        return self.base.shape[::-1]
+
+    @property
+    def dtype(self) -> str:
+        """Of the base."""
+        return self.base.dtype
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`base[start:stop]` along `axis`."""
+
+    base: View
+    axis: int
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the base, `stop - start` along `axis`."""
+        shape = list(self.base.shape)
+        shape[self.axis] = self.stop - self.start
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> str:
+        """Of the base."""
+        return self.base.dtype
+
+
+@dataclass(frozen=True)
+class Cat:
+    """`parts` one after the other along `axis`."""
+
+    parts: tuple[View, ...]
+    axis: int
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first part, with the sum of the parts along `axis`."""
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(p.shape[self.axis] for p in self.parts)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> str:
+        """Of the first part."""
+        return self.parts[0].dtype
+
+
+View: TypeAlias = Leaf | T | Cut | Cat
+
+
+def leaf(ref: TensorRef) -> View:
+    """The whole of a stored tensor, row-major."""
+    return T(Leaf(ref)) if ref.fortran else Leaf(ref)
+
+
+def transpose(view: View) -> View:
+    """`view.T`; a double transposition vanishes, joints and cuts move outwards."""
+    match view:
+        case T(base):
+            return base
+        case Cat(parts, axis):
+            return Cat(tuple(transpose(p) for p in parts), 1 - axis)
+        case Cut(base, axis, start, stop):
+            return Cut(transpose(base), 1 - axis, start, stop)
+    return T(view)
+
+
+def cut(view: View, axis: int, start: int, stop: int) -> View:
+    """`view[start:stop]` along `axis`; the whole is the view itself, a cut of a cut is one cut."""
+    if (start, stop) == (0, view.shape[axis]):
+        return view
+    if isinstance(view, Cut) and view.axis == axis:
+        return cut(view.base, axis, view.start + start, view.start + stop)
+    return Cut(view, axis, start, stop)
+
+
+def cat(parts: list[View], axis: int) -> View:
+    """The parts joined along `axis`; neighbouring cuts of one view grow together, so split and cat cancel."""
+    joined: list[View] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if isinstance(part, Cat) and part.axis == axis:
+            inner = cat([*joined, *part.parts], axis)
+            joined = list(inner.parts) if isinstance(inner, Cat) and inner.axis == axis else [inner]
+        elif isinstance(last, Cut) and isinstance(part, Cut) and last.base == part.base and last.axis == part.axis == axis:
+            if last.stop == part.start:
+                joined[-1] = cut(last.base, axis, last.start, part.stop)
+            else:
+                joined.append(part)
+        else:
+            joined.append(part)
+    return joined[0] if len(joined) == 1 else Cat(tuple(joined), axis)
+
+
+def refs(view: View) -> list[TensorRef]:
+    """The stored tensors under a view, each once, in order."""
+    match view:
+        case Leaf(ref):
+            return [ref]
+        case T(base) | Cut(base):
+            return refs(base)
+        case Cat(parts):
+            return list(dict.fromkeys(r for p in parts for r in refs(p)))
+
+
+class Files:
+    """Open files, read at offsets: safe for several threads, closed together."""
+
+    def __init__(self) -> None:
+        self._fds: dict[Path, int] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def fd(self, path: Path) -> int:
+        """The descriptor of `path`, opened on first use."""
+        if path not in self._fds:
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            if self._fds.setdefault(path, fd) != fd:
+                os.close(fd)  # another thread was first
+        return self._fds[path]
+
+    def read_into(self, ref: TensorRef, buffer: memoryview, at: int) -> None:
+        """Fill `buffer` from byte `at` of the tensor's payload. Raises CheckpointError."""
+        for extent in ref.extents:
+            if at < extent.nbytes and len(buffer):
+                count = min(len(buffer), extent.nbytes - at)
+                self._read_extent(ref, extent, buffer[:count], at)
+                buffer, at = buffer[count:], 0
+            else:
+                at -= min(at, extent.nbytes)
+
+    def _read_extent(self, ref: TensorRef, extent: Extent, buffer: memoryview, at: int) -> None:
+        fd = self.fd(ref.file)
+        if extent.latin1:
+            buffer[:] = self._latin1(fd, ref, extent)[at : at + len(buffer)]
+            return
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(fd, [buffer[done:]], extent.start + at + done)
+            if got == 0:
+                raise CheckpointError(f"{ref.file.name}: {ref.name}: the file ended while it was read; it has changed")
+            done += got
+
+    def _latin1(self, fd: int, ref: TensorRef, extent: Extent) -> bytes:
+        """Pickle protocol 2 wraps bytes as UTF-8, where no offset is known: the whole is decoded."""
+        try:
+            data = os.pread(fd, extent.stored, extent.start).decode("utf-8").encode("latin-1")
+        except UnicodeError:
+            data = b""
+        if len(data) != extent.nbytes:
+            raise CheckpointError(f"{ref.file.name}: {ref.name}: its text does not hold {extent.nbytes} bytes")
+        return data
+
+
+def read(view: View, files: Files, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """`view[rows[0]:rows[1]]`, contiguous. Raises CheckpointError."""
+    box = tuple((0, n) for n in view.shape)
+    if rows is not None:
+        box = (rows, *box[1:])
+    return _read_box(view, files, box).contiguous()
+
+
+def _read_box(view: View, files: Files, box: Box) -> torch.Tensor:
+    import torch
+
+    match view:
+        case T(base):
+            return _read_box(base, files, box[::-1]).t()
+        case Cut(base, axis, start, _):
+            moved = list(box)
+            moved[axis] = (box[axis][0] + start, box[axis][1] + start)
+            return _read_box(base, files, tuple(moved))
+        case Cat(parts, axis):
+            found, at = [], 0
+            for part in parts:
+                first, last = max(box[axis][0] - at, 0), min(box[axis][1] - at, part.shape[axis])
+                if first < last:
+                    found.append(_read_box(part, files, (*box[:axis], (first, last), *box[axis + 1 :])))
+                at += part.shape[axis]
+            return found[0] if len(found) == 1 else torch.cat(found, dim=axis)
+        case Leaf(ref):
+            return _read_leaf(ref, view.shape, files, box)
+
+
+def _read_leaf(ref: TensorRef, shape: tuple[int, ...], files: Files, box: Box) -> torch.Tensor:
+    """Whole rows are one read; a range of columns is one read per row."""
+    import torch
+
+    from ernie_quant.tensors import TORCH_DTYPES
+
+    size = tuple(stop - start for start, stop in box)
+    out = torch.empty(size, dtype=TORCH_DTYPES[ref.spec.dtype])
+    if not out.numel():
+        return out
+    buffer = memoryview(out.view(-1).view(torch.uint8).numpy()) if size else memoryview(out.view(1).view(torch.uint8).numpy())
+    itemsize = ITEMSIZE[ref.spec.dtype]
+    if len(shape) != 2 or size[1] == shape[1]:
+        row_bytes = (len(buffer) // size[0]) if size else len(buffer)
+        files.read_into(ref, buffer, box[0][0] * row_bytes if size else 0)
+        return out
+    run = size[1] * itemsize
+    for i, row in enumerate(range(*box[0])):
+        files.read_into(ref, buffer[i * run : (i + 1) * run], (row * shape[1] + box[1][0]) * itemsize)
+    return out

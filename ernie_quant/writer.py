@@ -1,0 +1,133 @@
+"""A safetensors file written in place: header first, every tensor straight to its offset, final name at the end.
+
+The safetensors library can only write a file whose tensors are all in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ernie_quant.checkpoint import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+PARTIAL = ".partial"
+CHUNK = 8 << 20
+
+
+def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of a safetensors header whose tensors follow each other in the order of `specs`."""
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, spec in specs.items():
+        table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+        at += spec.nbytes
+    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> str:
+    """Write a small file through a partial one; its sha256."""
+    partial = path.with_name(path.name + PARTIAL)
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    fsync_folder(path.parent)
+    return hashlib.sha256(data).hexdigest()
+
+
+class ShardWriter:
+    """One output file. `write` in any order; `close` completes it; leaving with an error drops it.
+
+    The hash follows the writes while they come in file order, and reads back (from the page cache) the little that
+    came early.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.path, self.specs = path, specs
+        self.partial = path.with_name(path.name + PARTIAL)
+        head = header_bytes(specs, metadata)
+        self._start: dict[str, int] = {}
+        at = len(head)
+        for name, spec in specs.items():
+            self._start[name] = at
+            at += spec.nbytes
+        self.nbytes = at
+        self._missing = {name: spec.nbytes for name, spec in specs.items()}
+        self._order = iter(specs)
+        self._next: str | None = next(self._order, None)
+        self._hash = hashlib.sha256(head)
+        self._hashed = len(head)
+        self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._put(memoryview(head), 0)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self.partial.unlink(missing_ok=True)
+
+    def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
+        """Store rows of `name` from `first_row` on."""
+        from ernie_quant.tensors import DTYPE_NAMES, as_bytes
+
+        spec = self.specs[name]
+        assert DTYPE_NAMES[tensor.dtype] == spec.dtype, (name, tensor.dtype, spec)
+        assert tuple(tensor.shape[1:]) == spec.shape[1:], (name, tensor.shape, spec)
+        data = as_bytes(tensor)
+        row_bytes = spec.nbytes // max(1, spec.shape[0]) if spec.shape else spec.nbytes
+        at = self._start[name] + first_row * row_bytes
+        assert len(data) <= self._missing[name], f"{name}: written twice"
+        self._put(data, at)
+        self._missing[name] -= len(data)
+        if at == self._hashed:
+            self._hash.update(data)
+            self._hashed += len(data)
+        self._catch_up()
+
+    def _put(self, data: memoryview, at: int) -> None:
+        while data:
+            done = os.pwrite(self._fd, data, at)
+            data, at = data[done:], at + done
+
+    def _catch_up(self) -> None:
+        """Hash what was written before its turn."""
+        while self._next is not None and not self._missing[self._next]:
+            stop = self._start[self._next] + self.specs[self._next].nbytes
+            while self._hashed < stop:
+                data = os.pread(self._fd, min(CHUNK, stop - self._hashed), self._hashed)
+                self._hash.update(data)
+                self._hashed += len(data)
+            self._next = next(self._order, None)
+
+    def close(self) -> str:
+        """Make the file durable under its final name; its sha256."""
+        unwritten = [name for name, left in self._missing.items() if left]
+        assert not unwritten and self._hashed == self.nbytes, f"{self.path.name}: not written: {unwritten[:3]}"
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        os.replace(self.partial, self.path)
+        fsync_folder(self.path.parent)
+        return self._hash.hexdigest()
