@@ -145,7 +145,9 @@ def _show_result(plan: Plan, out: Path, reports: Any, complete: bool, quiet: boo
     if as_json:
         changed = total([r for r in reports if r.codec != "kept"])
         errors = {"rel_error": changed.rel_error, "worst_rel_error": changed.worst, "quantized": changed.tensors}
-        print_json({"status": "complete" if complete else "done", "out": str(out), **_facts(plan), **({} if complete else errors)})
+        print_json(
+            {"status": "complete" if complete else "done", "out": str(out), **_facts(plan), **({} if complete else errors)}
+        )
         return
     if complete:
         click.echo(f"{out}: complete")

@@ -1,12 +1,12 @@
 """Every error that a user can cause or meet; anything else that is raised is our own mistake.
 
-    ErnieQuantError             exit code 1, one line for the user
-    ├── CheckpointError         a file of the source is broken, hostile or missing
-    ├── ConfigError             config.json lacks or contradicts something
-    ├── PlanError               what is asked for does not fit this checkpoint; holds every problem found
-    ├── OutputError             the output folder is not ours, not finished, or cannot be written
-    ├── VerifyError             what lies on disk is not what the report says
-    └── RetryError              exit code 75: the same command may work later (disk full, another run at work)
+ErnieQuantError             exit code 1, one line for the user
+├── CheckpointError         a file of the source is broken, hostile or missing
+├── ConfigError             config.json lacks or contradicts something
+├── PlanError               what is asked for does not fit this checkpoint; holds every problem found
+├── OutputError             the output folder is not ours, not finished, or cannot be written
+├── VerifyError             what lies on disk is not what the report says
+└── RetryError              exit code 75: the same command may work later (disk full, another run at work)
 """
 
 from __future__ import annotations

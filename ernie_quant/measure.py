@@ -1,8 +1,8 @@
 """Error formulas, with their units.
 
-    rel_error      ||W - W'||^2 / ||W||^2
-    sqnr_db        -10 log10(rel_error), in decibels; None where nothing differs
-    max_abs_error  max |W - W'|, in units of the weight
+rel_error      ||W - W'||^2 / ||W||^2
+sqnr_db        -10 log10(rel_error), in decibels; None where nothing differs
+max_abs_error  max |W - W'|, in units of the weight
 """
 
 from __future__ import annotations

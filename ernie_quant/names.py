@@ -302,4 +302,3 @@ def _versus(row: Row, op: Op, shape: tuple[int, ...], expected: tuple[int, ...])
     if op.transpose:
         symbols = symbols[::-1]
     return f"{shape} is not {' x '.join(symbols)} = {expected}"
-

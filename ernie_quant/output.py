@@ -123,7 +123,10 @@ class OutputFolder:
             total = sum(spec.nbytes for shard in plan.shards for spec in shard.specs.values())
             put(INDEX, dumps({"metadata": {"total_size": total}, "weight_map": plan.weight_map}).encode())
         put(CONFIG, dumps(plan.config).encode())
-        put(REPORT, report.to_json(rows, {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}).encode())
+        put(
+            REPORT,
+            report.to_json(rows, {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}).encode(),
+        )
         put(README, card.readme(plan, rows, self.path.name).encode())
         write_file(self.path / MANIFEST, dumps(manifest(plan, entries)).encode())
         shutil.rmtree(self.state)

@@ -302,4 +302,3 @@ def summary(plan: Plan) -> list[dict[str, Any]]:
 def bits_per_weight(plan: Plan) -> float:
     """Stored bits per element over all tensors."""
     return 8 * plan.nbytes / max(1, sum(s.spec.numel for s in plan.steps))
-

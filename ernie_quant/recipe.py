@@ -1,16 +1,16 @@
 """Which codec for which tensor: by role or by name, first match wins, the rest is kept.
 
-    # recipe.toml
-    [[rule]]
-    match = 'layers\\.(3|4)\\.mlp\\.experts'     # regex, searched in the PT name
-    codec = "rtn"
-    bits = 8
+# recipe.toml
+[[rule]]
+match = 'layers\\.(3|4)\\.mlp\\.experts'     # regex, searched in the PT name
+codec = "rtn"
+bits = 8
 
-    [[rule]]
-    role = "experts"
-    codec = "rtn"
-    bits = 4
-    group_size = 128
+[[rule]]
+role = "experts"
+codec = "rtn"
+bits = 4
+group_size = 128
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Architectures, one file each: a name table, its dimensions from config.json, and config.json in every spelling.
 
-    MODEL_TYPES                        values of model_type in config.json that the file answers for
-    flat(config)                       config.json as the other functions want it, whatever spelling it came in
-    name_map(config, names)            NameMap for a flat config; `names` are those of the stored tensors
-    config_for(layout, config, facts)  config.json in the words of a layout
+MODEL_TYPES                        values of model_type in config.json that the file answers for
+flat(config)                       config.json as the other functions want it, whatever spelling it came in
+name_map(config, names)            NameMap for a flat config; `names` are those of the stored tensors
+config_for(layout, config, facts)  config.json in the words of a layout
 """
 
 from __future__ import annotations

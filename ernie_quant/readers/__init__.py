@@ -7,6 +7,7 @@ file's size, and raises CheckpointError with the file's name.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ from ernie_quant.checkpoint import TensorRef
 from ernie_quant.errors import CheckpointError
 
 
+@cache
 def by_suffix() -> dict[str, ModuleType]:
     """Suffix of a weight file -> the reader for it."""
     return {suffix: module for module in plugins.modules(sys.modules[__name__]) for suffix in module.SUFFIXES}

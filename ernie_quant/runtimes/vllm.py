@@ -102,9 +102,7 @@ def problems(linears: Sequence[Linear]) -> list[str]:
     """Forms that vLLM has no kernel for, and layers whose parts differ."""
     found = []
     for linear in linears:
-        if isinstance(linear.codec, RoundToNearest) and (
-            linear.codec.bits not in BITS or linear.codec.group_size not in GROUPS
-        ):
+        if isinstance(linear.codec, RoundToNearest) and (linear.codec.bits not in BITS or linear.codec.group_size not in GROUPS):
             found.append(f"{linear.name}: vLLM loads int4 and int8 in groups of 32, 64, 128 or per channel, not {linear.codec.describe()}; --runtime transformers loads it")  # fmt: skip
     return found + mixed(linears)
 
@@ -146,6 +144,7 @@ def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
     for linear in quantized:
         assert isinstance(linear.codec, RoundToNearest)
         schemes[linear.codec.bits, linear.codec.group_size].append(linear)
+    scheme_of = {li.name: scheme for scheme, members in schemes.items() for li in members}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -154,7 +153,7 @@ def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
         "config_groups": {
             f"group_{i}": {
                 "format": "pack-quantized",  # no fallback to the global one
-                "targets": _regexes(members, [li for li in linears if li not in members]),
+                "targets": _regexes(members, [li for li in linears if scheme_of.get(li.name) != (bits, group)]),
                 "weights": {
                     "num_bits": bits,
                     "type": "int",
