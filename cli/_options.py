@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
-
 from ernie_quant.cli.main import print_json
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class Size(click.ParamType):
     """Bytes: `5GB`, `500MB`, `2GiB` or a plain number."""
 
     name = "size"
-    UNITS = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
+    UNITS: ClassVar = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse."""
@@ -90,6 +89,7 @@ def execute(
         _show_plan(plan, as_json)
         return
     from ernie_quant.cli._progress import progress_bar
+
     from ernie_quant.run import run_plan
 
     total = sum(step.spec.nbytes for step in plan.steps)

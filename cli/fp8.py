@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from ernie_quant.cli import _options
 
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import click
-
 from ernie_quant.cli import _options
 from ernie_quant.cli.main import print_json
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-
 from ernie_quant.cli import _options
 from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli.main import print_json

@@ -29,7 +29,9 @@ def readme(plan: Plan, rows: Sequence[TensorReport], name: str) -> str:
     if plan.tp_sizes:
         parts.append(f"Tensor-parallel sizes that its widths, heads and groups allow: {', '.join(map(str, plan.tp_sizes))}.")
     if quantized:
-        parts.append(f"## Error\n\nrel. error = ||W - W'||^2 / ||W||^2; every tensor is in report.json.\n\n```\n{report.tables(rows)}\n```")  # fmt: skip
+        parts.append(
+            f"## Error\n\nrel. error = ||W - W'||^2 / ||W||^2; every tensor is in report.json.\n\n```\n{report.tables(rows)}\n```"
+        )
     if plan.notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in plan.notes))
     return "\n\n".join(parts) + "\n"

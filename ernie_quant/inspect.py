@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant import names, plan, report
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.checkpoint import Checkpoint, TensorSpec
 
 LAYOUT_NAMES = {names.PADDLE: "Paddle", names.PT: "PT", names.PADDLEFORMERS: "paddleformers (third layout)"}
 
@@ -60,7 +60,7 @@ def _roles(table: plan.Table) -> dict[str, dict[str, int]]:
     for weight in table.weights:
         entry = roles.setdefault(weight.role, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
-        entry["bytes"] += plan.TensorSpec(weight.view.shape, weight.view.dtype).nbytes
+        entry["bytes"] += TensorSpec(weight.view.shape, weight.view.dtype).nbytes
     return {role: roles[role] for role in names.ROLES if role in roles}
 
 

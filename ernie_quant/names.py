@@ -91,7 +91,7 @@ class Rule:
     def shapes(self) -> tuple[Symbols, ...]:
         """Symbols of each PT tensor's shape."""
         if self.shape and isinstance(self.shape[0], str):
-            return (self.shape,) * len(self.pt)  # type: ignore[return-value]
+            return (self.shape,) * len(self.pt)
         return self.shape  # type: ignore[return-value]
 
     @property

@@ -24,7 +24,7 @@ from ernie_quant.report import TensorReport
 from ernie_quant.writer import PARTIAL, fsync_folder, write_file
 
 MANIFEST, STATE, INDEX = "ernie-quant.json", ".ernie-quant", "model.safetensors.index.json"
-REPORT, CONFIG, README, SOURCE_README = "report.json", "config.json", "README.md", "README.source.md"
+CONFIG, README, SOURCE_README = "config.json", "README.md", "README.source.md"
 
 
 class OutputFolder:
@@ -58,7 +58,8 @@ class OutputFolder:
     def _same_plan(self) -> bool:
         """True for a complete result of this plan, False for a begun one. Raises OutputError for another plan's."""
         complete = (self.path / MANIFEST).is_file()
-        state = read_object(self.path / MANIFEST if complete else self.state / "plan.json") if complete or (self.state / "plan.json").exists() else {}  # fmt: skip
+        file = self.path / MANIFEST if complete else self.state / "plan.json"
+        state = read_object(file) if file.exists() else {}
         if state and state.get("fingerprint") != self.plan.fingerprint:
             what = "the result" if complete else "the beginning"
             raise OutputError(
@@ -69,7 +70,7 @@ class OutputFolder:
 
     def _sweep(self) -> None:
         """Remove what a run writes, and nothing else."""
-        own = {MANIFEST, INDEX, REPORT, CONFIG, README, SOURCE_README}
+        own = {MANIFEST, INDEX, report.FILENAME, CONFIG, README, SOURCE_README}
         for path in self.path.iterdir():
             shard = path.name.startswith("model") and path.suffix == ".safetensors"
             if path.is_file() and (path.name in own or shard or path.name.endswith(PARTIAL)):
@@ -124,7 +125,7 @@ class OutputFolder:
             put(INDEX, dumps({"metadata": {"total_size": total}, "weight_map": plan.weight_map}).encode())
         put(CONFIG, dumps(plan.config).encode())
         put(
-            REPORT,
+            report.FILENAME,
             report.to_json(rows, {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}).encode(),
         )
         put(README, card.readme(plan, rows, self.path.name).encode())

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import ernie_quant
-from ernie_quant import archs, names, recipe, runtimes
+from ernie_quant import archs, names, recipe, runtimes, views
 from ernie_quant.archs._config import Facts, whole
 from ernie_quant.checkpoint import ITEMSIZE, Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
@@ -22,7 +22,6 @@ from ernie_quant.recipe import Recipe
 from ernie_quant.runtimes import Linear
 from ernie_quant.views import View
 
-SLAB_BYTES = 32 << 20  # of source data: the unit of memory
 SHARD_BYTES = 5_000_000_000  # the field's usual size of an output file
 FLOATS = ("BF16", "F16", "F32")
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -52,13 +51,8 @@ class Step:
         return not isinstance(self.codec, Keep)
 
     def slabs(self) -> list[tuple[int, int]]:
-        """Ranges of rows that together are the tensor, each about SLAB_BYTES of source data."""
-        if not self.spec.shape:
-            return [(0, 0)]
-        rows = self.spec.shape[0]
-        row_bytes = max(1, self.spec.nbytes // max(1, rows))
-        step = max(1, SLAB_BYTES // row_bytes // self.codec.rows) * self.codec.rows
-        return [(first, min(first + step, rows)) for first in range(0, rows, step)] or [(0, 0)]
+        """Ranges of rows that together are the tensor."""
+        return views.slabs(self.spec, self.codec.rows)
 
 
 @dataclass(frozen=True)
@@ -185,7 +179,9 @@ def refuse_quantized(source: Checkpoint) -> None:
 
 def _steps(weights: Sequence[Weight], rules: Recipe, target: ModuleType) -> tuple[list[Step], list[str], list[str]]:
     """Steps, what does not fit, and what is kept because it does not fit."""
-    steps, problems, unfit = [], [], []
+    steps: list[Step] = []
+    problems: list[str] = []
+    unfit: list[str] = []
     for weight in weights:
         codec, spec = rules.codec_for(weight), TensorSpec(weight.view.shape, weight.view.dtype)
         problem = codec.problem(spec)
@@ -292,7 +288,9 @@ def summary(plan: Plan) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for step in plan.steps:
         key = (names.folded(step.name), step.codec.describe())
-        row = groups.setdefault(key, {"name": key[0], "role": step.role, "codec": key[1], "tensors": 0, "bytes_in": 0, "bytes_out": 0})  # fmt: skip
+        row = groups.setdefault(
+            key, {"name": key[0], "role": step.role, "codec": key[1], "tensors": 0, "bytes_in": 0, "bytes_out": 0}
+        )
         row["tensors"] += 1
         row["bytes_in"] += step.spec.nbytes
         row["bytes_out"] += step.nbytes

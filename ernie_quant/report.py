@@ -13,6 +13,7 @@ from ernie_quant.measure import Difference
 if TYPE_CHECKING:
     from ernie_quant.plan import Step
 
+FILENAME = "report.json"
 WORST = 5
 LAYERS_SHOWN = 8
 
@@ -107,30 +108,38 @@ def layer_of(name: str) -> str:
     return f"layer {found[1]}" if found else name.split(".")[1] if name.startswith(("model.", "ernie.")) else name.split(".")[0]
 
 
+HEAD = ("tensors", "GB", "bits/weight", "rel. error", "worst")
+
+
 def tables(rows: Sequence[TensorReport]) -> str:
     """By role, by layer (the worst ones) and the worst tensors, as text."""
-    changed = [r for r in rows if r.squared_norm or r.codec != "kept"]
-    text = [table(("role", "tensors", "GB", "bits/weight", "rel. error", "worst"), _lines(rows, lambda r: r.role))]
+    text = [table(("role", *HEAD), [_line(role, group) for role, group in _grouped(rows, lambda r: r.role).items()])]
+    changed = [r for r in rows if r.codec != "kept"]
     if not changed:
         return text[0]
-    layers = _lines(changed, lambda r: layer_of(r.name))
-    layers.sort(key=lambda line: -float(line[4]) if line[4] != "-" else 0.0)
-    note = f" ({LAYERS_SHOWN} of {len(layers)}; all are in report.json)" if len(layers) > LAYERS_SHOWN else ""
-    text += [f"\nLayers, worst first{note}:", table(("layer", "tensors", "GB", "bits/weight", "rel. error", "worst"), layers[:LAYERS_SHOWN])]  # fmt: skip
+    layers = sorted(_grouped(changed, lambda r: layer_of(r.name)).items(), key=lambda item: -total(item[1]).rel_error)
+    note = f" ({LAYERS_SHOWN} of {len(layers)}; all are in {FILENAME})" if len(layers) > LAYERS_SHOWN else ""
+    lines = [_line(layer, group) for layer, group in layers[:LAYERS_SHOWN]]
+    text += [f"\nLayers, worst first{note}:", table(("layer", *HEAD), lines)]
     worst = sorted(changed, key=lambda r: -r.rel_error)[:WORST]
-    lines = [(r.name, r.codec, f"{r.rel_error:.5f}", f"{r.sqnr_db:.1f}" if r.sqnr_db is not None else "-", f"{r.max_abs_error:.4g}") for r in worst]  # fmt: skip
+    lines = [(r.name, r.codec, _error(r.rel_error), _decibels(r.sqnr_db), f"{r.max_abs_error:.4g}") for r in worst]
     text += ["\nWorst tensors:", table(("tensor", "codec", "rel. error", "SQNR dB", "max |error|"), lines)]
     return "\n".join(text)
 
 
-def _lines(rows: Sequence[TensorReport], key: Callable[[TensorReport], str]) -> list[tuple[str, ...]]:
-    lines = []
-    for name, group in _grouped(rows, key).items():
-        t = total(group)
-        changed = any(r.codec != "kept" for r in group)
-        errors = (f"{t.rel_error:.5f}", f"{t.worst:.5f}") if changed else ("-", "-")
-        lines.append((name, str(t.tensors), f"{t.bytes / 1e9:.3f}", f"{t.bits_per_weight:.3f}", *errors))
-    return lines
+def _line(name: str, group: Sequence[TensorReport]) -> tuple[str, ...]:
+    t = total(group)
+    changed = any(r.codec != "kept" for r in group)
+    errors = (_error(t.rel_error), _error(t.worst)) if changed else ("-", "-")
+    return (name, str(t.tensors), f"{t.bytes / 1e9:.3f}", f"{t.bits_per_weight:.3f}", *errors)
+
+
+def _error(value: float) -> str:
+    return f"{value:.5f}" if value >= 1e-3 else f"{value:.2e}"
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -21,7 +21,7 @@ from ernie_quant.measure import Difference, compare
 from ernie_quant.output import OutputFolder
 from ernie_quant.plan import Plan, Shard, Step, file_metadata
 from ernie_quant.report import TensorReport
-from ernie_quant.views import Files, read
+from ernie_quant.views import Files, read, row_bytes
 from ernie_quant.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
 
     def work(item: tuple[Step, tuple[int, int]]) -> Slab:
         step, rows = item
-        weight = read(step.view, files, rows if step.spec.shape else None)
+        weight = read(step.view, files, rows)
         encoded = step.codec.encode(weight)
         difference = compare(step.name, weight, step.codec.decode(encoded)) if step.quantized else Difference()
         parts = runtime.pack(step.name, step.codec, encoded)
@@ -82,7 +82,7 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
             for name, tensor in slab.parts.items():
                 writer.write(name, tensor, _scaled(slab.rows[0], slab.step, name))
             sums[slab.step.name] = sums.get(slab.step.name, Difference()) + slab.difference
-            progress((slab.rows[1] - slab.rows[0]) * slab.step.spec.nbytes // max(1, slab.step.spec.shape[0]) if slab.step.spec.shape else 0)  # fmt: skip
+            progress((slab.rows[1] - slab.rows[0]) * row_bytes(slab.step.spec))
         sha256 = writer.close()
     reports = tuple(TensorReport.of(step, sums.get(step.name, Difference())) for step in shard.steps)
     return ShardResult(shard.filename, writer.nbytes, sha256, reports)

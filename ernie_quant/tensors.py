@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 TORCH_DTYPES = {
@@ -16,9 +15,4 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def bits16(tensor: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
-    """A bf16 tensor as the uint16 of its bits, not copied; numpy has no bf16."""
-    return tensor.view(torch.uint16).numpy()
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -23,9 +23,9 @@ from ernie_quant.errors import CheckpointError, ErnieQuantError, OutputError, Ve
 from ernie_quant.jsonio import read_object
 from ernie_quant.measure import Difference, compare
 from ernie_quant.names import NameMap, Rule, Weight
-from ernie_quant.output import MANIFEST, REPORT, STATE
-from ernie_quant.plan import SLAB_BYTES, resolve
-from ernie_quant.report import TensorReport
+from ernie_quant.output import MANIFEST, STATE
+from ernie_quant.plan import resolve
+from ernie_quant.report import FILENAME, TensorReport
 from ernie_quant.run import one_torch_thread
 from ernie_quant.views import Files, read
 
@@ -178,9 +178,9 @@ def _words(spec: TensorSpec | None) -> str:
 
 def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], list[str]]:
     try:
-        rows = {r["name"]: TensorReport.from_json(r) for r in read_object(out / REPORT)["tensors"]}
+        rows = {r["name"]: TensorReport.from_json(r) for r in read_object(out / FILENAME)["tensors"]}
     except (KeyError, TypeError):
-        raise VerifyError(f"{out / REPORT}: lacks the rows of its tensors", []) from None
+        raise VerifyError(f"{out / FILENAME}: lacks the rows of its tensors", []) from None
     problems = [f"{n}: is in the report, not in the files" for n in rows.keys() - {s.name for s in stored}]
     for entry in stored:
         row = rows.get(entry.name)
@@ -199,18 +199,10 @@ def _value_problems(stored: list[Stored], target: ModuleType, files: Files) -> I
     """Quantized weights must decode to finite numbers."""
     for entry in stored:
         if not isinstance(entry.codec, Keep):
-            for rows in slabs(entry):
+            for rows in views.slabs(entry.spec, entry.codec.rows):
                 if not bool(decoded(entry, target, files, rows).isfinite().all()):
                     yield f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
                     break
-
-
-def slabs(entry: Stored) -> list[tuple[int, int]]:
-    """Ranges of rows of about SLAB_BYTES."""
-    if not entry.shape:
-        return [(0, 0)]
-    step = max(1, SLAB_BYTES // max(1, entry.spec.nbytes // max(1, entry.shape[0])) // entry.codec.rows) * entry.codec.rows
-    return [(first, min(first + step, entry.shape[0])) for first in range(0, entry.shape[0], step)]
 
 
 def decoded(entry: Stored, target: ModuleType, files: Files, rows: tuple[int, int]) -> torch.Tensor:
@@ -226,7 +218,9 @@ def decoded(entry: Stored, target: ModuleType, files: Files, rows: tuple[int, in
     return result
 
 
-def _against(stored: list[Stored], rows: Mapping[str, TensorReport], target: ModuleType, files: Files, source: Checkpoint) -> list[str]:  # fmt: skip
+def _against(
+    stored: list[Stored], rows: Mapping[str, TensorReport], target: ModuleType, files: Files, source: Checkpoint
+) -> list[str]:
     """Kept tensors have the source's bytes; decoded ones have the error that was reported; none is missing."""
     table = resolve(source, frozenset(names.FIXES))
     if table.problems:
@@ -253,8 +247,8 @@ def _difference(entry: Stored, weight: Weight, row: TensorReport, target: Module
     if set(row.sources) != set(weight.sources):
         return f"{entry.name}: the report says it comes from {', '.join(row.sources)}, it comes from {', '.join(weight.sources)}"
     total = Difference()
-    for span in slabs(entry):
-        original = read(weight.view, files, span if entry.shape else None)
+    for span in views.slabs(entry.spec, entry.codec.rows):
+        original = read(weight.view, files, span)
         result = decoded(entry, target, files, span)
         if isinstance(entry.codec, Keep):
             if original.dtype != result.dtype or not torch.equal(original.view(torch.uint8), result.view(torch.uint8)):

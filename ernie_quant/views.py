@@ -13,11 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef
+from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef, TensorSpec
 from ernie_quant.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+SLAB_BYTES = 32 << 20  # of source data: the unit of memory
 
 Box: TypeAlias = tuple[tuple[int, int], ...]  # (start, stop) per dimension
 
@@ -211,10 +213,22 @@ class Files:
         return data
 
 
+def slabs(spec: TensorSpec, multiple: int = 1) -> list[tuple[int, int]]:
+    """Ranges of rows (multiples of `multiple`) of about SLAB_BYTES that together are the tensor; a scalar has one row."""
+    step = max(1, SLAB_BYTES // max(1, row_bytes(spec)) // multiple) * multiple
+    rows = spec.shape[0] if spec.shape else 1
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def row_bytes(spec: TensorSpec) -> int:
+    """Bytes per row of the first dimension; of all, for a scalar."""
+    return spec.nbytes // max(1, spec.shape[0]) if spec.shape else spec.nbytes
+
+
 def read(view: View, files: Files, rows: tuple[int, int] | None = None) -> torch.Tensor:
-    """`view[rows[0]:rows[1]]`, contiguous. Raises CheckpointError."""
+    """`view[rows[0]:rows[1]]`, contiguous; the rows of a scalar do not matter. Raises CheckpointError."""
     box = tuple((0, n) for n in view.shape)
-    if rows is not None:
+    if rows is not None and box:
         box = (rows, *box[1:])
     return _read_box(view, files, box).contiguous()
 
@@ -245,13 +259,13 @@ def _read_leaf(ref: TensorRef, shape: tuple[int, ...], files: Files, box: Box) -
     """Whole rows are one read; a range of columns is one read per row."""
     import torch
 
-    from ernie_quant.tensors import TORCH_DTYPES
+    from ernie_quant.tensors import TORCH_DTYPES, as_bytes
 
     size = tuple(stop - start for start, stop in box)
     out = torch.empty(size, dtype=TORCH_DTYPES[ref.spec.dtype])
     if not out.numel():
         return out
-    buffer = memoryview(out.view(-1).view(torch.uint8).numpy()) if size else memoryview(out.view(1).view(torch.uint8).numpy())
+    buffer = as_bytes(out)
     itemsize = ITEMSIZE[ref.spec.dtype]
     if len(shape) != 2 or size[1] == shape[1]:
         row_bytes = (len(buffer) // size[0]) if size else len(buffer)

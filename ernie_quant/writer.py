@@ -124,7 +124,8 @@ class ShardWriter:
     def close(self) -> str:
         """Make the file durable under its final name; its sha256."""
         unwritten = [name for name, left in self._missing.items() if left]
-        assert not unwritten and self._hashed == self.nbytes, f"{self.path.name}: not written: {unwritten[:3]}"
+        assert not unwritten, f"{self.path.name}: not written: {unwritten[:3]}"
+        assert self._hashed == self.nbytes, f"{self.path.name}: {self._hashed} of {self.nbytes} bytes hashed"
         os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1

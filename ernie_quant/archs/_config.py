@@ -103,9 +103,23 @@ def last_moe_layer(value: int, layers: int) -> int:
 
 # Paddle's training and kernel switches; PT configs do not have them (what Baidu's own converter leaves out)
 PADDLE_ONLY = frozenset(
-    "add_tail_layers compression_ratio global_aux_loss moe_aux_loss_lambda moe_group_orthogonal_loss"
-    " moe_orthogonal_loss_lambda moe_z_loss_lambda use_fast_ln use_flash_attention use_rmsnorm max_sequence_length"
-    " model_name paddlenlp_version paddleformers_version source".split()
+    [
+        "add_tail_layers",
+        "compression_ratio",
+        "global_aux_loss",
+        "moe_aux_loss_lambda",
+        "moe_group_orthogonal_loss",
+        "moe_orthogonal_loss_lambda",
+        "moe_z_loss_lambda",
+        "use_fast_ln",
+        "use_flash_attention",
+        "use_rmsnorm",
+        "max_sequence_length",
+        "model_name",
+        "paddlenlp_version",
+        "paddleformers_version",
+        "source",
+    ]
 )
 
 

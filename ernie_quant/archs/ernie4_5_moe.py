@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ernie_quant.archs._config import (
-    Config, Facts, attention_dims, flag, last_moe_layer, moe_layers, text_config, whole,
+    Config,
+    Facts,
+    attention_dims,
+    flag,
+    last_moe_layer,
+    moe_layers,
+    text_config,
+    whole,
 )  # fmt: skip
 from ernie_quant.archs._tables import MODEL, MTP_BLOCK, TEXT_EXPERTS, TIED_HEAD, UNTIED_HEAD
 from ernie_quant.names import NameMap
@@ -26,7 +33,7 @@ def name_map(config: dict[str, Any], names: Collection[str]) -> NameMap:
     end = last_moe_layer(whole(config, "moe_layer_end_index", -1, layers - 1), layers)
     moe = moe_layers(config, whole(config, "moe_layer_start_index", 0, 0), end)
     width, shared = whole(config, "moe_intermediate_size"), shared_experts(config, names)
-    ids = {
+    ids: dict[str, Sequence[int]] = {
         "layer": range(layers),
         "moe": moe,
         "dense": sorted(set(range(layers)) - set(moe)),
@@ -52,7 +59,7 @@ def shared_experts(config: Config, names: Collection[str]) -> int:
     return whole(config, "moe_num_shared_experts", 0, 2)
 
 
-def mtp_blocks(config: Config, names: Collection[str]) -> Iterable[int]:
+def mtp_blocks(config: Config, names: Collection[str]) -> Sequence[int]:
     """Numbers of the MTP blocks: those config.json names, if any is stored, and those that are stored anyhow."""
     stored = {int(m[1]) for name in names if (m := re.search(r"\.mtp_\w+\.(\d{1,4})\.", name))}
     if not stored:  # transformers drops the block when it saves, and leaves the config as it was

@@ -6,11 +6,21 @@ config.json comes in two spellings: the flat one of Baidu's repositories and of 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ernie_quant.archs._config import (
-    Config, Facts, attention_dims, flag, last_moe_layer, moe_layers, pair, section, whole, with_dtype, with_rope_theta,
+    Config,
+    Facts,
+    attention_dims,
+    flag,
+    last_moe_layer,
+    moe_layers,
+    pair,
+    section,
+    whole,
+    with_dtype,
+    with_rope_theta,
 )  # fmt: skip
 from ernie_quant.archs._tables import MODEL, TIED_HEAD, UNTIED_HEAD, ffn
 from ernie_quant.archs.ernie4_5_moe import flags, shared_experts
@@ -81,7 +91,7 @@ def name_map(config: dict[str, Any], names: Collection[str]) -> NameMap:
     if experts[0] != experts[1]:
         raise ConfigError(f"config.json: {experts[0]} text and {experts[1]} vision experts cannot share a routing bias [2, E]")
     shared = shared_experts(config, names)
-    ids = {
+    ids: dict[str, Sequence[int]] = {
         "layer": range(layers),
         "moe": moe[0],
         "dense": sorted(set(range(layers)) - set(moe[0])),

@@ -85,6 +85,7 @@ class RoundToNearest:
             weight = weight.float()
         group = weight.shape[1] if self.group_size == CHANNEL else int(self.group_size)
         high = 2 ** (self.bits - 1) - 1
+        ratios: tuple[float, ...]
         if self.scale == "absmax":
             ratios, refine, divisor, signed = (1.0,), 0, high, False
         else:

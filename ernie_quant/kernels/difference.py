@@ -24,7 +24,7 @@ def squares(weight: torch.Tensor, decoded: torch.Tensor) -> tuple[float, float, 
     return math.fsum(sums[0]), math.fsum(sums[1]), float(largest)
 
 
-def _bits(matrix: torch.Tensor) -> tuple[np.ndarray, np.uint32]:  # type: ignore[type-arg]
+def _bits(matrix: torch.Tensor) -> tuple[np.ndarray, np.uint32]:
     half = matrix.dtype == torch.bfloat16
     return matrix.contiguous().view(torch.uint16 if half else torch.uint32).numpy(), np.uint32(16 if half else 0)
 

@@ -23,14 +23,29 @@ LANES, LANES_LONG, LONG = 64, 16, 1024  # rows side by side; fewer where a group
 Array = np.ndarray[Any, Any]
 
 
-def encode(weight: torch.Tensor, group: int, low: int, high: int, divisor: int, ratios: Array, refine: int, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def encode(
+    weight: torch.Tensor, group: int, low: int, high: int, divisor: int, ratios: Array, refine: int, signed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [out, in] and bf16 scales [out, in / group] of a bf16 or f32 weight [out, in]."""
     bits = weight.contiguous().view(torch.uint16 if weight.dtype == torch.bfloat16 else torch.uint32).numpy()
     codes = torch.empty(weight.shape, dtype=torch.int8)
     scale = torch.empty((weight.shape[0], weight.shape[1] // group), dtype=torch.bfloat16)
     lanes = LANES if group <= LONG else LANES_LONG
     shift = np.uint32(16 if weight.dtype == torch.bfloat16 else 0)
-    _encode(bits, shift, group, F(low), F(high), F(divisor), ratios, refine, signed, lanes, codes.numpy(), scale.view(torch.uint16).numpy())  # fmt: skip
+    _encode(
+        bits,
+        shift,
+        group,
+        F(low),
+        F(high),
+        F(divisor),
+        ratios,
+        refine,
+        signed,
+        lanes,
+        codes.numpy(),
+        scale.view(torch.uint16).numpy(),
+    )
     return codes, scale
 
 
@@ -142,7 +157,9 @@ def _store(tile, group, n, inverse, low, high, codes, first, column):  # type: i
                 codes[first + i, column + j] = np.int8(tile[j, i])
 
 
-def encode_reference(weight: torch.Tensor, group: int, low: int, high: int, divisor: int, ratios: Array, refine: int, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def encode_reference(
+    weight: torch.Tensor, group: int, low: int, high: int, divisor: int, ratios: Array, refine: int, signed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode` in plain torch, on any device."""
     x = weight.float().reshape(weight.shape[0], -1, group)
     top_high, top_low = x.amax(-1).clamp(min=0), x.amin(-1).clamp(max=0)

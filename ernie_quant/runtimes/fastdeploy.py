@@ -46,7 +46,11 @@ def weight_of(name: str) -> tuple[str, str]:
 
 def problems(linears: Sequence[Linear]) -> list[str]:
     """Every codec but `keep`."""
-    return [f"{li.name}: cannot be written for FastDeploy as {li.codec.describe()}" for li in linears if not isinstance(li.codec, Keep)]  # fmt: skip
+    return [
+        f"{li.name}: cannot be written for FastDeploy as {li.codec.describe()}"
+        for li in linears
+        if not isinstance(li.codec, Keep)
+    ]
 
 
 def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:

@@ -8,7 +8,15 @@ from typing import Any
 
 from ernie_quant.runtimes import Linear, vllm
 from ernie_quant.runtimes.vllm import (
-    LAYOUT, codecs_of, constants, pack, parts, quantization_config, tp_sizes, unpack, weight_of,
+    LAYOUT,
+    codecs_of,
+    constants,
+    pack,
+    parts,
+    quantization_config,
+    tp_sizes,
+    unpack,
+    weight_of,
 )  # fmt: skip
 
 __all__ = [

@@ -100,10 +100,12 @@ def weight_of(name: str) -> tuple[str, str]:
 
 def problems(linears: Sequence[Linear]) -> list[str]:
     """Forms that vLLM has no kernel for, and layers whose parts differ."""
-    found = []
-    for linear in linears:
-        if isinstance(linear.codec, RoundToNearest) and (linear.codec.bits not in BITS or linear.codec.group_size not in GROUPS):
-            found.append(f"{linear.name}: vLLM loads int4 and int8 in groups of 32, 64, 128 or per channel, not {linear.codec.describe()}; --runtime transformers loads it")  # fmt: skip
+    found = [
+        f"{li.name}: vLLM loads int4 and int8 in groups of 32, 64, 128 or per channel, not {li.codec.describe()};"
+        " --runtime transformers takes it"
+        for li in linears
+        if isinstance(li.codec, RoundToNearest) and (li.codec.bits not in BITS or li.codec.group_size not in GROUPS)
+    ]
     return found + mixed(linears)
 
 
