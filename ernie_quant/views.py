@@ -7,7 +7,10 @@ Paddle, PT and tensor-parallel ranks is one of three operations on views: `T`, `
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 SLAB_BYTES = 32 << 20  # of source data: the unit of memory
+TEXT_BLOCK = 1 << 16
+CONTINUATION = bytes(range(0x80, 0xC0))  # second and later bytes of a UTF-8 character
 
 Box: TypeAlias = tuple[tuple[int, int], ...]  # (start, stop) per dimension
 
@@ -163,6 +168,7 @@ class Files:
 
     def __init__(self) -> None:
         self._fds: dict[Path, int] = {}
+        self._counts: dict[tuple[Path, Extent], list[int]] = {}
 
     def __enter__(self) -> Files:
         return self
@@ -193,7 +199,7 @@ class Files:
     def _read_extent(self, ref: TensorRef, extent: Extent, buffer: memoryview, at: int) -> None:
         fd = self.fd(ref.file)
         if extent.latin1:
-            buffer[:] = self._latin1(fd, ref, extent)[at : at + len(buffer)]
+            buffer[:] = self._latin1(fd, ref, extent, at, at + len(buffer))
             return
         done = 0
         while done < len(buffer):
@@ -202,15 +208,37 @@ class Files:
                 raise CheckpointError(f"{ref.file.name}: {ref.name}: the file ended while it was read; it has changed")
             done += got
 
-    def _latin1(self, fd: int, ref: TensorRef, extent: Extent) -> bytes:
-        """Pickle protocol 2 wraps bytes as UTF-8, where no offset is known: the whole is decoded."""
+    def _latin1(self, fd: int, ref: TensorRef, extent: Extent, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of a payload that pickle protocol 2 wraps as UTF-8, one or two bytes for each.
+
+        No offset is known there; one pass counts the payload before every block, and the blocks needed are decoded.
+        """
+        if (ref.file, extent) not in self._counts:
+            self._counts[ref.file, extent] = [0, *itertools.accumulate(self._count(fd, extent))]
+        before = self._counts[ref.file, extent]
+        if before[-1] != extent.nbytes:
+            raise CheckpointError(f"{ref.file.name}: {ref.name}: its text holds {before[-1]} bytes, not {extent.nbytes}")
+        first, last = bisect.bisect_right(before, start) - 1, bisect.bisect_left(before, stop)
+        begin, end = first * TEXT_BLOCK, min(last * TEXT_BLOCK + 1, extent.stored)
+        raw = os.pread(fd, end - begin, extent.start + begin)
+        if first and raw[:1] and raw[0] in CONTINUATION:  # the second half of a byte of the block before
+            raw = raw[1:]
+        if end < extent.stored and raw[-1:] and raw[-1] not in CONTINUATION:  # the first byte of the block after
+            raw = raw[:-1]
         try:
-            data = os.pread(fd, extent.stored, extent.start).decode("utf-8").encode("latin-1")
+            data = raw.decode("utf-8").encode("latin-1")[start - before[first] : stop - before[first]]
         except UnicodeError:
-            data = b""
-        if len(data) != extent.nbytes:
-            raise CheckpointError(f"{ref.file.name}: {ref.name}: its text does not hold {extent.nbytes} bytes")
+            raise CheckpointError(f"{ref.file.name}: {ref.name}: its text is not latin-1 in UTF-8") from None
+        if len(data) != stop - start:
+            raise CheckpointError(f"{ref.file.name}: {ref.name}: the file ended while it was read; it has changed")
         return data
+
+    @staticmethod
+    def _count(fd: int, extent: Extent) -> Iterator[int]:
+        """Bytes of payload that begin in each block of the text."""
+        for at in range(0, extent.stored, TEXT_BLOCK):
+            raw = os.pread(fd, min(TEXT_BLOCK, extent.stored - at), extent.start + at)
+            yield len(raw.translate(None, CONTINUATION))
 
 
 def slabs(spec: TensorSpec, multiple: int = 1) -> list[tuple[int, int]]:

@@ -83,9 +83,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if kind is not None:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
             self.partial.unlink(missing_ok=True)
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:

@@ -131,6 +131,8 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str):
                 raise self.fail("pickle has a dict key that is not a string")
+            if not key.isprintable():
+                raise self.fail(f"pickle has the unprintable key {key[:200]!r}")
             if key in table:
                 raise self.fail(f"pickle has the key {key[:200]!r} twice")
             table[key] = value

@@ -63,6 +63,8 @@ def _array(path: Path, name: str, value: Any) -> TensorRef:
             raise CheckpointError(f"{path.name}: {name}: is not an array")
     if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         raise CheckpointError(f"{path.name}: {name}: shape is not a list of at most 8 sizes")
+    if fortran and len(shape) > 2:
+        raise CheckpointError(f"{path.name}: {name}: has {len(shape)} dimensions in column-major order; save it contiguous")
     spec = TensorSpec(tuple(shape), _dtype(path, name, dtype))
     return TensorRef(name, spec, path, (_extent(path, name, spec, data),), fortran and len(shape) > 1)
 
@@ -100,9 +102,11 @@ def _join_split(path: Path, refs: dict[str, TensorRef], split: Any) -> None:
                 parts = [refs.pop(s, None) for s in slices if isinstance(s, str)]
             case _:
                 raise CheckpointError(f"{path.name}: {SPLIT_KEY}: {name}: lacks OriginShape or slices")
-        whole = [p for p in parts if p is not None and len(p.extents) == 1]
-        if not whole or len(whole) != len(slices) or not all(type(n) is int for n in shape):
-            raise CheckpointError(f"{path.name}: {name}: one of its {len(slices)} slices is not there")
+        whole = [p for p in parts if p is not None and len(p.spec.shape) == 1]
+        if not whole or len(whole) != len(slices) or not name.isprintable() or name in refs:
+            raise CheckpointError(f"{path.name}: {name!r:.200}: one of its {len(slices)} slices is not there, or it is there whole")
+        if len({p.spec.dtype for p in whole}) > 1 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+            raise CheckpointError(f"{path.name}: {name}: its slices have several dtypes, or its shape is not a list of sizes")
         spec = TensorSpec(tuple(shape), whole[0].spec.dtype)
         if sum(p.spec.nbytes for p in whole) != math.prod(spec.shape) * ITEMSIZE[spec.dtype]:
             raise CheckpointError(f"{path.name}: {name}: its slices do not add up to {spec.shape}")

@@ -66,13 +66,15 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
+    if not name.isprintable():
+        raise CheckpointError(f"{path.name}: holds a tensor of the unprintable name {name[:200]!r}")
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if type(start) is type(stop) is int:
             pass
         case _:
             raise CheckpointError(f"{path.name}: {name}: header entry lacks dtype, shape or data_offsets")
     if dtype not in ITEMSIZE:
-        raise CheckpointError(f"{path.name}: {name}: unknown dtype {dtype!r}")
+        raise CheckpointError(f"{path.name}: {name}: unknown dtype {dtype[:200]!r}")
     if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         raise CheckpointError(f"{path.name}: {name}: shape is not a list of at most {MAX_DIMS} sizes")
     if math.prod(shape) * ITEMSIZE[dtype] != stop - start or start < 0:

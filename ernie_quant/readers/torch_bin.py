@@ -86,8 +86,8 @@ def _tensor(
             pass
         case _:
             raise CheckpointError(f"{path.name}: {name}: is not a tensor of a known kind")
-    if len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, offset)):
-        raise CheckpointError(f"{path.name}: {name}: shape is not a list of at most 8 sizes")
+    if max(len(shape), len(stride)) > 8 or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *stride, offset)):
+        raise CheckpointError(f"{path.name}: {name}: shape, strides or offset are not at most 8 sizes")
     spec = TensorSpec(tuple(shape), STORAGES[kind])
     fortran = len(shape) == 2 and stride == (1, shape[0]) and 1 not in shape
     if not fortran and not _is_row_major(spec.shape, stride):
@@ -107,5 +107,5 @@ def _is_row_major(shape: tuple[int, ...], stride: tuple[Any, ...]) -> bool:
     for n, s in zip(reversed(shape), reversed(stride), strict=True):
         if n > 1 and s != step:  # the stride of a dimension of 1 does not matter
             return False
-        step *= n
+        step *= max(n, 1)
     return True

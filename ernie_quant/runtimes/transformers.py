@@ -26,8 +26,8 @@ __all__ = [
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:
-    """Layers that are one module in memory must be stored in one form here too."""
-    return vllm.mixed(linears)
+    """Layers that are one module in memory must be stored in one form here too, and all experts alike."""
+    return vllm.mixed(linears) + vllm.mixed_experts(linears)
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:

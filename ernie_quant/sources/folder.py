@@ -46,16 +46,20 @@ def inside(folder: Path, name: str, who: str) -> Path:
     A link may point to the `blobs` of the download cache whose snapshot the folder is; nowhere else.
     """
     parts = PurePosixPath(name).parts
-    plain = name and parts == PureWindowsPath(name).parts and not PureWindowsPath(name).drive and "\0" not in name
+    plain = name and parts == PureWindowsPath(name).parts and not PureWindowsPath(name).drive and name.isprintable()
     if not plain or ".." in parts or name.startswith("/") or any(":" in p for p in parts):
         raise CheckpointError(f"{who} names the file {name[:200]!r}, which is not a plain name in the folder")
     path = folder / name
-    real, root = path.resolve(), folder.resolve()
+    try:
+        real, root = path.resolve(), folder.resolve()
+        exists, regular = path.exists(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for the disk, links in a circle
+        raise CheckpointError(f"{name[:200]}: named by {who}, but cannot be looked up: {error}"[:400]) from None
     roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     if not any(real.is_relative_to(r) for r in roots):
         raise CheckpointError(f"{name}: is a link to {real}, outside the folder; copy the file or open its folder")
-    if not path.is_file():
-        raise CheckpointError(f"{name}: named by {who}, but {'is no regular file' if path.exists() else 'is not there'}")
+    if not regular:
+        raise CheckpointError(f"{name}: named by {who}, but {'is no regular file' if exists else 'is not there'}")
     return path
 
 
@@ -106,6 +110,8 @@ def _weight_map(folder: Path, index: Path) -> dict[str, str]:
     if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
         raise CheckpointError(f"{index.name}: has no weight_map of names to file names")
     for name, file in table.items():
+        if not name.isprintable():
+            raise CheckpointError(f"{index.name}: names a tensor {name[:200]!r}, which is not printable")
         if PurePosixPath(file).suffix not in by_suffix():
             raise CheckpointError(f"{index.name}: {name} is said to be in {file[:200]!r}, which is no weight file")
     return table

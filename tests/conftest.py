@@ -1,0 +1,54 @@
+"""What all tests share: golden checkpoints, a quiet transformers, and the flag that alone may change golden files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# before torch and transformers are imported: one thread (two shared cores are slower), no hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/outputs.json anew")
+
+
+@pytest.fixture()
+def golden_value(request: pytest.FixtureRequest) -> Callable[[str, Any], Any]:
+    """`golden_value(key, found)`: what was recorded for the key; --update-golden records what was found."""
+    path = GOLDEN / "outputs.json"
+
+    def value(key: str, found: Any) -> Any:
+        table = json.loads(path.read_text()) if path.exists() else {}
+        if request.config.getoption("--update-golden"):
+            table[key] = found
+            path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+        assert key in table, f"{path.name} has no {key}; a missing golden value is a failure (pytest --update-golden)"
+        return table[key]
+
+    return value
+
+
+@pytest.fixture()
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """`command("inspect", path)`: run ernie-quant in this process; exit code, stdout, stderr."""
+    from ernie_quant.cli.main import main
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["ernie-quant", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run

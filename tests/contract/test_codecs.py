@@ -1,0 +1,83 @@
+"""Every codec keeps every promise of `Codec`; a new file is under test at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ernie_quant import codecs, plugins, runtimes
+from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.tensors import DTYPE_NAMES
+
+EXAMPLES = [example for module in plugins.modules(codecs) for example in module.EXAMPLES]
+SPEC = TensorSpec((256, 384), "BF16")
+
+
+@pytest.fixture(params=EXAMPLES, ids=lambda codec: codec.describe())
+def codec(request: pytest.FixtureRequest) -> codecs.Codec:
+    return request.param
+
+
+@pytest.fixture()
+def weight() -> torch.Tensor:
+    return torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(3)).mul(0.02).bfloat16()
+
+
+def test_it_is_frozen_and_says_what_it_is(codec: codecs.Codec) -> None:
+    assert dataclasses.is_dataclass(codec)
+    assert type(codec).__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert codec.describe()
+    assert codec.problem(SPEC) is None
+
+
+def test_fields_have_the_shapes_that_the_plan_knew(codec: codecs.Codec, weight: torch.Tensor) -> None:
+    fields = {name: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in codec.encode(weight).items()}
+    assert fields == codec.specs(SPEC)
+
+
+def test_decoding_gives_the_weight_within_the_noise_of_its_bits(codec: codecs.Codec, weight: torch.Tensor) -> None:
+    decoded = codec.decode(codec.encode(weight))
+    assert decoded.shape == weight.shape
+    error = (decoded.double() - weight.double()).square().sum() / weight.double().square().sum()
+    assert error <= max(4.0 ** (1.3 - codec.bits_per_weight(SPEC)), 1e-3)  # a float8 has 3 bits of mantissa
+
+
+def test_slabs_of_rows_encode_as_the_whole_does(codec: codecs.Codec, weight: torch.Tensor) -> None:
+    whole = codec.encode(weight)
+    slabs = [codec.encode(weight[:128]), codec.encode(weight[128:])]
+    for name, tensor in whole.items():
+        joined = torch.cat([slab[name] for slab in slabs])
+        assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_codes_are_a_fixed_point(codec: codecs.Codec, weight: torch.Tensor) -> None:
+    """What was decoded once decodes to itself when it is encoded again, up to the rounding of its scale."""
+    once = codec.decode(codec.encode(weight))
+    twice = codec.decode(codec.encode(once))
+    assert (twice.double() - once.double()).square().sum() <= 1e-3 * once.double().square().sum()
+
+
+def test_bits_per_weight_counts_every_stored_bit(codec: codecs.Codec) -> None:
+    for name in ("vllm", "transformers"):
+        runtime = runtimes.find(name)
+        parts = runtime.parts("model.layers.1.mlp.experts.0.up_proj.weight", codec, SPEC)
+        stored = sum(spec.nbytes for part, spec in parts.items() if not part.endswith("weight_shape"))
+        assert 8 * stored == codec.bits_per_weight(SPEC) * SPEC.numel
+
+
+def test_a_runtime_gives_back_what_it_packed(codec: codecs.Codec, weight: torch.Tensor) -> None:
+    runtime, name = runtimes.find("transformers"), "model.layers.1.mlp.experts.0.up_proj.weight"
+    encoded = codec.encode(weight)
+    stored = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, SPEC)
+    specs = {n: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in stored.items()}
+    assert specs == runtime.parts(name, codec, SPEC)
+    assert {runtime.weight_of(n)[0] for n in stored} == {name}
+    back = runtime.unpack(name, codec, stored)
+    assert all(torch.equal(back[field].view(torch.uint8), encoded[field].view(torch.uint8)) for field in encoded)
+
+
+def test_float32_weights_are_taken_too(codec: codecs.Codec, weight: torch.Tensor) -> None:
+    same = codec.decode(codec.encode(weight.float()))
+    assert torch.equal(same.bfloat16(), codec.decode(codec.encode(weight)).bfloat16())

@@ -1,0 +1,91 @@
+"""Checkpoints of the tests, and what they compute in a real runtime."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ernie_quant import runtimes, verify
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.plan import make_plan
+from ernie_quant.run import RunResult, run_plan
+from ernie_quant.views import Files
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def write(source: Path, out: Path, runtime: str = "vllm", **options: Any) -> RunResult:
+    """Plan and run in one call."""
+    return run_plan(make_plan(Checkpoint.open(source), runtime=runtime, **options), out)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every stored tensor, read with the safetensors library; U16 is bfloat16."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                tensor = opened.get_tensor(name)
+                found[name] = tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+    return found
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    """Names whose tensors differ in dtype, shape or any bit."""
+    return [
+        name
+        for name in sorted(left.keys() | right.keys())
+        if name not in left
+        or name not in right
+        or left[name].dtype != right[name].dtype
+        or left[name].shape != right[name].shape
+        or not torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8))
+    ]
+
+
+def dequantized(out: Path, plain: Path) -> Path:
+    """A plain bf16 checkpoint with the weights that `out` decodes to."""
+    checkpoint = Checkpoint.open(out)
+    target = runtimes.find("vllm")
+    stored, problems = verify._stored(checkpoint, target)
+    assert not problems
+    plain.mkdir()
+    with Files() as files:
+        weights = {s.name: verify.decoded(s, target, files, (0, s.shape[0])).contiguous() for s in stored}
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    (plain / "config.json").write_text(json.dumps(config))
+    return plain
+
+
+def logits(folder: Path, dtype: torch.dtype = torch.float32, case: str = "") -> torch.Tensor:
+    """float32 logits that transformers computes for the golden input ids of `case`."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    ids = torch.from_numpy(np.load(GOLDEN / (case or "moe") / "input_ids.npy"))
+    config = json.loads((folder / "config.json").read_text())
+    cls = transformers.AutoModelForImageTextToText if "text_config" in config else transformers.AutoModelForCausalLM
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = cls.from_pretrained(folder, dtype=dtype).eval()
+        with torch.no_grad():
+            found: torch.Tensor = model(input_ids=ids).logits.float()
+    return found
+
+
+def copy(source: Path, out: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(source, out))
