@@ -163,7 +163,7 @@ def make_plan(
     identity = _identity(source, runtime, recipe, vl_config, fixes, copy_code, shard_bytes)
     return Plan(
         source, runtime, target.LAYOUT, recipe, shards, table.map.dims, config, copies, tuple(tp),
-        (*source.notes, *left, *notes), identity,
+        (*source.notes, *left, *notes, *target.notes(linears)), identity,
     )  # fmt: skip
 
 

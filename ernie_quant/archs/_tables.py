@@ -6,23 +6,7 @@ Paddle linears are [in, out], PT linears [out, in]; the shapes are PT's.
 
 from __future__ import annotations
 
-from ernie_quant.names import (
-    ATTENTION,
-    COPY,
-    EMBED,
-    EXPERT,
-    HEAD,
-    IN,
-    MLP,
-    MTP,
-    NORM,
-    OUT,
-    ROUTER,
-    SHARED,
-    TRANSPOSE,
-    Op,
-    Rule,
-)  # fmt: skip
+from ernie_quant.names import ATTENTION, COPY, EMBED, EXPERT, HEAD, IN, MLP, MTP, NORM, OUT, ROUTER, SHARED, TRANSPOSE, Op, Rule
 
 QKV, QKV_BIAS = Op(True, ("Q", "KV", "KV")), Op(False, ("Q", "KV", "KV"))
 

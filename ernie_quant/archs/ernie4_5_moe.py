@@ -6,16 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ernie_quant.archs._config import (
-    Config,
-    Facts,
-    attention_dims,
-    flag,
-    last_moe_layer,
-    moe_layers,
-    text_config,
-    whole,
-)  # fmt: skip
+from ernie_quant.archs._config import Config, Facts, attention_dims, flag, last_moe_layer, moe_layers, text_config, whole
 from ernie_quant.archs._tables import MODEL, MTP_BLOCK, TEXT_EXPERTS, TIED_HEAD, UNTIED_HEAD
 from ernie_quant.names import NameMap
 

@@ -21,7 +21,7 @@ from ernie_quant.archs._config import (
     whole,
     with_dtype,
     with_rope_theta,
-)  # fmt: skip
+)
 from ernie_quant.archs._tables import MODEL, TIED_HEAD, UNTIED_HEAD, ffn
 from ernie_quant.archs.ernie4_5_moe import flags, shared_experts
 from ernie_quant.errors import ConfigError

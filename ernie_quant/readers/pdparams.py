@@ -104,7 +104,9 @@ def _join_split(path: Path, refs: dict[str, TensorRef], split: Any) -> None:
                 raise CheckpointError(f"{path.name}: {SPLIT_KEY}: {name}: lacks OriginShape or slices")
         whole = [p for p in parts if p is not None and len(p.spec.shape) == 1]
         if not whole or len(whole) != len(slices) or not name.isprintable() or name in refs:
-            raise CheckpointError(f"{path.name}: {name!r:.200}: one of its {len(slices)} slices is not there, or it is there whole")
+            raise CheckpointError(
+                f"{path.name}: {name!r:.200}: one of its {len(slices)} slices is not there, or it is there whole"
+            )
         if len({p.spec.dtype for p in whole}) > 1 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
             raise CheckpointError(f"{path.name}: {name}: its slices have several dtypes, or its shape is not a list of sizes")
         spec = TensorSpec(tuple(shape), whole[0].spec.dtype)

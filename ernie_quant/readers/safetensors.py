@@ -69,7 +69,9 @@ def _ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
     if not name.isprintable():
         raise CheckpointError(f"{path.name}: holds a tensor of the unprintable name {name[:200]!r}")
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if type(start) is type(stop) is int:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (
+            type(start) is type(stop) is int
+        ):
             pass
         case _:
             raise CheckpointError(f"{path.name}: {name}: header entry lacks dtype, shape or data_offsets")

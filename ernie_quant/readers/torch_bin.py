@@ -38,6 +38,10 @@ def read_header(path: Path) -> list[TensorRef]:
         ) from None
     size = path.stat().st_size
     with open(path, "rb") as file:
+        if "byteorder" in members:
+            file.seek(_stored(path, file, members, "byteorder", size).start)
+            if file.read(6) != b"little":
+                raise CheckpointError(f"{path.name}: was saved on a big-endian machine; save it again on another")
         pickled = _stored(path, file, members, "data.pkl", size)
         if pickled.nbytes > MAX_PICKLE_BYTES:
             raise CheckpointError(f"{path.name}: data.pkl has {pickled.nbytes} bytes, more than any state dict")

@@ -44,6 +44,11 @@ def weight_of(name: str) -> tuple[str, str]:
     return name, name
 
 
+def notes(linears: Sequence[Linear]) -> list[str]:
+    """None."""
+    return []
+
+
 def problems(linears: Sequence[Linear]) -> list[str]:
     """Every codec but `keep`."""
     return [

@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant.runtimes import Linear, vllm
-from ernie_quant.runtimes.vllm import (
-    LAYOUT,
-    codecs_of,
-    constants,
-    pack,
-    parts,
-    quantization_config,
-    tp_sizes,
-    unpack,
-    weight_of,
-)  # fmt: skip
+from ernie_quant.runtimes.vllm import LAYOUT, codecs_of, constants, pack, parts, quantization_config, tp_sizes, unpack, weight_of
 
 __all__ = [
-    "LAYOUT", "codecs_of", "commands", "constants", "pack", "parts", "problems", "quantization_config", "tp_sizes",
+    "LAYOUT", "codecs_of", "commands", "constants", "notes", "pack", "parts", "problems", "quantization_config", "tp_sizes",
     "unpack", "weight_of",
 ]  # fmt: skip
+
+
+def notes(linears: Sequence[Linear]) -> list[str]:
+    """None: it dequantizes."""
+    return []
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:

@@ -109,6 +109,19 @@ def problems(linears: Sequence[Linear]) -> list[str]:
     return found + mixed(linears)
 
 
+def notes(linears: Sequence[Linear]) -> list[str]:
+    """Widths that load, but for which vLLM's fast kernels are not made."""
+    narrow = {
+        li.spec.shape[1] for li in linears if isinstance(li.codec, RoundToNearest) and not _rows(li) and li.spec.shape[1] % 128
+    }
+    return [f"vLLM's Marlin kernels want hidden_size to be a multiple of 128, this one's is {n}" for n in sorted(narrow)]
+
+
+def _rows(linear: Linear) -> bool:
+    """Is the layer split along its inputs under tensor parallelism?"""
+    return linear.module.endswith((".down_proj", ".o_proj"))
+
+
 def mixed(linears: Sequence[Linear]) -> list[str]:
     """Layers that are one module in memory but would be stored in several forms."""
     kinds = {type(li.codec) for li in linears} - {Keep}
@@ -245,7 +258,7 @@ def tp_sizes(linears: Sequence[Linear], dims: Mapping[str, int], heads: int) -> 
 
 def _splits(linear: Linear, tp: int) -> bool:
     out, width = linear.spec.shape
-    rows = linear.module.endswith((".down_proj", ".o_proj"))  # split along the inputs; the others along the outputs
+    rows = _rows(linear)
     share, rest = divmod(width if rows else out, tp)
     match linear.codec:
         case RoundToNearest(group_size=group) if rows and group != CHANNEL:
