@@ -277,9 +277,10 @@ class _Reader:
         if fix and shape == expected[::-1]:
             if fix in self.fixes:
                 return views.transpose(views.leaf(ref))
-            self.problems.append(f"{ref.name}: {_versus(row, op, shape, expected)}: stored untransposed; --fix {fix} repairs it")
+            self.problems.append(f"{ref.name}: {_versus(row, op, ref, expected)}: stored untransposed; --fix {fix} repairs it")
             return None
-        self.problems.append(f"{ref.name}: {_versus(row, op, shape, expected)}")
+        each = f" in each of {ranks} ranks" if ranks > 1 else ""
+        self.problems.append(f"{ref.name}: {_versus(row, op, ref, expected)}{each}")
         return None
 
     def report_unknown(self) -> None:
@@ -294,11 +295,12 @@ class _Reader:
 FIXES = ("mtp_linear_proj",)
 
 
-def _versus(row: Row, op: Op, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+def _versus(row: Row, op: Op, ref: TensorRef, expected: tuple[int, ...]) -> str:
     """`(1024, 512) is not H x 2H = (512, 1024)`."""
-    symbols = row.rule.shapes[0] if len(set(row.rule.shapes)) == 1 and not op.split else None
-    if symbols is None:
-        symbols = ("+".join(s[0] for s in row.rule.shapes), *row.rule.shapes[0][1:])
+    wanted = row.rule.shapes
+    symbols = wanted[row.pt.index(ref.name)] if ref.name in row.pt else wanted[0]
+    if op.split:
+        symbols = ("+".join(s[0] for s in wanted), *wanted[0][1:])
     if op.transpose:
         symbols = symbols[::-1]
-    return f"{shape} is not {' x '.join(symbols)} = {expected}"
+    return f"{ref.spec.shape} is not {' x '.join(symbols)} = {expected}"

@@ -6,6 +6,7 @@ state `.ernie-quant/` (a run has begun). Anything else that is not empty is left
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -44,15 +45,18 @@ class OutputFolder:
         if self.path.is_dir() and not ours and any(self.path.iterdir()):
             raise OutputError(f"{self.path}: is not empty and was not made by ernie-quant; choose another folder")
         if ours and restart:
-            self._sweep()
+            self.state.mkdir(exist_ok=True)
+            with self.lock():  # not under the feet of a run that is at work
+                self._sweep()
         elif ours and self._same_plan():
             return True
+        self._check_space()
         try:
             self.state.mkdir(parents=True, exist_ok=True)
             write_file(self.state / "plan.json", dumps({"fingerprint": self.plan.fingerprint}).encode())
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
-        self._check_space()
+            kind = RetryError if error.errno in (errno.ENOSPC, errno.EDQUOT) else OutputError
+            raise kind(f"{self.path}: cannot be written: {error.strerror}") from None
         return False
 
     def _same_plan(self) -> bool:
@@ -79,7 +83,8 @@ class OutputFolder:
 
     def _check_space(self) -> None:
         done = sum((self.path / s.filename).stat().st_size for s in self.plan.shards if (self.path / s.filename).exists())
-        free, needed = shutil.disk_usage(self.path).free, self.plan.disk_bytes - done
+        there = next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
+        free, needed = shutil.disk_usage(there).free, self.plan.disk_bytes - done
         if free < needed:
             raise RetryError(f"{self.path}: needs {needed / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free")
 

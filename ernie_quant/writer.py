@@ -77,17 +77,24 @@ class ShardWriter:
         self._hash = hashlib.sha256(head)
         self._hashed = len(head)
         self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._put(memoryview(head), 0)
+        try:
+            self._put(memoryview(head), 0)
+        except OSError:
+            self._drop()
+            raise
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
-            self.partial.unlink(missing_ok=True)
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.partial.unlink(missing_ok=True)
 
     def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
         """Store rows of `name` from `first_row` on."""

@@ -62,7 +62,8 @@ def _stored(path: Path, file: Any, members: dict[str, zipfile.ZipInfo], name: st
         raise CheckpointError(f"{path.name}: has no {name}")
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
         raise CheckpointError(f"{path.name}: {name} is compressed or encrypted; torch.save stores it as it is")
-    file.seek(info.header_offset)
+    inside = 0 <= info.header_offset < size
+    file.seek(info.header_offset if inside else size)
     raw = file.read(LOCAL_HEADER.size)
     if len(raw) != LOCAL_HEADER.size or raw[:4] != b"PK\3\4":
         raise CheckpointError(f"{path.name}: {name}: its place in the archive holds something else")

