@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
-from ernie_quant.cli.main import print_json
+from ernie_quant.cli._progress import progress_bar
+from ernie_quant.cli.main import print_json, return_freed_memory
 
 if TYPE_CHECKING:
     from ernie_quant.plan import Plan
@@ -88,10 +88,10 @@ def execute(
     if dry_run:
         _show_plan(plan, as_json)
         return
-    from ernie_quant.cli._progress import progress_bar
 
     from ernie_quant.run import run_plan
 
+    return_freed_memory()
     total = sum(step.spec.nbytes for step in plan.steps)
     with progress_bar(total, "bytes", quiet) as progress:
         result = run_plan(plan, out, workers=workers or 0, restart=restart, progress=progress)
@@ -158,11 +158,6 @@ def _show_result(plan: Plan, out: Path, reports: Any, complete: bool, quiet: boo
         click.echo(f"\n{out}: {plan.nbytes / 1e9:.3f} GB in {len(plan.shards)} file(s). To run it:")
         for title, command in run_commands(plan, out):
             click.echo(f"  {title}: {command}")
-
-
-def is_terminal() -> bool:
-    """Is there a person who watches stderr?"""
-    return sys.stderr.isatty()
 
 
 GROUP_SIZES = ("128", "64", "32", "channel")

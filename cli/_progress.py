@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from ernie_quant.cli._options import is_terminal
 
 
 @contextmanager
 def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A bar with MB/s and the time left; nothing where nobody watches."""
-    if quiet or not is_terminal():
+    if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
     from tqdm import tqdm

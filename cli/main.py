@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import importlib
 import json
@@ -86,6 +87,17 @@ RESUME = "interrupted; the same command goes on where it stopped"
 
 def _terminate(*_: object) -> NoReturn:
     raise Terminated
+
+
+def return_freed_memory() -> None:
+    """Give every freed slab back to the system at once.
+
+    glibc moves its threshold for that up to 32 MiB when blocks below it are freed; slabs of changing sizes then leave
+    holes: 0.9 GB at the peak instead of 0.37 on the tensors of the 300B.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD in malloc.h; setting it stops it from moving
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from ernie_quant.cli import _options
 from ernie_quant.cli._progress import progress_bar
-from ernie_quant.cli.main import print_json
+from ernie_quant.cli.main import print_json, return_freed_memory
 
 
 @click.command()
@@ -25,6 +25,7 @@ def command(out: Path, against: Path | None, quiet: bool, as_json: bool) -> None
     """
     from ernie_quant import verify
 
+    return_freed_memory()
     size = sum(p.stat().st_size for p in out.glob("*")) if out.is_dir() else 0
     with progress_bar(size, "bytes", quiet) as progress:
         result = verify.verify(out, against, progress)
