@@ -8,6 +8,7 @@ PT -> Paddle, merged ranks and the third layout are all the same two steps.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -109,6 +110,11 @@ class Rule:
 QUANTIZABLE = frozenset({EXPERT, VISION_EXPERT, SHARED, MLP, ATTENTION, MTP})
 
 
+def is_layer(name: str, role: str, shape: tuple[int, ...]) -> bool:
+    """Is it a matrix that a runtime's configuration speaks of? All but embeddings, norms, head and second routers."""
+    return len(shape) == 2 and role not in (EMBED, NORM, HEAD) and name.endswith(".weight")
+
+
 @dataclass(frozen=True)
 class Row:
     """A rule for one combination of ids: real names, real shapes."""
@@ -143,6 +149,7 @@ class Weight:
         return tuple(dict.fromkeys(ref.name for ref in views.refs(self.view)))
 
 
+MOST_MISSING = 10  # rows per stored tensor, above which config.json is not believed and not expanded
 PADDLE, PT, PADDLEFORMERS = "paddle", "pt", "paddleformers"
 
 
@@ -192,9 +199,17 @@ class NameMap:
                 values = dict(zip(rule.ids, numbers, strict=True))
                 yield Row(rule, rule.paddle.format(**values), tuple(p.format(**values) for p in rule.pt), shapes)
 
+    @property
+    def size(self) -> int:
+        """How many rows there are."""
+        return sum(math.prod(len(self.ids[i]) for i in rule.ids) for rule in self.rules)
+
     def resolve(self, checkpoint: Checkpoint, fixes: frozenset[str] = frozenset()) -> tuple[list[Weight], list[str]]:
         """All tensors in canonical form, in natural order of their PT names, and every disagreement found."""
         layout = layout_of(list(checkpoint.refs))
+        if self.size > MOST_MISSING * (len(checkpoint.refs) + 1000):
+            promised = f"config.json promises about {self.size} tensors, the files hold {len(checkpoint.refs)}"
+            return [], [f"{promised}; is it the config of another model?"]
         reader = _Reader(self, layout, [dict(_aliased(rank.refs)) for rank in checkpoint.ranks], fixes)
         weights = [weight for row in self.rows() for weight in reader.weights(row)]
         reader.report_unknown()
@@ -245,7 +260,8 @@ class _Reader:
 
     def merged(self, row: Row, name: str, op: Op, pt: list[str], shapes: list[tuple[int, ...]]) -> list[Weight]:
         """One stored tensor of every rank, as PT tensors."""
-        ranks = self.ranks if row.rule.ranks is not None else self.ranks[:1]
+        axis = row.rule.ranks
+        shares = len(self.ranks) if axis is not None else 1  # the others have it whole
         self.used.add(name)
         absent = [i for i, refs in enumerate(self.ranks) if name not in refs]
         if absent:
@@ -254,13 +270,14 @@ class _Reader:
                 self.problems.append(f"{name}: is missing{where}")
             return []
         pieces: list[list[View]] = []
-        for refs in ranks:
-            stored = self.checked(row, refs[name], op, shapes, len(ranks))
+        for refs in self.ranks:
+            stored = self.checked(row, refs[name], op, shapes, shares)
             if stored is None:
                 return []
-            pieces.append(op.apply(stored, self.table.dims, len(ranks)))
-        axis = row.rule.ranks or 0
-        return [Weight(p, views.cat([rank[i] for rank in pieces], axis), row) for i, p in enumerate(pt)]
+            pieces.append(op.apply(stored, self.table.dims, shares))
+        copies = [[rank[i] for rank in pieces] for i in range(len(pt))]
+        joined = [views.same(c) if axis is None else views.cat(c, axis) for c in copies]
+        return [Weight(p, view, row) for p, view in zip(pt, joined, strict=True)]
 
     def checked(self, row: Row, ref: TensorRef, op: Op, shapes: list[tuple[int, ...]], ranks: int) -> View | None:
         """The stored tensor, if its shape follows from the dimensions."""

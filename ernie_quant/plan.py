@@ -17,7 +17,7 @@ from ernie_quant.checkpoint import ITEMSIZE, Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import ConfigError, PlanError
-from ernie_quant.names import EMBED, HEAD, NORM, NameMap, Weight
+from ernie_quant.names import EMBED, NameMap, Weight
 from ernie_quant.recipe import Recipe
 from ernie_quant.runtimes import Linear
 from ernie_quant.views import View
@@ -147,12 +147,12 @@ def make_plan(
     if table.problems:
         raise PlanError(f"{source.folder}: {len(table.problems)} problem(s) in the checkpoint", table.problems)
     weights = table.map.write(table.weights, target.LAYOUT)
-    steps, problems, notes = _steps(weights, recipe, target)
-    linears = _linears(steps)
+    chosen, problems, notes = _codecs(weights, recipe, target)
+    linears = _linears(chosen)
     problems += recipe.unused(weights)
-    problems += target.problems(linears)
-    if problems:
+    if problems := problems or target.problems(linears):
         raise PlanError(f"{source.folder}: cannot be done as asked", _folded(problems))
+    steps = [Step(w.name, w.role, w.view, spec, codec, target.parts(w.name, codec, spec), w.sources) for w, codec, spec in chosen]
     copies, left = _copies(source, copy_code)
     config = _config(table, target.LAYOUT, vl_config, steps, copy_code)
     if (entry := target.quantization_config(linears)) is not None:
@@ -177,31 +177,38 @@ def refuse_quantized(source: Checkpoint) -> None:
         raise PlanError(f"{source.folder}: is quantized already ({evidence}); start from the original checkpoint", [])
 
 
-def _steps(weights: Sequence[Weight], rules: Recipe, target: ModuleType) -> tuple[list[Step], list[str], list[str]]:
-    """Steps, what does not fit, and what is kept because it does not fit."""
-    steps: list[Step] = []
+Chosen = tuple[Weight, Codec, TensorSpec]
+
+
+def _codecs(weights: Sequence[Weight], rules: Recipe, target: ModuleType) -> tuple[list[Chosen], list[str], list[str]]:
+    """A codec for every tensor, what does not fit, and what is kept because it does not fit."""
+    chosen: list[Chosen] = []
     problems: list[str] = []
     unfit: list[str] = []
+    spoiled: set[str] = set()  # layers in memory of which a part does not fit
     for weight in weights:
         codec, spec = rules.codec_for(weight), TensorSpec(weight.view.shape, weight.view.dtype)
         problem = codec.problem(spec)
-        if not isinstance(codec, Keep) and spec.dtype not in FLOATS:
-            problem = f"is {spec.dtype}, not one of {', '.join(FLOATS)}"
-        if problem:
-            (unfit if rules.keep_unfit else problems).append(f"{weight.name}: {problem}")
-            codec = Keep()
-        parts = target.parts(weight.name, codec, spec)
-        steps.append(Step(weight.name, weight.role, weight.view, spec, codec, parts, weight.sources))
-    return steps, problems, [f"kept, because {line}" for line in _folded(unfit)]
+        if spec.dtype not in FLOATS:
+            problems.append(f"{weight.name}: is {spec.dtype}, not one of {', '.join(FLOATS)}")
+        elif problem and rules.keep_unfit:
+            unfit.append(f"{weight.name}: {problem}")
+            spoiled.add(target.layer_of(weight.name, weight.role))
+        elif problem:
+            problems.append(f"{weight.name}: {problem}")
+        chosen.append((weight, codec, spec))
+    # a layer in memory has one form: with one of its tensors the others are kept
+    before = sum(not isinstance(codec, Keep) for _, codec, _ in chosen)
+    chosen = [(w, Keep() if target.layer_of(w.name, w.role) in spoiled else codec, spec) for w, codec, spec in chosen]
+    notes = [f"kept, because {line}" for line in _folded(unfit)]
+    if others := before - sum(not isinstance(codec, Keep) for _, codec, _ in chosen) - len(unfit):
+        notes.append(f"{others} more tensors are kept, as parts of the same layers")
+    return chosen, problems, notes
 
 
-def _linears(steps: Sequence[Step]) -> list[Linear]:
-    """The layers that a runtime's configuration speaks of: every matrix but embeddings, norms and second routers."""
-    return [
-        Linear(s.name, s.spec, s.role, s.codec)
-        for s in steps
-        if len(s.spec.shape) == 2 and s.role not in (EMBED, NORM, HEAD) and s.name.endswith(".weight")
-    ]
+def _linears(chosen: Sequence[Chosen]) -> list[Linear]:
+    """The layers that a runtime's configuration speaks of."""
+    return [Linear(w.name, spec, w.role, codec) for w, codec, spec in chosen if names.is_layer(w.name, w.role, spec.shape)]
 
 
 def _check_promise(target: ModuleType, entry: Mapping[str, Any], linears: Sequence[Linear]) -> None:
@@ -235,7 +242,8 @@ def _config(table: Table, layout: str, vl_config: str, steps: Sequence[Step], co
     if dtype not in TORCH_NAMES:
         raise ConfigError(f"the embeddings are {dtype}, not one of {', '.join(TORCH_NAMES)}")
     dims = table.map.dims
-    facts = Facts(TORCH_NAMES[dtype], dims.get("MS", 0) // dims["M"] if "M" in dims else 0)
+    shared = dims.get("MS", 0) // dims["M"] if "M" in dims else 0
+    facts = Facts(TORCH_NAMES[dtype], shared, len(table.map.ids.get("mtp", ())))
     spelling = "transformers" if vl_config == "transformers" and layout == names.PT else layout
     config: dict[str, Any] = table.arch.config_for(spelling, table.config, facts)
     if not copy_code:  # it would point to files that are not there

@@ -80,18 +80,12 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
         slabs = [(step, rows) for step in shard.steps for rows in step.slabs()]
         for slab in _ordered(work, slabs, workers):
             for name, tensor in slab.parts.items():
-                writer.write(name, tensor, _scaled(slab.rows[0], slab.step, name))
+                writer.write(name, tensor, slab.rows[0], of=max((1, *slab.step.spec.shape[:1])))
             sums[slab.step.name] = sums.get(slab.step.name, Difference()) + slab.difference
             progress((slab.rows[1] - slab.rows[0]) * row_bytes(slab.step.spec))
         sha256 = writer.close()
     reports = tuple(TensorReport.of(step, sums.get(step.name, Difference())) for step in shard.steps)
     return ShardResult(shard.filename, writer.nbytes, sha256, reports)
-
-
-def _scaled(row: int, step: Step, part: str) -> int:
-    """The row of a stored part that belongs to a row of the weight: scales of blocks have fewer rows."""
-    shape = step.parts[part].shape
-    return row * shape[0] // step.spec.shape[0] if shape and step.spec.shape else 0
 
 
 def _ordered(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:

@@ -25,6 +25,7 @@ from ernie_quant.measure import Difference, compare
 from ernie_quant.names import NameMap, Rule, Weight
 from ernie_quant.output import MANIFEST, STATE
 from ernie_quant.plan import resolve
+from ernie_quant.readers import by_suffix
 from ernie_quant.report import FILENAME, TensorReport
 from ernie_quant.run import one_torch_thread
 from ernie_quant.views import Files, read
@@ -114,8 +115,8 @@ def _file_problems(out: Path, manifest: dict[str, Any], progress: Progress) -> I
             yield f"{name}: has {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"
         elif (digest := _sha256(path, progress)) != entry.get("sha256"):
             yield f"{name}: its sha256 is {digest[:16]}…, the manifest says {str(entry.get('sha256'))[:16]}…"
-    for path in sorted(out.glob("*.safetensors")):
-        if path.name not in manifest["files"]:
+    for path in sorted(out.iterdir()):
+        if path.suffix in by_suffix() and path.name not in manifest["files"]:
             yield f"{path.name}: is not in the manifest"
 
 
@@ -136,7 +137,8 @@ def _stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored], l
         groups.setdefault(target.weight_of(name)[0], {})[name] = ref
     table: NameMap = arch.name_map(arch.flat(checkpoint.config), list(groups))
     expected = dict(_expected(table, target.LAYOUT))
-    linears = [(n, TensorSpec(shape, "BF16")) for n, (rule, shape) in expected.items() if rule.linear and n in groups]
+    layers = [n for n, (rule, shape) in expected.items() if n in groups and names.is_layer(n, rule.role, shape)]
+    linears = [(n, TensorSpec(expected[n][1], "BF16")) for n in layers]
     promise = checkpoint.config.get("quantization_config")
     codecs = target.codecs_of(promise, linears) if promise else {}
     stored, problems = [], []
@@ -187,10 +189,14 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
         nbytes = sum(ref.spec.nbytes for ref in entry.refs.values())
         if row is None:
             problems.append(f"{entry.name}: is in the files, not in the report")
-        elif (row.shape, row.bytes, row.codec == "kept") != (entry.shape, nbytes, isinstance(entry.codec, Keep)):
+            continue
+        said = (row.role, row.codec == "kept", row.shape, row.bytes, row.bits_per_weight)
+        bits = entry.codec.bits_per_weight(entry.spec)
+        if said != (entry.rule.role, isinstance(entry.codec, Keep), entry.shape, nbytes, bits):
             problems.append(
-                f"{entry.name}: the report says {row.codec} {row.shape} in {row.bytes} bytes, the files hold"
-                f" {entry.codec.describe()} {entry.shape} in {nbytes}"
+                f"{entry.name}: the report says {row.role}, {row.codec} {row.shape} in {row.bytes} bytes, {row.bits_per_weight:g}"
+                f" bits per weight; the files hold {entry.rule.role}, {entry.codec.describe()} {entry.shape} in {nbytes} bytes,"
+                f" {bits:g} bits per weight"
             )
     return rows, problems
 
@@ -255,8 +261,15 @@ def _difference(entry: Stored, weight: Weight, row: TensorReport, target: Module
                 return f"{entry.name}: should be the source's bytes, and is not"
         else:
             total += compare(entry.name, original, result)
-    if abs(total.rel_error - row.rel_error) > TOLERANCE * max(1.0, row.rel_error) or not math.isfinite(total.rel_error):
-        return f"{entry.name}: its relative error is {total.rel_error:.6g}, the report says {row.rel_error:.6g}"
+    for what, is_, said in (
+        ("relative error", total.rel_error, row.rel_error),
+        ("largest error", total.largest, row.max_abs_error),
+        ("squared error", total.error, row.squared_error),
+        ("squared norm", total.total, row.squared_norm),
+        ("SQNR in dB", total.sqnr_db or 0.0, row.sqnr_db or 0.0),
+    ):
+        if abs(is_ - said) > TOLERANCE * max(1.0, abs(said)) or not math.isfinite(is_):
+            return f"{entry.name}: its {what} is {is_:.6g}, the report says {said:.6g}"
     return None
 
 

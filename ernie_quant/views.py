@@ -105,7 +105,24 @@ class Cat:
         return self.parts[0].dtype
 
 
-View: TypeAlias = Leaf | T | Cut | Cat
+@dataclass(frozen=True)
+class Same:
+    """Copies of one tensor, as every tensor-parallel rank has them; reading compares them."""
+
+    copies: tuple[View, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first copy."""
+        return self.copies[0].shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the first copy."""
+        return self.copies[0].dtype
+
+
+View: TypeAlias = Leaf | T | Cut | Cat | Same
 
 
 def leaf(ref: TensorRef) -> View:
@@ -120,6 +137,8 @@ def transpose(view: View) -> View:
             return base
         case Cat(parts, axis):
             return Cat(tuple(transpose(p) for p in parts), 1 - axis)
+        case Same(copies):
+            return Same(tuple(transpose(c) for c in copies))
         case Cut(base, axis, start, stop):
             return Cut(transpose(base), 1 - axis, start, stop)
     return T(view)
@@ -135,7 +154,13 @@ def cut(view: View, axis: int, start: int, stop: int) -> View:
 
 
 def cat(parts: list[View], axis: int) -> View:
-    """The parts joined along `axis`; neighbouring cuts of one view grow together, so split and cat cancel."""
+    """The parts joined along `axis`; neighbouring cuts of one view grow together, so split and cat cancel.
+
+    Raises CheckpointError for parts of several dtypes: to join them would change one of them.
+    """
+    if odd := next((p for p in parts if p.dtype != parts[0].dtype), None):
+        one, two = (f"{r.name} ({r.file.parent.name}/{r.file.name}) is {r.spec.dtype}" for r in (refs(parts[0])[0], refs(odd)[0]))
+        raise CheckpointError(f"{one}, {two}: they are parts of one tensor and must have one dtype")
     joined: list[View] = []
     for part in parts:
         last = joined[-1] if joined else None
@@ -152,6 +177,11 @@ def cat(parts: list[View], axis: int) -> View:
     return joined[0] if len(joined) == 1 else Cat(tuple(joined), axis)
 
 
+def same(copies: list[View]) -> View:
+    """One tensor of which there are copies."""
+    return copies[0] if len(copies) == 1 else Same(tuple(copies))
+
+
 def refs(view: View) -> list[TensorRef]:
     """The stored tensors under a view, each once, in order."""
     match view:
@@ -159,7 +189,7 @@ def refs(view: View) -> list[TensorRef]:
             return [ref]
         case T(base) | Cut(base):
             return refs(base)
-        case Cat(parts):
+        case Cat(parts) | Same(parts):
             return list(dict.fromkeys(r for p in parts for r in refs(p)))
 
 
@@ -264,6 +294,8 @@ def read(view: View, files: Files, rows: tuple[int, int] | None = None) -> torch
 def _read_box(view: View, files: Files, box: Box) -> torch.Tensor:
     import torch
 
+    from ernie_quant.tensors import as_bytes
+
     match view:
         case T(base):
             return _read_box(base, files, box[::-1]).t()
@@ -279,6 +311,14 @@ def _read_box(view: View, files: Files, box: Box) -> torch.Tensor:
                     found.append(_read_box(part, files, (*box[:axis], (first, last), *box[axis + 1 :])))
                 at += part.shape[axis]
             return found[0] if len(found) == 1 else torch.cat(found, dim=axis)
+        case Same(copies):
+            original = _read_box(copies[0], files, box)
+            for copy in copies[1:]:
+                if as_bytes(original) != as_bytes(_read_box(copy, files, box)):
+                    one, other = (refs(c)[0] for c in (copies[0], copy))
+                    where = " and ".join(f"{r.file.parent.name}/{r.file.name}" for r in (one, other))
+                    raise CheckpointError(f"{one.name}: differs between {where}; every rank must have the same")
+            return original
         case Leaf(ref):
             return _read_leaf(ref, view.shape, files, box)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,20 +97,30 @@ class ShardWriter:
             self._fd = -1
         self.partial.unlink(missing_ok=True)
 
-    def write(self, name: str, tensor: torch.Tensor, first_row: int = 0) -> None:
-        """Store rows of `name` from `first_row` on."""
+    def write(self, name: str, tensor: torch.Tensor, first: int = 0, of: int = 1) -> None:
+        """Store `name`, or a slab of it: what begins at `first / of` of the axis along which it is cut."""
         from ernie_quant.tensors import DTYPE_NAMES, as_bytes
 
         spec = self.specs[name]
         assert DTYPE_NAMES[tensor.dtype] == spec.dtype, (name, tensor.dtype, spec)
-        assert tuple(tensor.shape[1:]) == spec.shape[1:], (name, tensor.shape, spec)
+        cut = [axis for axis, size in enumerate(spec.shape) if size != tensor.shape[axis]]
+        axis = cut[0] if cut else 0
+        assert tensor.dim() == len(spec.shape), (name, tensor.shape, spec)
+        assert len(cut) <= 1, (name, tensor.shape, spec)
+        assert axis <= 1, (name, tensor.shape, spec)
         data = as_bytes(tensor)
-        row_bytes = spec.nbytes // max(1, spec.shape[0]) if spec.shape else spec.nbytes
-        at = self._start[name] + first_row * row_bytes
         assert len(data) <= self._missing[name], f"{name}: written twice"
-        self._put(data, at)
+        start = first * spec.shape[axis] // of if spec.shape else 0
+        stride = spec.nbytes // max(1, math.prod(spec.shape[: axis + 1]))  # bytes per step along the axis
+        at = self._start[name] + start * stride
+        if axis == 0:
+            self._put(data, at)
+        else:
+            run, row = tensor.shape[1] * stride, spec.shape[1] * stride
+            for i in range(spec.shape[0]):
+                self._put(data[i * run : (i + 1) * run], at + i * row)
         self._missing[name] -= len(data)
-        if at == self._hashed:
+        if at == self._hashed and axis == 0:
             self._hash.update(data)
             self._hashed += len(data)
         self._catch_up()

@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/outputs.json anew")
 
 
-@pytest.fixture()
+@pytest.fixture
 def golden_value(request: pytest.FixtureRequest) -> Callable[[str, Any], Any]:
     """`golden_value(key, found)`: what was recorded for the key; --update-golden records what was found."""
     path = GOLDEN / "outputs.json"
@@ -38,7 +38,7 @@ def golden_value(request: pytest.FixtureRequest) -> Callable[[str, Any], Any]:
     return value
 
 
-@pytest.fixture()
+@pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """`command("inspect", path)`: run ernie-quant in this process; exit code, stdout, stderr."""
     from ernie_quant.cli.main import main

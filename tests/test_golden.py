@@ -38,7 +38,7 @@ def test_paddle_to_pt_and_back_gives_the_same_bytes(family: str, tmp_path: Path)
     assert same(tensors(tmp_path / "paddle"), tensors(GOLDEN / family / "paddle")) == []
 
 
-@pytest.mark.parametrize("family", ("dense", "moe", "moe_mtp"))
+@pytest.mark.parametrize("family", ["dense", "moe", "moe_mtp"])
 def test_a_pickle_gives_the_same_file_as_safetensors(family: str, tmp_path: Path) -> None:
     write(GOLDEN / family / "paddle", tmp_path / "a")
     write(GOLDEN / family / "paddle_pdparams", tmp_path / "b")
@@ -73,7 +73,7 @@ def test_the_vision_prefix_of_transformers_is_accepted(tmp_path: Path) -> None:
     assert same(found, published) == []
 
 
-@pytest.mark.parametrize("family", ("dense", "moe", "moe_mtp"))
+@pytest.mark.parametrize("family", ["dense", "moe", "moe_mtp"])
 def test_config_json_is_the_published_one(family: str, tmp_path: Path) -> None:
     write(GOLDEN / family / "paddle", tmp_path / "pt")
     assert config(tmp_path / "pt") == config(GOLDEN / family / "pt")
@@ -95,7 +95,7 @@ def test_nested_vl_config_becomes_flat_and_says_the_same(tmp_path: Path) -> None
         assert found.get(key) == published.get(key), key
 
 
-@pytest.mark.parametrize("family", ("dense", "moe", "moe_mtp"))
+@pytest.mark.parametrize("family", ["dense", "moe", "moe_mtp"])
 def test_transformers_computes_the_logits_of_the_paddle_code(family: str, tmp_path: Path) -> None:
     write(GOLDEN / family / "paddle", tmp_path / "pt")
     assert (logits(tmp_path / "pt", case=family) - expected(family)).abs().max() < 1e-4
@@ -117,7 +117,8 @@ def test_transformers_computes_the_logits_of_an_image(tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
     write(GOLDEN / "vl/paddle", tmp_path / "pt", vl_config="transformers")
-    load = {k: torch.from_numpy(np.load(GOLDEN / f"vl/image_{k}.npy")) for k in ("input_ids", "pixel_values", "position_ids", "token_type_ids", "expected_logits_fp32")}  # fmt: skip
+    keys = ("input_ids", "pixel_values", "position_ids", "token_type_ids", "expected_logits_fp32")
+    load = {k: torch.from_numpy(np.load(GOLDEN / f"vl/image_{k}.npy")) for k in keys}
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "pt", dtype=torch.float32).eval()
     with torch.no_grad():
         found = model(

@@ -14,8 +14,8 @@ from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import PlanError
 
-ALL = dict(experts_only=False, mtp=True, keep_unfit=False)
-EXPERTS = ALL | dict(experts_only=True)
+ALL = {"experts_only": False, "mtp": True, "keep_unfit": False}
+EXPERTS = ALL | {"experts_only": True}
 
 
 def model_of_128s(folder: Path) -> Path:
@@ -52,7 +52,7 @@ def check(source: Path, tmp_path: Path, rules: recipe.Recipe, runtime: str, at_m
     ],
     ids=lambda value: value.describe() if hasattr(value, "describe") else "",
 )
-@pytest.mark.parametrize("family", ("moe", "moe_mtp"))
+@pytest.mark.parametrize("family", ["moe", "moe_mtp"])
 def test_integers_on_the_golden_models(family: str, codec, options: dict, at_most: float, tmp_path: Path) -> None:
     check(GOLDEN / family / "pt", tmp_path, recipe.built_in("test", codec, **options), "vllm", at_most)
 
@@ -84,7 +84,11 @@ def test_two_bit_widths_in_one_checkpoint(tmp_path: Path) -> None:
     rules = recipe_of(tmp_path, "role = 'experts'", "role = 'attention'\nbits = 8", "match = 'shared_experts'\ngroup_size = 64")
     check(model_of_128s(tmp_path / "source"), tmp_path, rules, "transformers", 0.2)
     groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"]
-    assert sorted((g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups.values()) == [(4, 64), (4, 128), (8, 128)]
+    assert sorted((g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups.values()) == [
+        (4, 64),
+        (4, 128),
+        (8, 128),
+    ]
 
 
 def test_experts_that_differ_between_layers_are_for_vllm_only(tmp_path: Path) -> None:

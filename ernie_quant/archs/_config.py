@@ -18,6 +18,7 @@ class Facts:
 
     dtype: str  # of the embeddings, in torch's words
     shared_experts: int
+    mtp_blocks: int
 
 
 def whole(config: Config, key: str, least: int = 1, default: int | None = None) -> int:
@@ -155,4 +156,6 @@ def text_config(layout: str, config: Config, facts: Facts, architecture: str, *,
     if moe:
         # absent, transformers and vLLM assume 2 and initialise them at random
         out["moe_num_shared_experts"] = facts.shared_experts
+        if facts.mtp_blocks or "num_nextn_predict_layers" in out:
+            out["num_nextn_predict_layers"] = facts.mtp_blocks
     return out

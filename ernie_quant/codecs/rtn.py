@@ -2,6 +2,9 @@
 
 w ~ code * scale, codes from -2**(bits-1) to 2**(bits-1) - 1. The scale is searched by squared error (`mse`) or
 taken from the largest |w| (`absmax`: max|w| / (2**(bits-1) - 1), as GPTQModel and llm-compressor do).
+
+With `full_range=False` the lowest code is left out (-7 to 7, -127 to 127) and scales are positive: FastDeploy's
+WINT4 and WINT8. `absmax` is then paddle's `weight_quantize` to the bit, which rounds half away from zero.
 """
 
 from __future__ import annotations
@@ -24,15 +27,23 @@ SCALES = ("mse", "absmax")
 GROUP_RATIOS = (1.0, 0.92, 0.84, 0.76, 0.68)
 CHANNEL_RATIOS = (1.0, 0.92, 0.84, 0.77, 0.70, 0.63, 0.57, 0.51, 0.45, 0.39, 0.33, 0.28, 0.23)
 LONG_GROUP = 256
+# Without the lowest code, for any group: on average .3% above an exhaustive search (every .02 down to .10; channels of
+# 512 to 8192, Gaussian, Laplace and Student-t with 5 and 3 degrees). 8 bits gain only just below the largest |w|: .1%.
+SYMMETRIC_RATIOS = (1.0, 0.9, 0.82, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 0.5, 0.44, 0.38, 0.3, 0.2)
+SYMMETRIC_RATIOS_INT8 = (1.0, 0.99, 0.98, 0.97, 0.96, 0.95, 0.94)
 
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """`bits` 2, 4 or 8; `group_size` a number of inputs that share a scale, or "channel"."""
+    """`bits` 2, 4 or 8; `group_size` a number of inputs that share a scale, or "channel".
+
+    `full_range` False leaves out the lowest code and negative scales.
+    """
 
     bits: int = 4
     group_size: int | str = 128
     scale: str = "mse"
+    full_range: bool = True
     rows = 1
 
     def __post_init__(self) -> None:
@@ -42,11 +53,15 @@ class RoundToNearest:
             raise ValueError(f"group_size is {self.group_size!r}, not 'channel' or a multiple of 8 from 16 on")
         if self.scale not in SCALES:
             raise ValueError(f"scale is {self.scale!r}, not {' or '.join(SCALES)}")
+        if type(self.full_range) is not bool:
+            raise ValueError(f"full_range is {self.full_range!r}, not True or False")
 
     def describe(self) -> str:
         """For people."""
         group = "per channel" if self.group_size == CHANNEL else f"group {self.group_size}"
-        return f"int{self.bits}, {group}, {self.scale}"
+        high = 2 ** (self.bits - 1) - 1
+        codes = "" if self.full_range else f" (-{high} to {high})"
+        return f"int{self.bits}{codes}, {group}, {self.scale}"
 
     def group(self, spec: TensorSpec) -> int:
         """Inputs that share a scale."""
@@ -79,19 +94,26 @@ class RoundToNearest:
         import numpy as np
         import torch
 
-        from ernie_quant.kernels import rtn
+        from ernie_quant.kernels import rtn, weight_quantize
 
         if weight.dtype != torch.bfloat16:
             weight = weight.float()
         group = weight.shape[1] if self.group_size == CHANNEL else int(self.group_size)
         high = 2 ** (self.bits - 1) - 1
+        if self.scale == "absmax" and not self.full_range:
+            codes, scale = weight_quantize.absmax_codes(weight.reshape(-1, group), self.bits, torch.bfloat16)
+            return {"codes": codes.reshape(weight.shape), "scale": scale.reshape(len(weight), -1)}
         ratios: tuple[float, ...]
+        low = -high - 1
         if self.scale == "absmax":
             ratios, refine, divisor, signed = (1.0,), 0, high, False
-        else:
+        elif self.full_range:
             ratios, refine = (GROUP_RATIOS, 1) if group <= LONG_GROUP else (CHANNEL_RATIOS, 2)
             divisor, signed = high + 1, True
-        codes, scale = rtn.encode(weight, group, -high - 1, high, divisor, np.array(ratios, np.float32), refine, signed)
+        else:
+            ratios, refine = (SYMMETRIC_RATIOS_INT8, 1) if self.bits == 8 else (SYMMETRIC_RATIOS, 2)
+            low, divisor, signed = -high, high, False
+        codes, scale = rtn.encode(weight, group, low, high, divisor, np.array(ratios, np.float32), refine, signed)
         return {"codes": codes, "scale": scale}
 
     def decode(self, encoded: Encoded) -> torch.Tensor:

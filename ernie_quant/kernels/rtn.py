@@ -15,6 +15,8 @@ import numba as nb
 import numpy as np
 import torch
 
+from ernie_quant.kernels._transpose import load_16, store_8
+
 F = np.float32
 ROUND = F(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to an integer, half to even
 SMALLEST = F(2.0**-120)  # below it 1 / scale comes near the end of float32; such a group is stored as zeros
@@ -54,6 +56,8 @@ def _encode(bits, shift, group, low, high, divisor, ratios, refine, signed, lane
     rows, columns = bits.shape
     tile = np.empty((group, lanes), F)
     tile_bits = tile.view(np.uint32)
+    narrow = np.empty((group, lanes // 4), np.uint64)  # the tile as it is read (16 bits) and written (8 bits)
+    words = columns % 8 == 0 and group % 8 == 0
     work = np.empty((6, lanes), F)
     scale, best, error, trial, sum_xq, sum_qq = work[0], work[1], work[2], work[3], work[4], work[5]
     scale_bits, trial_bits = scale.view(np.uint32), trial.view(np.uint32)
@@ -61,7 +65,11 @@ def _encode(bits, shift, group, low, high, divisor, ratios, refine, signed, lane
     for first in range(0, rows, lanes):
         n = min(lanes, rows - first)
         for g in range(columns // group):
-            _load(bits, shift, first, n, g * group, group, tile_bits)
+            if shift and words and n % 8 == 0:
+                load_16(bits.view(np.uint64), first, n, g * group, group, narrow)
+                _widen(narrow.view(np.uint16), n, group, tile_bits)
+            else:
+                _load(bits, shift, first, n, g * group, group, tile_bits)
             _extremes(tile, group, n, signed, top)
             for k in range(len(ratios)):
                 for i in range(n):
@@ -83,7 +91,12 @@ def _encode(bits, shift, group, low, high, divisor, ratios, refine, signed, lane
             for i in range(n):
                 inverse[i] = F(1) / scale[i]
                 scales[first + i, g] = scale_bits[i] >> np.uint32(16)
-            _store(tile, group, n, inverse, low, high, codes, first, g * group)
+            codes_of_tile = narrow.view(np.int8)
+            _quantize(tile, group, n, inverse, low, high, codes_of_tile)
+            if words and n % 8 == 0:
+                store_8(narrow, first, n, g * group, group, codes.view(np.uint64))
+            else:
+                _store(codes_of_tile, group, n, codes, first, g * group)
 
 
 @nb.njit(nogil=True, cache=True)
@@ -92,6 +105,14 @@ def _load(bits, shift, first, n, column, group, tile):  # type: ignore[no-untype
         for i in range(n):
             for j in range(start, min(start + 16, group)):
                 tile[j, i] = np.uint32(bits[first + i, column + j]) << shift
+
+
+@nb.njit(nogil=True, cache=True)
+def _widen(half, n, group, tile):  # type: ignore[no-untyped-def]
+    """bf16 to float32: the upper half of its bits."""
+    for j in range(group):
+        for i in range(n):
+            tile[j, i] = np.uint32(half[j, i]) << np.uint32(16)
 
 
 @nb.njit(nogil=True, cache=True)
@@ -147,14 +168,17 @@ def _least_squares(tile, group, n, scale, inverse, low, high, sum_xq, sum_qq, ou
 
 
 @nb.njit(nogil=True, cache=True)
-def _store(tile, group, n, inverse, low, high, codes, first, column):  # type: ignore[no-untyped-def]
+def _quantize(tile, group, n, inverse, low, high, out):  # type: ignore[no-untyped-def]
     for j in range(group):
         for i in range(n):
-            tile[j, i] = (min(max(tile[j, i] * inverse[i], low), high) + ROUND) - ROUND
-    for start in range(0, group, 16):
-        for i in range(n):
-            for j in range(start, min(start + 16, group)):
-                codes[first + i, column + j] = np.int8(tile[j, i])
+            out[j, i] = np.int8((min(max(tile[j, i] * inverse[i], low), high) + ROUND) - ROUND)
+
+
+@nb.njit(nogil=True, cache=True)
+def _store(tile, group, n, codes, first, column):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        for j in range(group):
+            codes[first + i, column + j] = tile[j, i]
 
 
 def encode_reference(

@@ -1,11 +1,13 @@
 """Runtimes, one file each: the bytes and names that a program wants to load.
 
+CODECS                                  classes of codecs that it can store
 LAYOUT                                  layout of names and weights: pt or paddle
 parts(name, codec, spec)                stored tensors of a weight: {name: TensorSpec}
 constants(name, codec, spec)            those of them that do not depend on the weight's values
 pack(name, codec, encoded)              the others, for a weight or a slab of its rows
 unpack(name, codec, parts)              encoded fields again, from stored tensors
 weight_of(name)                         (weight, part) that a stored tensor belongs to
+layer_of(name, role)                    the layer in memory that a linear is a part of: one form for all of it
 problems(linears)                       what of a plan the program would not load
 quantization_config(linears)            what config.json says of it; None for nothing quantized
 codecs_of(config, linears)              what config.json promises for each linear: the way back

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ernie_quant.codecs import Encoded
 
 LAYOUT = "paddle"
+CODECS = (Keep,)
 
 
 def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, TensorSpec]:
@@ -47,6 +48,11 @@ def weight_of(name: str) -> tuple[str, str]:
 def notes(linears: Sequence[Linear]) -> list[str]:
     """None."""
     return []
+
+
+def layer_of(name: str, role: str) -> str:
+    """Every weight is a layer of its own."""
+    return name
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:

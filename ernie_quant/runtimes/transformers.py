@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant.runtimes import Linear, vllm
-from ernie_quant.runtimes.vllm import LAYOUT, codecs_of, constants, pack, parts, quantization_config, tp_sizes, unpack, weight_of
 
-__all__ = [
-    "LAYOUT", "codecs_of", "commands", "constants", "notes", "pack", "parts", "problems", "quantization_config", "tp_sizes",
-    "unpack", "weight_of",
-]  # fmt: skip
+CODECS = vllm.CODECS
+LAYOUT = vllm.LAYOUT
+parts, constants, pack, unpack, weight_of = vllm.parts, vllm.constants, vllm.pack, vllm.unpack, vllm.weight_of
+layer_of, quantization_config, codecs_of = vllm.layer_of, vllm.quantization_config, vllm.codecs_of
+tp_sizes = vllm.tp_sizes
 
 
 def notes(linears: Sequence[Linear]) -> list[str]:
@@ -22,7 +22,7 @@ def notes(linears: Sequence[Linear]) -> list[str]:
 
 def problems(linears: Sequence[Linear]) -> list[str]:
     """Layers that are one module in memory must be stored in one form here too, and all experts alike."""
-    return vllm.mixed(linears) + vllm.mixed_experts(linears)
+    return vllm.unknown(linears) + vllm.mixed(linears) + vllm.mixed_experts(linears)
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:

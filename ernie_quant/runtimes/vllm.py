@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ernie_quant.codecs import Encoded
 
 LAYOUT = "pt"
+CODECS = (Keep, RoundToNearest, Float8Block)
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
 EXPERTS = (EXPERT, VISION_EXPERT)
@@ -106,7 +107,16 @@ def problems(linears: Sequence[Linear]) -> list[str]:
         for li in linears
         if isinstance(li.codec, RoundToNearest) and (li.codec.bits not in BITS or li.codec.group_size not in GROUPS)
     ]
-    return found + mixed(linears)
+    return found + unknown(linears) + mixed(linears)
+
+
+def unknown(linears: Sequence[Linear]) -> list[str]:
+    """Codecs of other runtimes."""
+    return [
+        f"{li.name}: cannot be written for this runtime as {li.codec.describe()}"
+        for li in linears
+        if not isinstance(li.codec, CODECS)
+    ]
 
 
 def notes(linears: Sequence[Linear]) -> list[str]:
@@ -122,17 +132,21 @@ def _rows(linear: Linear) -> bool:
     return linear.module.endswith((".down_proj", ".o_proj"))
 
 
+def layer_of(name: str, role: str) -> str:
+    """qkv_proj, gate_up_proj, or all experts of a layer."""
+    module = name.removesuffix(".weight")
+    if role in EXPERTS:
+        return re.sub(r"experts\.\d+\.\w+$", role, module)
+    return re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", re.sub(r"\.(q|k|v)_proj$", ".qkv_proj", module))
+
+
 def mixed(linears: Sequence[Linear]) -> list[str]:
     """Layers that are one module in memory but would be stored in several forms."""
     kinds = {type(li.codec) for li in linears} - {Keep}
     found = ["fp8 and integer codes cannot stand in one checkpoint: no config.json says both"] if len(kinds) > 1 else []
     modules: dict[str, set[str]] = defaultdict(set)
     for linear in linears:
-        fused = re.sub(r"\.(q|k|v)_proj$", ".qkv_proj", linear.module)
-        fused = re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", fused)
-        if linear.role in EXPERTS:  # all experts of a layer are one module
-            fused = re.sub(r"experts\.\d+\.\w+$", linear.role, linear.module)
-        modules[fused].add(_form(linear.codec))
+        modules[layer_of(linear.name, linear.role)].add(_form(linear.codec))
     return found + [
         f"{module}: is one layer in memory, but would be stored as {' and '.join(sorted(forms))}"
         for module, forms in modules.items()

@@ -68,7 +68,9 @@ def _ranks(folder: Path) -> list[tuple[Path, re.Pattern[str] | None]]:
     """(folder, pattern of its weight files or None for the usual ones) for each tensor-parallel rank."""
     found = {int(m[1]): p for p in folder.iterdir() if (m := RANK_FOLDER.fullmatch(p.name)) and p.is_dir()}
     pickles = {int(m[1]): p for p in folder.iterdir() if (m := RANK_PICKLE.fullmatch(p.name))}
-    usual = any(w.fullmatch(p.name) for p in folder.iterdir() for w in WEIGHTS) or any(os.path.lexists(folder / i) for i in INDEXES)
+    usual = any(w.fullmatch(p.name) for p in folder.iterdir() for w in WEIGHTS) or any(
+        os.path.lexists(folder / i) for i in INDEXES
+    )
     if usual or not (found or pickles):
         return [(folder, None)]
     table = found or pickles
@@ -149,8 +151,8 @@ def _extra_files(folder: Path, used: set[Path]) -> tuple[tuple[Path, ...], list[
         if path in used or path.name in OWN_FILES or path.name.startswith(".") or RANK_FOLDER.fullmatch(path.name):
             continue
         weights = path.suffix in by_suffix() or path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json")
-        if path.is_dir() or weights:
-            left.append(path.name + ("/" if path.is_dir() else ""))
+        if path.is_dir() or weights or not path.name.isprintable() or set(path.name) & set(":\\"):
+            left.append(repr(path.name)[1:-1] + ("/" if path.is_dir() else ""))
         else:
             carried.append(inside(folder, path.name, "the folder"))
     return tuple(carried), [f"not read and not carried along: {', '.join(left)}"] if left else []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
 import pytest
 import torch
 
 from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.names import EXPERT, PT
 from ernie_quant.tensors import DTYPE_NAMES
 
 EXAMPLES = [example for module in plugins.modules(codecs) for example in module.EXAMPLES]
@@ -20,7 +22,7 @@ def codec(request: pytest.FixtureRequest) -> codecs.Codec:
     return request.param
 
 
-@pytest.fixture()
+@pytest.fixture
 def weight() -> torch.Tensor:
     return torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(3)).mul(0.02).bfloat16()
 
@@ -53,28 +55,51 @@ def test_slabs_of_rows_encode_as_the_whole_does(codec: codecs.Codec, weight: tor
 
 
 def test_codes_are_a_fixed_point(codec: codecs.Codec, weight: torch.Tensor) -> None:
-    """What was decoded once decodes to itself when it is encoded again, up to the rounding of its scale."""
+    """What was decoded once decodes to itself when it is encoded again, up to the rounding of its scale.
+
+    A search over scales need not find the very ones again: it may add a twentieth of the first error.
+    """
     once = codec.decode(codec.encode(weight))
     twice = codec.decode(codec.encode(once))
-    assert (twice.double() - once.double()).square().sum() <= 1e-3 * once.double().square().sum()
+    first = (once.double() - weight.double()).square().sum() / weight.double().square().sum()
+    assert (twice.double() - once.double()).square().sum() <= max(1e-3, first / 20) * once.double().square().sum()
 
 
-def test_bits_per_weight_counts_every_stored_bit(codec: codecs.Codec) -> None:
-    for name in ("vllm", "transformers"):
-        runtime = runtimes.find(name)
-        parts = runtime.parts("model.layers.1.mlp.experts.0.up_proj.weight", codec, SPEC)
-        stored = sum(spec.nbytes for part, spec in parts.items() if not part.endswith("weight_shape"))
-        assert 8 * stored == codec.bits_per_weight(SPEC) * SPEC.numel
+def weight_name(runtime: ModuleType) -> str:
+    """An expert's weight as the runtime's layout names it."""
+    return f"{'model' if runtime.LAYOUT == PT else 'ernie'}.layers.1.mlp.experts.0.down_proj.weight"
 
 
-def test_a_runtime_gives_back_what_it_packed(codec: codecs.Codec, weight: torch.Tensor) -> None:
-    runtime, name = runtimes.find("transformers"), "model.layers.1.mlp.experts.0.up_proj.weight"
+def stores(runtime: ModuleType, codec: codecs.Codec) -> bool:
+    """Is there a file of this runtime that holds the codec?"""
+    linear = runtimes.Linear(weight_name(runtime), SPEC, EXPERT, codec)
+    return isinstance(codec, runtime.CODECS) and not runtime.problems([linear])
+
+
+@pytest.fixture(
+    params=[(runtime, codec) for runtime in plugins.modules(runtimes) for codec in EXAMPLES if stores(runtime, codec)],
+    ids=lambda pair: f"{pair[0].__name__.rpartition('.')[2]}: {pair[1].describe()}",
+)
+def stored(request: pytest.FixtureRequest) -> tuple[ModuleType, codecs.Codec]:
+    """Every runtime with every codec that it can store."""
+    return request.param
+
+
+def test_bits_per_weight_counts_every_stored_bit(stored: tuple[ModuleType, codecs.Codec]) -> None:
+    runtime, codec = stored
+    parts = runtime.parts(weight_name(runtime), codec, SPEC)
+    nbytes = sum(spec.nbytes for part, spec in parts.items() if not part.endswith("weight_shape"))
+    assert 8 * nbytes == codec.bits_per_weight(SPEC) * SPEC.numel
+
+
+def test_a_runtime_gives_back_what_it_packed(stored: tuple[ModuleType, codecs.Codec], weight: torch.Tensor) -> None:
+    (runtime, codec), name = stored, weight_name(stored[0])
     encoded = codec.encode(weight)
-    stored = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, SPEC)
-    specs = {n: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in stored.items()}
+    parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, SPEC)
+    specs = {n: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in parts.items()}
     assert specs == runtime.parts(name, codec, SPEC)
-    assert {runtime.weight_of(n)[0] for n in stored} == {name}
-    back = runtime.unpack(name, codec, stored)
+    assert {runtime.weight_of(n)[0] for n in parts} == {name}
+    back = runtime.unpack(name, codec, parts)
     assert all(torch.equal(back[field].view(torch.uint8), encoded[field].view(torch.uint8)) for field in encoded)
 
 

@@ -1,0 +1,170 @@
+"""Every runtime keeps every promise of `runtimes`: what it writes, it can read back, and config.json tells the truth."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from models import GOLDEN
+
+from ernie_quant import codecs, names, plugins, recipe, runtimes
+from ernie_quant.checkpoint import Checkpoint, TensorSpec
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.keep import KEEP
+from ernie_quant.errors import ErnieQuantError, PlanError
+from ernie_quant.plan import Plan, make_plan
+from ernie_quant.runtimes import Linear
+from ernie_quant.tensors import DTYPE_NAMES
+
+RUNTIMES = plugins.modules(runtimes)
+CODECS = [example for module in plugins.modules(codecs) for example in module.EXAMPLES]
+MAKE_GEOMETRY = Path(__file__).parents[2] / "benchmarks/make_geometry.py"
+FAMILIES = ("dense", "moe", "moe_mtp", "vl")
+SPEC = TensorSpec((256, 384), "BF16")
+NAME = "model.layers.1.mlp.experts.0.up_proj.weight"
+
+
+@pytest.fixture(params=RUNTIMES, ids=lambda module: module.__name__.rpartition(".")[2])
+def runtime(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
+def takes(runtime: ModuleType, codec: Codec) -> bool:
+    return not runtime.problems([Linear(NAME, SPEC, names.EXPERT, codec)])
+
+
+def form(codec: Codec) -> str:
+    """What a file shows of a codec: not how its scales were chosen, nor which codes it does without."""
+    return re.sub(r", (mse|absmax)$| \(-\d+ to \d+\)", "", codec.describe())
+
+
+def short(value: ModuleType | Codec) -> str:
+    return value.__name__.rpartition(".")[2] if isinstance(value, ModuleType) else value.describe()
+
+
+TAKEN = [(runtime, codec) for runtime in RUNTIMES for codec in CODECS if takes(runtime, codec)]
+every_pair = pytest.mark.parametrize(("runtime", "codec"), TAKEN, ids=short)
+
+
+def test_it_has_every_function_of_the_contract(runtime: ModuleType) -> None:
+    assert runtime.LAYOUT in (names.PADDLE, names.PT)
+    promised = set(re.findall(r"^(\w+)\(.*\)  ", runtimes.__doc__ or "", re.MULTILINE)) | {"notes"}
+    assert len(promised) > 8
+    assert {n for n in promised if not inspect.isfunction(getattr(runtime, n, None))} == set()
+
+
+def test_it_takes_kept_weights(runtime: ModuleType) -> None:
+    assert takes(runtime, KEEP)
+    assert runtime.parts("model.norm.weight", KEEP, TensorSpec((64,), "F32")) == {"model.norm.weight": TensorSpec((64,), "F32")}
+    assert runtime.quantization_config([Linear(NAME, SPEC, names.EXPERT, KEEP)]) is None
+
+
+@every_pair
+def test_parts_constants_and_pack_agree(runtime: ModuleType, codec: Codec) -> None:
+    weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(4)).mul(0.02).bfloat16()
+    encoded = codec.encode(weight)
+    packed, constants = runtime.pack(NAME, codec, encoded), runtime.constants(NAME, codec, SPEC)
+    assert packed.keys() & constants.keys() == set()
+    stored = packed | constants
+    specs = {name: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in stored.items()}
+    assert specs == runtime.parts(NAME, codec, SPEC)
+    back = codec.decode(runtime.unpack(NAME, codec, stored))
+    assert torch.equal(back.view(torch.int16), codec.decode(encoded).view(torch.int16))
+
+
+@every_pair
+def test_slabs_of_rows_pack_as_the_whole_does(runtime: ModuleType, codec: Codec) -> None:
+    weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(4)).mul(0.02).bfloat16()
+    whole = runtime.pack(NAME, codec, codec.encode(weight))
+    slabs = [runtime.pack(NAME, codec, codec.encode(weight[i : i + 128])) for i in (0, 128)]
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([s[name] for s in slabs]).view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@every_pair
+def test_every_part_belongs_to_one_weight(runtime: ModuleType, codec: Codec) -> None:
+    parts = list(runtime.parts(NAME, codec, SPEC))
+    assert {runtime.weight_of(part)[0] for part in parts} == {NAME}
+    assert len({runtime.weight_of(part)[1] for part in parts}) == len(parts)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.1.mlp.gate.weight_1", "lm_head.weight", "vision_model.ln.bias"]
+)
+def test_what_is_no_part_is_a_weight_of_its_own(runtime: ModuleType, name: str) -> None:
+    assert runtime.weight_of(name)[0] == name
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=short)
+def test_a_codec_it_cannot_load_is_refused_by_name_and_form(runtime: ModuleType, codec: Codec) -> None:
+    problems = runtime.problems([Linear(NAME, SPEC, names.EXPERT, codec)])
+    assert len(problems) == (not takes(runtime, codec))
+    assert all(line.startswith(f"{NAME}: ") and codec.describe() in line for line in problems)
+
+
+def plan_of(folder: Path, runtime: ModuleType, codec: Codec, *, experts_only: bool = False) -> Plan:
+    rules = recipe.built_in("test", codec, experts_only=experts_only, mtp=True, keep_unfit=False)
+    name = runtime.__name__.rpartition(".")[2]
+    return make_plan(Checkpoint.open(folder), runtime=name, recipe=recipe.KEEP_ALL if codec == KEEP else rules)
+
+
+@pytest.fixture(scope="module", params=["0.3b", "21b", "vl-28b"])
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers with the true widths, which every codec divides; sparse files."""
+    out = tmp_path_factory.mktemp("geometry") / request.param
+    subprocess.run([sys.executable, MAKE_GEOMETRY, request.param, out, "--layers", "2"], check=True, capture_output=True)
+    return out
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=short)
+def test_the_plan_refuses_a_codec_that_the_runtime_cannot_load(runtime: ModuleType, codec: Codec) -> None:
+    if not takes(runtime, codec):
+        with pytest.raises(PlanError):
+            plan_of(GOLDEN / "moe/paddle", runtime, codec)
+
+
+@every_pair
+def test_config_json_promises_what_is_written(runtime: ModuleType, codec: Codec, release: Path) -> None:
+    for experts_only in (False, True) if "0.3b" not in release.name else (False,):
+        plan = plan_of(release, runtime, codec, experts_only=experts_only)
+        entry = json.loads(json.dumps(plan.config)).get("quantization_config")
+        assert (entry is not None) == (codec != KEEP)
+        if entry is None:
+            continue
+        layers = [s for s in plan.steps if names.is_layer(s.name, s.role, s.spec.shape)]
+        promised = runtime.codecs_of(entry, [(s.name, s.spec) for s in layers])
+        assert {n: form(c) for n, c in promised.items()} == {s.name: form(s.codec) for s in layers}
+
+
+def test_config_of_another_program_is_refused(runtime: ModuleType) -> None:
+    if runtime.LAYOUT == names.PADDLE:
+        pytest.skip("writes no quantization_config")
+    with pytest.raises(ErnieQuantError, match="'gptq'"):
+        runtime.codecs_of({"quant_method": "gptq"}, [(NAME, SPEC)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_commands_name_the_folder(runtime: ModuleType, family: str) -> None:
+    plan = plan_of(GOLDEN / family / "paddle", runtime, KEEP)
+    commands = runtime.commands(Path("some/folder"), plan.config, plan.tp_sizes)
+    if runtime is runtimes.find("transformers") and family == "vl":
+        assert commands == []  # no one-line command runs a VL model there
+        return
+    assert commands
+    assert all(title and "some/folder" in command for title, command in commands)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_parallel_sizes_divide_heads_and_begin_with_one(runtime: ModuleType, family: str) -> None:
+    plan = plan_of(GOLDEN / family / "paddle", runtime, KEEP)
+    heads = 2 if family == "vl" else 4
+    assert plan.tp_sizes[0] == 1
+    assert list(plan.tp_sizes) == sorted(set(plan.tp_sizes))
+    assert all(heads % tp == 0 for tp in plan.tp_sizes)
