@@ -76,6 +76,7 @@ class Size(click.ParamType):
 def execute(
     src: Path, out: Path, rules: Recipe, runtime: str, *, dry_run: bool, restart: bool, workers: int | None,
     max_shard_size: int, vl_config: str, copy_code: bool, fixes: tuple[str, ...], quiet: bool, as_json: bool,
+    unsupported: bool = False,
 ) -> None:  # fmt: skip
     """Plan, then run, then say what happened."""
     from ernie_quant.checkpoint import Checkpoint
@@ -83,7 +84,7 @@ def execute(
 
     plan = make_plan(
         Checkpoint.open(src), runtime=runtime, recipe=rules, vl_config=vl_config, fixes=frozenset(fixes),
-        copy_code=copy_code, shard_bytes=max_shard_size,
+        copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported,
     )  # fmt: skip
     if dry_run:
         _show_plan(plan, as_json)
@@ -170,8 +171,26 @@ scale = click.option(
 )  # fmt: skip
 
 
+unsupported = click.option(
+    "--unsupported", is_flag=True, help="Write a checkpoint that no program loads (FastDeploy, VL) all the same."
+)
+
+
+def quantize_container(
+    name: str, wint4_layers: int | None, src: Path, out: Path, *, experts_only: bool, scale: str, effort: int, **options: Any
+) -> None:
+    """`wint2`, and `wint4` for FastDeploy."""
+    from ernie_quant import recipe
+    from ernie_quant.errors import PlanError
+
+    if experts_only:
+        raise PlanError("--experts-only: FastDeploy's container needs its other linears as WINT8; leave it out", [])
+    rules = recipe.container(name, wint4_layers, scale=scale, effort=effort)
+    execute(src, out, rules, "fastdeploy", **options)
+
+
 def quantize_integers(bits: int, src: Path, out: Path, *, group_size: str, scale: str, **options: Any) -> None:
-    """`wint4` and `wint8`."""
+    """`wint4` and `wint8` for vLLM and transformers."""
     group = int(group_size) if group_size.isdigit() else group_size
     built_in(f"wint{bits}", "rtn", {"bits": bits, "group_size": group, "scale": scale}, src, out, **options)
 

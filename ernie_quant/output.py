@@ -75,7 +75,8 @@ class OutputFolder:
     def _sweep(self) -> None:
         """Remove what a run writes, and nothing else."""
         own = {MANIFEST, INDEX, report.FILENAME, CONFIG, README, SOURCE_README}
-        for path in self.path.iterdir():
+        folders = [self.path, *(self.path / f for f in self.plan.folders if f)]
+        for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
             shard = path.name.startswith("model") and path.suffix == ".safetensors"
             if path.is_file() and (path.name in own or shard or path.name.endswith(PARTIAL)):
                 path.unlink()
@@ -102,11 +103,14 @@ class OutputFolder:
         """Remember a finished file."""
         rows = [r.to_json() for r in reports]
         data = json.dumps({**entry, "reports": rows}, allow_nan=False).encode()
-        write_file(self.state / f"{shard.filename}.json", data)
+        write_file(self._record_of(shard), data)
+
+    def _record_of(self, shard: Shard) -> Path:
+        return self.state / f"{shard.filename.replace('/', '-')}.json"
 
     def finished(self, shard: Shard) -> tuple[dict[str, Any], list[TensorReport]] | None:
         """What was remembered of a file that is still there."""
-        record, file = self.state / f"{shard.filename}.json", self.path / shard.filename
+        record, file = self._record_of(shard), self.path / shard.filename
         if not record.is_file() or not file.is_file():
             return None
         try:
@@ -125,10 +129,11 @@ class OutputFolder:
 
         for source in plan.copies:
             put(SOURCE_README if source.name == README else source.name, source.read_bytes())
-        if len(plan.shards) > 1:
-            total = sum(spec.nbytes for shard in plan.shards for spec in shard.specs.values())
-            put(INDEX, dumps({"metadata": {"total_size": total}, "weight_map": plan.weight_map}).encode())
-        put(CONFIG, dumps(plan.config).encode())
+        for folder, shards in plan.folders.items():
+            prefix = f"{folder}/" if folder else ""
+            if len(shards) > 1:
+                put(prefix + INDEX, dumps(index(shards)).encode())
+            put(prefix + CONFIG, dumps(plan.config).encode())
         put(
             report.FILENAME,
             report.to_json(rows, {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}).encode(),
@@ -137,6 +142,13 @@ class OutputFolder:
         write_file(self.path / MANIFEST, dumps(manifest(plan, entries)).encode())
         shutil.rmtree(self.state)
         fsync_folder(self.path)
+
+
+def index(shards: Sequence[Shard]) -> dict[str, Any]:
+    """model.safetensors.index.json of the files of one folder."""
+    total = sum(spec.nbytes for shard in shards for spec in shard.specs.values())
+    weight_map = {name: shard.filename.rpartition("/")[2] for shard in shards for name in shard.specs}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def manifest(plan: Plan, files: dict[str, dict[str, Any]]) -> dict[str, Any]:

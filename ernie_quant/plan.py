@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class Step:
     codec: Codec
     parts: Mapping[str, TensorSpec]
     sources: tuple[str, ...]
+    multiple: int = 1  # rows that must stay together in a slab
 
     @property
     def nbytes(self) -> int:
@@ -52,12 +54,12 @@ class Step:
 
     def slabs(self) -> list[tuple[int, int]]:
         """Ranges of rows that together are the tensor."""
-        return views.slabs(self.spec, self.codec.rows)
+        return views.slabs(self.spec, self.multiple)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the result; `specs` in the order in which the tensors lie in it."""
+    """One file of the result (its name may have a subfolder); `specs` in the order in which the tensors lie in it."""
 
     filename: str
     steps: tuple[Step, ...]
@@ -100,9 +102,12 @@ class Plan:
         return self.nbytes + heads + sum(path.stat().st_size for path in self.copies)
 
     @property
-    def weight_map(self) -> dict[str, str]:
-        """Stored tensor -> file."""
-        return {name: shard.filename for shard in self.shards for name in shard.specs}
+    def folders(self) -> dict[str, list[Shard]]:
+        """Subfolder ("" for the root) -> its files."""
+        found: dict[str, list[Shard]] = {}
+        for shard in self.shards:
+            found.setdefault(shard.filename.rpartition("/")[0], []).append(shard)
+        return found
 
 
 def file_metadata(plan: Plan) -> dict[str, str]:
@@ -139,6 +144,7 @@ def make_plan(
     fixes: frozenset[str] = frozenset(),
     copy_code: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    unsupported: bool = False,
 ) -> Plan:
     """Decide everything. Raises PlanError with every problem found, or ConfigError."""
     target = runtimes.find(runtime)
@@ -150,20 +156,21 @@ def make_plan(
     chosen, problems, notes = _codecs(weights, recipe, target)
     linears = _linears(chosen)
     problems += recipe.unused(weights)
-    if problems := problems or target.problems(linears):
+    refused = target.unsupported(linears)
+    if problems := problems or target.problems(linears) or ([] if unsupported else refused):
         raise PlanError(f"{source.folder}: cannot be done as asked", _folded(problems))
-    steps = [Step(w.name, w.role, w.view, spec, codec, target.parts(w.name, codec, spec), w.sources) for w, codec, spec in chosen]
+    steps = [_step(weight, codec, spec, target) for weight, codec, spec in chosen]
     copies, left = _copies(source, copy_code)
     config = _config(table, target.LAYOUT, vl_config, steps, copy_code)
     if (entry := target.quantization_config(linears)) is not None:
         _check_promise(target, entry, linears)
-        config["quantization_config"] = entry
-    shards = _shards(steps, shard_bytes)
+        config |= target.CONFIG | {"quantization_config": entry}
+    shards = _shards(steps, target, shard_bytes)
     tp = target.tp_sizes(linears, table.map.dims, whole(table.config, "num_attention_heads"))
     identity = _identity(source, runtime, recipe, vl_config, fixes, copy_code, shard_bytes)
     return Plan(
         source, runtime, target.LAYOUT, recipe, shards, table.map.dims, config, copies, tuple(tp),
-        (*source.notes, *left, *notes, *target.notes(linears)), identity,
+        (*source.notes, *left, *notes, *refused, *target.notes(linears)), identity,
     )  # fmt: skip
 
 
@@ -187,7 +194,8 @@ def _codecs(weights: Sequence[Weight], rules: Recipe, target: ModuleType) -> tup
     unfit: list[str] = []
     spoiled: set[str] = set()  # layers in memory of which a part does not fit
     for weight in weights:
-        codec, spec = rules.codec_for(weight), TensorSpec(weight.view.shape, weight.view.dtype)
+        codec = rules.codec_for(weight)
+        spec = TensorSpec(oriented(weight, codec, target.LAYOUT).shape, weight.view.dtype)
         problem = codec.problem(spec)
         if spec.dtype not in FLOATS:
             problems.append(f"{weight.name}: is {spec.dtype}, not one of {', '.join(FLOATS)}")
@@ -204,6 +212,18 @@ def _codecs(weights: Sequence[Weight], rules: Recipe, target: ModuleType) -> tup
     if others := before - sum(not isinstance(codec, Keep) for _, codec, _ in chosen) - len(unfit):
         notes.append(f"{others} more tensors are kept, as parts of the same layers")
     return chosen, problems, notes
+
+
+def _step(weight: Weight, codec: Codec, spec: TensorSpec, target: ModuleType) -> Step:
+    multiple = math.lcm(codec.rows, 1 if isinstance(codec, Keep) else target.ROWS)
+    view = oriented(weight, codec, target.LAYOUT)
+    return Step(weight.name, weight.role, view, spec, codec, target.parts(weight.name, codec, spec), weight.sources, multiple)
+
+
+def oriented(weight: Weight, codec: Codec, layout: str) -> View:
+    """Codecs work on [out, in], whatever the layout of the result."""
+    turn = not isinstance(codec, Keep) and layout == names.PADDLE
+    return views.transpose(weight.view) if turn else weight.view
 
 
 def _linears(chosen: Sequence[Chosen]) -> list[Linear]:
@@ -251,8 +271,15 @@ def _config(table: Table, layout: str, vl_config: str, steps: Sequence[Step], co
     return config
 
 
-def _shards(steps: Sequence[Step], shard_bytes: int) -> tuple[Shard, ...]:
-    """Steps in order, cut into files of at most `shard_bytes` (a larger tensor has a file of its own)."""
+def _shards(steps: Sequence[Step], target: ModuleType, shard_bytes: int) -> tuple[Shard, ...]:
+    """Steps in order, by folder, cut into files of at most `shard_bytes` (a larger tensor has a file of its own)."""
+    folders: dict[str, list[Step]] = {}
+    for step in steps:
+        folders.setdefault(target.folder(step.role), []).append(step)
+    return tuple(shard for folder, inside in folders.items() for shard in _files(folder, inside, shard_bytes))
+
+
+def _files(folder: str, steps: Sequence[Step], shard_bytes: int) -> list[Shard]:
     groups: list[list[Step]] = [[]]
     size = 0
     for step in steps:
@@ -261,11 +288,9 @@ def _shards(steps: Sequence[Step], shard_bytes: int) -> tuple[Shard, ...]:
             size = 0
         groups[-1].append(step)
         size += step.nbytes
-    total = len(groups)
-    return tuple(
-        Shard(f"model-{i:05d}-of-{total:05d}.safetensors" if total > 1 else "model.safetensors", tuple(g), _file_order(g))
-        for i, g in enumerate(groups, 1)
-    )
+    total, prefix = len(groups), f"{folder}/" if folder else ""
+    filenames = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)] if total > 1 else ["model.safetensors"]
+    return [Shard(prefix + f, tuple(g), _file_order(g)) for f, g in zip(filenames, groups, strict=True)]
 
 
 def _file_order(steps: Sequence[Step]) -> dict[str, TensorSpec]:

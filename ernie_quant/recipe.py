@@ -33,23 +33,28 @@ EXPERT_ROLES = (EXPERT, VISION_EXPERT)
 
 @dataclass(frozen=True)
 class RecipeRule:
-    """A codec for every quantizable linear of some roles, or whose PT name the regex finds.
+    """A codec for every quantizable linear of some roles (of any, if none is given) whose PT name the regex finds.
 
-    `if_unused` is what a user is told when no tensor fits.
+    `if_unused` is what a user is told when no tensor fits; an `optional` rule need not fit any.
     """
 
     codec: Codec
     roles: tuple[str, ...] = ()
     match: str = ""
     if_unused: str = ""
+    optional: bool = False
 
     def takes(self, weight: Weight) -> bool:
-        """Does the rule apply to this linear?"""
-        return weight.role in self.roles if self.roles else re.search(self.match, weight.name) is not None
+        """Does the rule apply to this linear? (A fused one, in Paddle layout, where it applies to one of its PT names.)"""
+        if self.roles and weight.role not in self.roles:
+            return False
+        pt = (weight.name,) if weight.name in weight.row.pt else weight.row.pt
+        return any(re.search(self.match, name) for name in pt)
 
     def describe(self) -> str:
         """For people."""
-        return f"role {' or '.join(self.roles)}" if self.roles else f"match = {self.match!r}"
+        roles = f"role {' or '.join(self.roles)}" if self.roles else ""
+        return " and ".join(filter(None, [roles, f"match = {self.match!r}" if self.match else ""]))
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Recipe:
     def unused(self, weights: Sequence[Weight]) -> list[str]:
         """Rules that apply to nothing in this checkpoint."""
         linears = [w for w in weights if w.row.rule.linear]
-        unused = [r for r in self.rules if not any(r.takes(w) for w in linears)]
+        unused = [r for r in self.rules if not r.optional and not any(r.takes(w) for w in linears)]
         return [r.if_unused or f"recipe {self.name}: no linear of this model fits {r.describe()}" for r in unused]
 
 
@@ -83,6 +88,21 @@ def built_in(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unf
     roles = EXPERT_ROLES if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and (r != MTP or mtp))
     hint = "this model has no experts; without --experts-only its other linears are quantized"
     return Recipe(name, (RecipeRule(codec, roles, if_unused=hint if experts_only else ""),), keep_unfit)
+
+
+def container(name: str, wint4_layers: int | None, *, scale: str = "mse", effort: int = 16) -> Recipe:
+    """FastDeploy's container: WINT4 experts below layer `wint4_layers` (None: all of them), WINT2 above, WINT8 for all else."""
+    below = "|".join(map(str, range(wint4_layers or 0))) or "-"
+    wint4, wint8 = (codecs.make("rtn", {"bits": b, "group_size": "channel", "scale": scale, "full_range": False}) for b in (4, 8))
+    experts = [
+        RecipeRule(wint4, EXPERT_ROLES, if_unused="this model has no experts; FastDeploy's container is for those that have")
+    ]
+    if wint4_layers is not None:
+        wint2 = codecs.make("ccq", {"effort": effort})
+        layers = rf"\.layers\.(?:{below})\."
+        experts = [RecipeRule(wint4, EXPERT_ROLES, layers, optional=True), RecipeRule(wint2, EXPERT_ROLES, optional=True)]
+    others = tuple(r for r in ROLES if r in QUANTIZABLE and r not in EXPERT_ROLES)
+    return Recipe(name, (*experts, RecipeRule(wint8, others)))
 
 
 def read(path: Path, *, keep_unfit: bool = False) -> Recipe:

@@ -73,6 +73,7 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
         return Slab(step, rows, parts, difference)
 
     sums: dict[str, Difference] = {}
+    (folder / shard.filename).parent.mkdir(exist_ok=True)
     with Files() as files, ShardWriter(folder / shard.filename, shard.specs, file_metadata(plan)) as writer:
         for step in shard.steps:
             for name, tensor in runtime.constants(step.name, step.codec, step.spec).items():

@@ -15,44 +15,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ernie_quant import archs, names, runtimes, views
-from ernie_quant.checkpoint import Checkpoint, TensorRef, TensorSpec
-from ernie_quant.codecs import Codec
-from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant import names, runtimes
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import CheckpointError, ErnieQuantError, OutputError, VerifyError
 from ernie_quant.jsonio import read_object
 from ernie_quant.measure import Difference, compare
-from ernie_quant.names import NameMap, Rule, Weight
+from ernie_quant.names import Weight
 from ernie_quant.output import MANIFEST, STATE
-from ernie_quant.plan import resolve
+from ernie_quant.plan import oriented, resolve
 from ernie_quant.readers import by_suffix
 from ernie_quant.report import FILENAME, TensorReport
 from ernie_quant.run import one_torch_thread
+from ernie_quant.stored import Stored, open_stored
 from ernie_quant.views import Files, read
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Progress = Callable[[int], None]
 CHUNK = 8 << 20
 TOLERANCE = 1e-9  # of a relative error, which is computed by the same sums again
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A weight of the result: its rule, shape [out, in], promised codec and the stored tensors that hold it."""
-
-    name: str
-    rule: Rule
-    shape: tuple[int, ...]
-    codec: Codec
-    refs: Mapping[str, TensorRef]
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Shape, and the dtype of the weight that decoding yields."""
-        dtype = next(iter(self.refs.values())).spec.dtype if isinstance(self.codec, Keep) else "BF16"
-        return TensorSpec(self.shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -73,13 +56,13 @@ def verify(out: Path, against: Path | None = None, progress: Progress = lambda _
         raise VerifyError(f"{out}: {len(problems)} file(s) are not as they were written", problems)
     checkpoint = Checkpoint.open(out)
     target = runtimes.find(manifest["runtime"])
-    stored, problems = _stored(checkpoint, target)
+    stored, problems = open_stored(checkpoint, target)
     rows, more = _reports(out, stored)
     problems += [*checkpoint.anomalies, *more]
     if problems:
         raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
     with one_torch_thread(), Files() as files:
-        problems = list(_value_problems(stored, target, files))
+        problems = list(_value_problems(stored, files))
         if against is not None:
             problems += _against(stored, rows, target, files, Checkpoint.open(against))
     if problems:
@@ -115,9 +98,11 @@ def _file_problems(out: Path, manifest: dict[str, Any], progress: Progress) -> I
             yield f"{name}: has {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"
         elif (digest := _sha256(path, progress)) != entry.get("sha256"):
             yield f"{name}: its sha256 is {digest[:16]}…, the manifest says {str(entry.get('sha256'))[:16]}…"
-    for path in sorted(out.iterdir()):
-        if path.suffix in by_suffix() and path.name not in manifest["files"]:
-            yield f"{path.name}: is not in the manifest"
+    folders = {(out / name).parent for name in manifest["files"] if ".." not in name}
+    for path in sorted(p for folder in folders if folder.is_dir() for p in folder.iterdir()):
+        name = path.relative_to(out).as_posix()
+        if path.suffix in by_suffix() and name not in manifest["files"]:
+            yield f"{name}: is not in the manifest"
 
 
 def _sha256(path: Path, progress: Progress) -> str:
@@ -129,55 +114,6 @@ def _sha256(path: Path, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def _stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored], list[str]]:
-    """Every weight that the table expects, as config.json promises it, with the tensors that hold it."""
-    arch = archs.find(checkpoint.config)
-    groups: dict[str, dict[str, TensorRef]] = {}
-    for name, ref in checkpoint.refs.items():
-        groups.setdefault(target.weight_of(name)[0], {})[name] = ref
-    table: NameMap = arch.name_map(arch.flat(checkpoint.config), list(groups))
-    expected = dict(_expected(table, target.LAYOUT))
-    layers = [n for n, (rule, shape) in expected.items() if n in groups and names.is_layer(n, rule.role, shape)]
-    linears = [(n, TensorSpec(expected[n][1], "BF16")) for n in layers]
-    promise = checkpoint.config.get("quantization_config")
-    codecs = target.codecs_of(promise, linears) if promise else {}
-    stored, problems = [], []
-    for name, (rule, shape) in expected.items():
-        refs = groups.pop(name, None)
-        if refs is None:
-            if rule.need in ("always", *table.flags):
-                problems.append(f"{name}: is missing")
-            continue
-        codec = codecs.get(name, KEEP)
-        entry = Stored(name, rule, shape, codec, refs)
-        problems += _spec_problems(entry, target)
-        stored.append(entry)
-    return stored, problems + [f"{name}: is unknown to this architecture" for refs in groups.values() for name in refs]
-
-
-def _expected(table: NameMap, layout: str) -> Iterator[tuple[str, tuple[Rule, tuple[int, ...]]]]:
-    for row in table.rows():
-        if layout == names.PT:
-            yield from ((name, (row.rule, shape)) for name, shape in zip(row.pt, row.shapes, strict=True))
-        else:
-            yield row.paddle, (row.rule, row.stored_shape)
-
-
-def _spec_problems(entry: Stored, target: ModuleType) -> Iterator[str]:
-    specs = target.parts(entry.name, entry.codec, entry.spec)
-    for name in sorted(specs.keys() | entry.refs.keys()):
-        promised, found = specs.get(name), entry.refs.get(name)
-        if found is None or promised is None or found.spec != promised:
-            yield (
-                f"{name}: is {_words(found.spec if found else None)}, config.json"
-                f" ({entry.codec.describe()}) wants {_words(promised)}"
-            )
-
-
-def _words(spec: TensorSpec | None) -> str:
-    return f"{spec.dtype} {spec.shape}" if spec else "not there"
-
-
 def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], list[str]]:
     try:
         rows = {r["name"]: TensorReport.from_json(r) for r in read_object(out / FILENAME)["tensors"]}
@@ -186,7 +122,7 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
     problems = [f"{n}: is in the report, not in the files" for n in rows.keys() - {s.name for s in stored}]
     for entry in stored:
         row = rows.get(entry.name)
-        nbytes = sum(ref.spec.nbytes for ref in entry.refs.values())
+        nbytes = sum(part.spec.nbytes for part in entry.parts.values())
         if row is None:
             problems.append(f"{entry.name}: is in the files, not in the report")
             continue
@@ -201,27 +137,14 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
     return rows, problems
 
 
-def _value_problems(stored: list[Stored], target: ModuleType, files: Files) -> Iterator[str]:
+def _value_problems(stored: list[Stored], files: Files) -> Iterator[str]:
     """Quantized weights must decode to finite numbers."""
     for entry in stored:
         if not isinstance(entry.codec, Keep):
-            for rows in views.slabs(entry.spec, entry.codec.rows):
-                if not bool(decoded(entry, target, files, rows).isfinite().all()):
+            for rows in entry.slabs():
+                if not bool(entry.read(files, rows).isfinite().all()):
                     yield f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
                     break
-
-
-def decoded(entry: Stored, target: ModuleType, files: Files, rows: tuple[int, int]) -> torch.Tensor:
-    """Rows of the weight as a runtime will see them."""
-    out = entry.shape[0] if entry.shape else 1
-    parts = {}
-    for name, ref in entry.refs.items():
-        shape = ref.spec.shape
-        whole = not shape or (shape[0] * entry.codec.rows < out and not isinstance(entry.codec, Keep))
-        span = None if whole else (rows[0] * shape[0] // out, -(-rows[1] * shape[0] // out))
-        parts[name] = read(views.leaf(ref), files, span)
-    result: torch.Tensor = entry.codec.decode(target.unpack(entry.name, entry.codec, parts))
-    return result
 
 
 def _against(
@@ -237,7 +160,7 @@ def _against(
     problems += [f"{name}: is in the result, not in the source" for name in found.keys() - weights.keys()]
     for name in sorted(weights.keys() & found.keys(), key=names.natural):
         try:
-            problem = _difference(found[name], weights[name], rows[name], target, files)
+            problem = _difference(found[name], weights[name], rows[name], files)
         except ErnieQuantError as error:
             problem = str(error)
         if problem:
@@ -245,17 +168,18 @@ def _against(
     return problems
 
 
-def _difference(entry: Stored, weight: Weight, row: TensorReport, target: ModuleType, files: Files) -> str | None:
+def _difference(entry: Stored, weight: Weight, row: TensorReport, files: Files) -> str | None:
     import torch
 
-    if weight.view.shape != entry.shape:
-        return f"{entry.name}: is {entry.shape}, in the source {weight.view.shape}"
+    view = oriented(weight, entry.codec, entry.target.LAYOUT)
+    if view.shape != entry.shape:
+        return f"{entry.name}: is {entry.shape}, in the source {view.shape}"
     if set(row.sources) != set(weight.sources):
         return f"{entry.name}: the report says it comes from {', '.join(row.sources)}, it comes from {', '.join(weight.sources)}"
     total = Difference()
-    for span in views.slabs(entry.spec, entry.codec.rows):
-        original = read(weight.view, files, span)
-        result = decoded(entry, target, files, span)
+    for span in entry.slabs():
+        original = read(view, files, span)
+        result = entry.read(files, span)
         if isinstance(entry.codec, Keep):
             if original.dtype != result.dtype or not torch.equal(original.view(torch.uint8), result.view(torch.uint8)):
                 return f"{entry.name}: should be the source's bytes, and is not"

@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ernie_quant import runtimes, verify
+from ernie_quant import runtimes
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.plan import make_plan
 from ernie_quant.run import RunResult, run_plan
+from ernie_quant.stored import open_stored
 from ernie_quant.views import Files
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -56,11 +57,11 @@ def dequantized(out: Path, plain: Path) -> Path:
     """A plain bf16 checkpoint with the weights that `out` decodes to."""
     checkpoint = Checkpoint.open(out)
     target = runtimes.find("vllm")
-    stored, problems = verify._stored(checkpoint, target)
+    stored, problems = open_stored(checkpoint, target)
     assert not problems
     plain.mkdir()
     with Files() as files:
-        weights = {s.name: verify.decoded(s, target, files, (0, s.shape[0])).contiguous() for s in stored}
+        weights = {s.name: s.read(files, (0, s.shape[0])).contiguous() for s in stored}
     save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     (plain / "config.json").write_text(json.dumps(config))

@@ -2,6 +2,10 @@
 
 CODECS                                  classes of codecs that it can store
 LAYOUT                                  layout of names and weights: pt or paddle
+ROWS                                    rows of a weight whose bytes it mixes: slabs are multiples of it
+CONFIG                                  entries of config.json beside quantization_config
+folder(role)                            subfolder of the result for the tensors of a role
+unsupported(linears)                    what it can write, but no program loads
 parts(name, codec, spec)                stored tensors of a weight: {name: TensorSpec}
 constants(name, codec, spec)            those of them that do not depend on the weight's values
 pack(name, codec, encoded)              the others, for a weight or a slab of its rows

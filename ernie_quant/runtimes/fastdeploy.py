@@ -1,14 +1,29 @@
-"""FastDeploy and Paddle: names and layouts of the `-Paddle` repositories, unquantized."""
+"""FastDeploy: the `-Paddle` repositories, plain, or prequantized with WINT2 / WINT4 experts and WINT8 for all else.
+
+Formats: PaddlePaddle/FastDeploy (model_executor/layers/quantization/wint2.py, weight_only.py, mix_quant.py,
+layers/moe/fused_moe_wint2_backend.py) and paddle.nn.quant.weight_quantize (arch 80). P is a layer's name, K its
+inputs, N its outputs:
+
+    WINT2   P.quant_weight uint8 [K/4, N], P.weight_scale uint8 [K/128, N] (two uint4, the first in the high nibble),
+            P.super_scales bf16 [N], P.code_scale f32 [N], P.code_zp f32 [N]
+    WINT4   P.quant_weight int8 [N/2, K], P.weight_scale bf16 [N]      codes -7 to 7
+    WINT8   P.quant_weight int8 [N, K],   P.weight_scale bf16 [N]      codes -127 to 127
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
+from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
+from ernie_quant.errors import ConfigError
+from ernie_quant.names import EXPERT, MTP, VISION_EXPERT
 from ernie_quant.runtimes import Linear
 
 if TYPE_CHECKING:
@@ -17,11 +32,41 @@ if TYPE_CHECKING:
     from ernie_quant.codecs import Encoded
 
 LAYOUT = "paddle"
-CODECS = (Keep,)
+ROWS = 4  # of which weight_quantize's layout mixes the bytes
+CODECS = (Keep, RoundToNearest, ConvolutionalCode)
+CONFIG = {"is_quantized": True}  # beside quantization_config
+WINT2 = ConvolutionalCode()
+WINT4 = RoundToNearest(4, CHANNEL, full_range=False)
+WINT8 = RoundToNearest(8, CHANNEL, full_range=False)
+EXPERTS = (EXPERT, VISION_EXPERT)
+GROUP = 64  # inputs per local scale
+LINEAR = re.compile(r"\.(qkv|o|up_gate|down)_proj\.weight$")
+MTP_FOLDER = "mtp"  # the speculative model is read from a folder of its own
+
+
+def folder(role: str) -> str:
+    """Subfolder of the result for the tensors of a role."""
+    return MTP_FOLDER if role == MTP else ""
 
 
 def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, TensorSpec]:
-    """The weight itself."""
+    """Stored tensors of the weight `name` [out, in]."""
+    layer = name.removesuffix(".weight")
+    out, width = spec.shape if len(spec.shape) == 2 else (0, 0)
+    match codec:
+        case ConvolutionalCode():
+            return {
+                f"{layer}.quant_weight": TensorSpec((width // 4, out), "U8"),
+                f"{layer}.weight_scale": TensorSpec((width // (2 * GROUP), out), "U8"),
+                f"{layer}.super_scales": TensorSpec((out,), "BF16"),
+                f"{layer}.code_scale": TensorSpec((out,), "F32"),
+                f"{layer}.code_zp": TensorSpec((out,), "F32"),
+            }
+        case RoundToNearest(bits=bits):
+            return {
+                f"{layer}.quant_weight": TensorSpec((out * bits // 8, width), "I8"),
+                f"{layer}.weight_scale": TensorSpec((out,), "BF16"),
+            }
     return {name: spec}
 
 
@@ -31,23 +76,58 @@ def constants(name: str, codec: Codec, spec: TensorSpec) -> dict[str, torch.Tens
 
 
 def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
-    """The weight itself."""
+    """Stored tensors of a slab of rows (of columns, where the stored tensor has the outputs last)."""
+    layer = name.removesuffix(".weight")
+    match codec:
+        case ConvolutionalCode():
+            local = encoded["local_scale"]
+            return {
+                f"{layer}.quant_weight": encoded["codes"].t().contiguous(),
+                f"{layer}.weight_scale": (local[:, 0::2] * 16 + local[:, 1::2]).t().contiguous(),
+                f"{layer}.super_scales": encoded["super_scale"],
+                f"{layer}.code_scale": encoded["code_scale"],
+                f"{layer}.code_zp": encoded["code_zp"],
+            }
+        case RoundToNearest(bits=bits):
+            from ernie_quant.kernels import weight_quantize
+
+            return {
+                f"{layer}.quant_weight": weight_quantize.pack(encoded["codes"], bits),
+                f"{layer}.weight_scale": encoded["scale"][:, 0].contiguous(),
+            }
     return {name: encoded["weight"]}
 
 
 def unpack(name: str, codec: Codec, stored: Mapping[str, torch.Tensor]) -> Encoded:
-    """The weight itself."""
+    """What was encoded, from the stored tensors."""
+    import torch
+
+    layer = name.removesuffix(".weight")
+    match codec:
+        case ConvolutionalCode():
+            pairs = stored[f"{layer}.weight_scale"].t()
+            return {
+                "codes": stored[f"{layer}.quant_weight"].t().contiguous(),
+                "local_scale": torch.stack([pairs >> 4, pairs & 15], 2).flatten(1),
+                "super_scale": stored[f"{layer}.super_scales"],
+                "code_scale": stored[f"{layer}.code_scale"],
+                "code_zp": stored[f"{layer}.code_zp"],
+            }
+        case RoundToNearest(bits=bits):
+            from ernie_quant.kernels import weight_quantize
+
+            codes = weight_quantize.unpack(stored[f"{layer}.quant_weight"], bits)
+            return {"codes": codes, "scale": stored[f"{layer}.weight_scale"][:, None]}
     return {"weight": stored[name]}
 
 
+PARTS = ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp")
+
+
 def weight_of(name: str) -> tuple[str, str]:
-    """Every stored tensor is a weight of its own."""
-    return name, name
-
-
-def notes(linears: Sequence[Linear]) -> list[str]:
-    """None."""
-    return []
+    """`….down_proj.quant_weight` -> (`….down_proj.weight`, `quant_weight`)."""
+    layer, _, part = name.rpartition(".")
+    return (f"{layer}.weight", part) if part in PARTS else (name, part)
 
 
 def layer_of(name: str, role: str) -> str:
@@ -56,36 +136,135 @@ def layer_of(name: str, role: str) -> str:
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:
-    """Every codec but `keep`."""
-    return [
-        f"{li.name}: cannot be written for FastDeploy as {li.codec.describe()}"
-        for li in linears
-        if not isinstance(li.codec, Keep)
-    ]
+    """What the container does not hold: it has one form for each kind of layer, and WINT4 experts come first."""
+    if all(isinstance(li.codec, Keep) for li in linears):
+        return []
+    found = []
+    for linear in linears:
+        if not LINEAR.search(linear.name):
+            continue
+        out, width = linear.spec.shape
+        if out % 8 or width % GROUP:
+            found.append(
+                f"{linear.name}: {out} outputs and {width} inputs are not multiples of 8 and {GROUP}, which its kernels want"
+            )
+        wanted = (WINT2, WINT4) if linear.role in EXPERTS else (WINT8,)
+        if not any(_form(linear.codec) == _form(w) for w in wanted):
+            words = " or ".join(w.describe() for w in wanted)
+            found.append(f"{linear.name}: FastDeploy's container wants {words}, not {linear.codec.describe()}")
+    first, last = _wint2_from(linears), _wint4_to(linears)
+    if first <= last:
+        found.append(f"experts: WINT4 must come before WINT2, but layer {last} is WINT4 and layer {first} WINT2")
+    return found
+
+
+def unsupported(linears: Sequence[Linear]) -> list[str]:
+    """What can be written but has no loader."""
+    if any(li.role == VISION_EXPERT and not isinstance(li.codec, Keep) for li in linears):
+        return [
+            "FastDeploy has no loader for a WINT2 or WINT4 VL checkpoint: wint4 --runtime vllm and fp8 make ones that load;"
+            " --unsupported writes this one all the same"
+        ]
+    return []
+
+
+def _form(codec: Codec) -> object:
+    """What a file shows of a codec: not the way in which a scale was chosen."""
+    return (codec.bits, codec.group_size, codec.full_range) if isinstance(codec, RoundToNearest) else type(codec)
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _wint2_from(linears: Sequence[Linear]) -> int:
+    return min((_layer(li.name) for li in linears if isinstance(li.codec, ConvolutionalCode)), default=1 << 30)
+
+
+def _wint4_to(linears: Sequence[Linear]) -> int:
+    experts = [li for li in linears if li.role in EXPERTS and isinstance(li.codec, RoundToNearest)]
+    return max((_layer(li.name) for li in experts), default=-1)
+
+
+def notes(linears: Sequence[Linear]) -> list[str]:
+    """What a version of FastDeploy does wrong with such files."""
+    if all(isinstance(li.codec, Keep) for li in linears):
+        return []
+    return ["FD_USE_MACHETE=0 is needed: with it at 1, its default, some FastDeploy versions load zeros for WINT8 layers"]
 
 
 def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
-    """None."""
-    return None
+    """The entry of config.json. What the loader reads: quantization, moe_quant_type, quant_end_layer, the two quant_types."""
+    if all(isinstance(li.codec, Keep) for li in linears):
+        return None
+    last = max(_layer(li.name) for li in linears)
+    return {
+        "quantization": "wint2",
+        "dense_quant_type": "wint8",
+        "moe_quant_type": "w4w2",
+        "dense_quant_config": {"quant_type": "wint8", "quant_granularity": "per_channel"},
+        "moe_quant_config": {
+            "quant_type": "w4w2",
+            "moe_w4_quant_config": {
+                "quant_type": "wint4",
+                "quant_granularity": "per_channel",
+                "quant_start_layer": 0,
+                "quant_end_layer": _wint4_to(linears),
+            },
+            "moe_w2_quant_config": {
+                "quant_type": "wint2",
+                "quant_granularity": "pp_acc",
+                "quant_group_size": GROUP,
+                "quant_start_layer": _wint4_to(linears) + 1,
+                "quant_end_layer": last,
+            },
+        },
+    }
 
 
 def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec]]) -> dict[str, Codec]:
-    """Everything is kept."""
-    return {name: KEEP for name, _ in linears}
+    """The codec that `quantization_config` promises for each linear (Paddle name). Raises ConfigError."""
+    try:
+        moe = config["moe_quant_config"]
+        last_wint4 = moe.get("moe_w4_quant_config", {}).get("quant_end_layer", 6)
+        known = config["quantization"] == "wint2" and moe.get("quant_type", "w4w2") == "w4w2" and type(last_wint4) is int
+    except (KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise ConfigError("config.json: quantization_config is none that this tool writes (wint2 with w4w2 experts)")
+    found: dict[str, Codec] = {}
+    for name, _ in linears:
+        codec: Codec = WINT8 if LINEAR.search(name) else KEEP
+        if ".experts." in name:
+            codec = WINT4 if _layer(name) <= last_wint4 else WINT2
+        found[name] = codec
+    return found
 
 
 def tp_sizes(linears: Sequence[Linear], dims: Mapping[str, int], heads: int) -> list[int]:
-    """Tensor-parallel sizes, powers of two, that heads and widths allow."""
+    """Tensor-parallel sizes, powers of two, that heads, widths and groups allow."""
     kv_heads = dims["kv_heads"]
-    widths = [dims[k] for k in ("M", "M1", "MS", "I") if dims.get(k)]
-    return [
-        tp
-        for tp in (1, 2, 4, 8, 16)
-        if heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0) and all(w % tp == 0 for w in widths)
-    ]
+    sizes = []
+    for tp in (1, 2, 4, 8, 16):
+        splits_heads = heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+        if splits_heads and all(_splits(linear, tp) for linear in linears if LINEAR.search(linear.name)):
+            sizes.append(tp)
+    return sizes
+
+
+def _splits(linear: Linear, tp: int) -> bool:
+    out, width = linear.spec.shape
+    if not isinstance(linear.codec, Keep) and linear.name.endswith((".down_proj.weight", ".o_proj.weight")):
+        return width % (tp * (2 * GROUP if isinstance(linear.codec, ConvolutionalCode) else GROUP)) == 0
+    if linear.name.endswith(".up_gate_proj.weight"):
+        return (out if not isinstance(linear.codec, Keep) else max(out, width)) % (2 * tp) == 0
+    return True
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
     """How to run it."""
-    server = "python -m fastdeploy.entrypoints.openai.api_server"
-    return [("FastDeploy", f"{server} --model {out} --tensor-parallel-size {tp[0] if tp else 1}")]
+    ready = "FD_USE_MACHETE=0 " if "quantization_config" in config else ""
+    server = f"{ready}python -m fastdeploy.entrypoints.openai.api_server --model {out}"
+    size = config.get("tensor_parallel_size", tp[0] if tp else 1)
+    return [("FastDeploy", f"{server} --tensor-parallel-size {size} --max-model-len 32768 --max-num-seqs 32")]

@@ -9,10 +9,10 @@ from typing import Any
 from ernie_quant.runtimes import Linear, vllm
 
 CODECS = vllm.CODECS
-LAYOUT = vllm.LAYOUT
+LAYOUT, ROWS, CONFIG = vllm.LAYOUT, vllm.ROWS, vllm.CONFIG
 parts, constants, pack, unpack, weight_of = vllm.parts, vllm.constants, vllm.pack, vllm.unpack, vllm.weight_of
 layer_of, quantization_config, codecs_of = vllm.layer_of, vllm.quantization_config, vllm.codecs_of
-tp_sizes = vllm.tp_sizes
+tp_sizes, folder, unsupported = vllm.tp_sizes, vllm.folder, vllm.unsupported
 
 
 def notes(linears: Sequence[Linear]) -> list[str]:

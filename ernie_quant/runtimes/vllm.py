@@ -28,10 +28,22 @@ if TYPE_CHECKING:
     from ernie_quant.codecs import Encoded
 
 LAYOUT = "pt"
+ROWS = 1
+CONFIG: dict[str, Any] = {}
 CODECS = (Keep, RoundToNearest, Float8Block)
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
 EXPERTS = (EXPERT, VISION_EXPERT)
+
+
+def folder(role: str) -> str:
+    """All in one."""
+    return ""
+
+
+def unsupported(linears: Sequence[Linear]) -> list[str]:
+    """Nothing that could be written all the same."""
+    return []
 
 
 def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, TensorSpec]:

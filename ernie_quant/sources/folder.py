@@ -19,6 +19,7 @@ WEIGHTS = (
     re.compile(r"model_state\.pdparams"),
     re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin"),
 )
+MTP_FOLDER = "mtp"
 RANK_FOLDER = re.compile(r"rank(\d+)")
 RANK_PICKLE = re.compile(r"model_state\.tp(\d+)\.pdparams")
 OF_COUNT = re.compile(r"-of-(\d{5})\.")
@@ -33,12 +34,22 @@ def open_folder(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {'is not a folder' if folder.exists() else 'there is no such folder'}")
     config = read_object(inside(folder, "config.json", "the checkpoint"))
     anomalies: list[str] = []
-    ranks = tuple(_read_rank(folder, where, anomalies) for where in _ranks(folder))
+    ranks = tuple(_with_mtp(_read_rank(folder, where, anomalies), folder, where[0], anomalies) for where in _ranks(folder))
     if not any(rank.refs for rank in ranks):
         raise CheckpointError(f"{folder}: holds no weights (model*.safetensors, model_state.pdparams or pytorch_model*.bin)")
     used = {file for rank in ranks for file in rank.files}
     extra, notes = _extra_files(folder, used)
     return Checkpoint(folder, config, ranks, tuple(anomalies), tuple(notes), extra)
+
+
+def _with_mtp(rank: Rank, root: Path, folder: Path, anomalies: list[str]) -> Rank:
+    """FastDeploy reads the MTP block from a folder of its own, beside the weights or the ranks."""
+    place = root / MTP_FOLDER / folder.relative_to(root)
+    if not place.is_dir():
+        return rank
+    mtp = _read_rank(root, (place, None), anomalies)
+    refs = {name: ref for name, ref in mtp.refs.items() if ".mtp_" in name and name not in rank.refs}
+    return Rank(rank.refs | refs, (*rank.files, *mtp.files))
 
 
 def inside(folder: Path, name: str, who: str) -> Path:
@@ -149,6 +160,8 @@ def _extra_files(folder: Path, used: set[Path]) -> tuple[tuple[Path, ...], list[
     carried, left = [], []
     for path in sorted(folder.iterdir()):
         if path in used or path.name in OWN_FILES or path.name.startswith(".") or RANK_FOLDER.fullmatch(path.name):
+            continue
+        if path.name == MTP_FOLDER and path.is_dir():
             continue
         weights = path.suffix in by_suffix() or path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json")
         if path.is_dir() or weights or not path.name.isprintable() or set(path.name) & set(":\\"):
