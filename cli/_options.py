@@ -76,7 +76,7 @@ class Size(click.ParamType):
 def execute(
     src: Path, out: Path, rules: Recipe, runtime: str, *, dry_run: bool, restart: bool, workers: int | None,
     max_shard_size: int, vl_config: str, copy_code: bool, fixes: tuple[str, ...], quiet: bool, as_json: bool,
-    unsupported: bool = False,
+    unsupported: bool = False, dequantize: bool = False,
 ) -> None:  # fmt: skip
     """Plan, then run, then say what happened."""
     from ernie_quant.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ def execute(
 
     plan = make_plan(
         Checkpoint.open(src), runtime=runtime, recipe=rules, vl_config=vl_config, fixes=frozenset(fixes),
-        copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported,
+        copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported, dequantize=dequantize,
     )  # fmt: skip
     if dry_run:
         _show_plan(plan, as_json)

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import ernie_quant
-from ernie_quant import archs, names, recipe, runtimes, views
+from ernie_quant import archs, names, recipe, runtimes, stored, views
 from ernie_quant.archs._config import Facts, whole
 from ernie_quant.checkpoint import ITEMSIZE, Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
@@ -135,6 +135,15 @@ def resolve(checkpoint: Checkpoint, fixes: frozenset[str] = frozenset()) -> Tabl
     return Table(arch, config, name_map, weights, [*checkpoint.anomalies, *problems])
 
 
+def resolve_quantized(checkpoint: Checkpoint) -> Table:
+    """The same for a quantized checkpoint: its weights are decoded when they are read. Raises PlanError or ConfigError."""
+    target = stored.runtime_of(checkpoint)
+    entries, problems = stored.open_stored(checkpoint, target)
+    arch, name_map = archs.find(checkpoint.config), stored.table_of(checkpoint, target)
+    config = {key: value for key, value in arch.flat(checkpoint.config).items() if key not in stored.QUANTIZED}
+    return Table(arch, config, name_map, stored.canonical(entries, name_map), [*checkpoint.anomalies, *problems])
+
+
 def make_plan(
     source: Checkpoint,
     *,
@@ -145,11 +154,13 @@ def make_plan(
     copy_code: bool = False,
     shard_bytes: int = SHARD_BYTES,
     unsupported: bool = False,
+    dequantize: bool = False,
 ) -> Plan:
     """Decide everything. Raises PlanError with every problem found, or ConfigError."""
     target = runtimes.find(runtime)
-    refuse_quantized(source)
-    table = resolve(source, fixes)
+    if not dequantize:
+        refuse_quantized(source)
+    table = resolve_quantized(source) if dequantize else resolve(source, fixes)
     if table.problems:
         raise PlanError(f"{source.folder}: {len(table.problems)} problem(s) in the checkpoint", table.problems)
     weights = table.map.write(table.weights, target.LAYOUT)
@@ -167,7 +178,7 @@ def make_plan(
         config |= target.CONFIG | {"quantization_config": entry}
     shards = _shards(steps, target, shard_bytes)
     tp = target.tp_sizes(linears, table.map.dims, whole(table.config, "num_attention_heads"))
-    identity = _identity(source, runtime, recipe, vl_config, fixes, copy_code, shard_bytes)
+    identity = _identity(source, runtime, recipe, vl_config, fixes, copy_code, shard_bytes, dequantize)
     return Plan(
         source, runtime, target.LAYOUT, recipe, shards, table.map.dims, config, copies, tuple(tp),
         (*source.notes, *left, *notes, *refused, *target.notes(linears)), identity,

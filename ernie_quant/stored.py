@@ -6,17 +6,18 @@ Nothing is taken from a report: names and shapes follow from the architecture's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ernie_quant import archs, names, views
+from ernie_quant import archs, names, runtimes, views
 from ernie_quant.checkpoint import Checkpoint, TensorRef, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
-from ernie_quant.names import NameMap, Row, Rule
-from ernie_quant.views import Files, read
+from ernie_quant.errors import PlanError
+from ernie_quant.names import NameMap, Row, Rule, Weight
+from ernie_quant.views import Files, View, read
 
 if TYPE_CHECKING:
     import torch
@@ -75,13 +76,19 @@ def part_axes(target: ModuleType, name: str, codec: Codec, spec: TensorSpec, axi
     }
 
 
+def table_of(checkpoint: Checkpoint, target: ModuleType) -> NameMap:
+    """The table of a checkpoint whose weights are stored as `target` wants them. Raises ConfigError."""
+    arch = archs.find(checkpoint.config)
+    table: NameMap = arch.name_map(arch.flat(checkpoint.config), [target.weight_of(name)[0] for name in checkpoint.refs])
+    return table
+
+
 def open_stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored], list[str]]:
     """Every weight that the table expects, and every disagreement. Raises ConfigError."""
-    arch = archs.find(checkpoint.config)
+    table = table_of(checkpoint, target)
     groups: dict[str, dict[str, TensorRef]] = {}
     for name, ref in checkpoint.refs.items():
         groups.setdefault(target.weight_of(name)[0], {})[name] = ref
-    table: NameMap = arch.name_map(arch.flat(checkpoint.config), list(groups))
     expected = {name: (row, shape) for name, row, shape in _expected(table, target.LAYOUT)}
     linears = [
         (name, TensorSpec(shape, "BF16"))
@@ -104,6 +111,36 @@ def open_stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored
         problems += _spec_problems(entry)
         stored.append(entry)
     return stored, problems + [f"{name}: is unknown to this architecture" for refs in groups.values() for name in refs]
+
+
+QUANTIZED = ("quantization_config", "is_quantized", "tensor_parallel_size")  # keys of config.json of a quantized checkpoint
+
+
+def runtime_of(checkpoint: Checkpoint) -> ModuleType:
+    """The runtime whose files these are, by quantization_config. Raises PlanError."""
+    promise = checkpoint.config.get("quantization_config")
+    if not isinstance(promise, dict) or not promise:
+        raise PlanError(f"{checkpoint.folder}: is not quantized (config.json has no quantization_config); convert it", [])
+    if len(checkpoint.ranks) > 1:
+        raise PlanError(f"{checkpoint.folder}: is quantized and shared by {len(checkpoint.ranks)} ranks, which is not read", [])
+    return runtimes.find("fastdeploy" if "quantization" in promise else "vllm")
+
+
+def canonical(stored: Sequence[Stored], table: NameMap) -> list[Weight]:
+    """The weights in PT form, to be decoded when they are read."""
+    found = []
+    for entry in stored:
+        view: View = views.Decoded(entry)
+        if isinstance(entry.codec, Keep):
+            view = views.leaf(next(iter(entry.parts.values())))
+        if entry.target.LAYOUT == names.PT:
+            found.append(Weight(entry.name, view, entry.row))
+            continue
+        if not isinstance(entry.codec, Keep):
+            view = views.transpose(view)
+        pieces = entry.rule.op.apply(view, table.dims)
+        found += [Weight(name, piece, entry.row) for name, piece in zip(entry.row.pt, pieces, strict=True)]
+    return sorted(found, key=lambda w: names.natural(w.name))
 
 
 def _expected(table: NameMap, layout: str) -> Iterator[tuple[str, Row, tuple[int, ...]]]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef, TensorSpec
 from ernie_quant.errors import CheckpointError
@@ -122,7 +122,46 @@ class Same:
         return self.copies[0].dtype
 
 
-View: TypeAlias = Leaf | T | Cut | Cat | Same
+class Readable(Protocol):
+    """A matrix that something else knows how to read in slabs of rows, such as a quantized one."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Shape and dtype of the matrix."""
+        ...
+
+    @property
+    def parts(self) -> Mapping[str, TensorRef]:
+        """The stored tensors it is computed from."""
+        ...
+
+    def slabs(self) -> list[tuple[int, int]]:
+        """Ranges of rows that can be read by themselves."""
+        ...
+
+    def read(self, files: Files, rows: tuple[int, int]) -> torch.Tensor:
+        """One of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A matrix that is computed from what is stored."""
+
+    source: Readable
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.source.spec.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the matrix."""
+        return self.source.spec.dtype
+
+
+View: TypeAlias = Leaf | T | Cut | Cat | Same | Decoded
 
 
 def leaf(ref: TensorRef) -> View:
@@ -187,6 +226,8 @@ def refs(view: View) -> list[TensorRef]:
     match view:
         case Leaf(ref):
             return [ref]
+        case Decoded(source):
+            return list(source.parts.values())
         case T(base) | Cut(base):
             return refs(base)
         case Cat(parts) | Same(parts):
@@ -319,8 +360,23 @@ def _read_box(view: View, files: Files, box: Box) -> torch.Tensor:
                     where = " and ".join(f"{r.file.parent.name}/{r.file.name}" for r in (one, other))
                     raise CheckpointError(f"{one.name}: differs between {where}; every rank must have the same")
             return original
+        case Decoded(source):
+            return _read_decoded(source, files, box)
         case Leaf(ref):
             return _read_leaf(ref, view.shape, files, box)
+
+
+def _read_decoded(source: Readable, files: Files, box: Box) -> torch.Tensor:
+    """Slab after slab, so that a range of columns of a large matrix needs no more memory than a range of rows."""
+    import torch
+
+    (first, last), *columns = box
+    found = []
+    for start, stop in source.slabs():
+        if start < last and stop > first:
+            slab = source.read(files, (start, stop))[max(first - start, 0) : last - start]
+            found.append(slab[:, columns[0][0] : columns[0][1]].clone() if columns else slab)
+    return torch.cat(found) if len(found) != 1 else found[0]
 
 
 def _read_leaf(ref: TensorRef, shape: tuple[int, ...], files: Files, box: Box) -> torch.Tensor:

@@ -1,0 +1,29 @@
+"""`ernie-quant dequantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from ernie_quant.cli import _options
+from ernie_quant.cli.convert import RUNTIMES
+
+
+@click.command()
+@_options.source
+@_options.out
+@click.option("--to", "layout", type=click.Choice(sorted(RUNTIMES)), required=True, help="Layout of the result.")
+@_options.run_options
+def command(src: Path, out: Path, layout: str, **options: Any) -> None:
+    """Turn a quantized checkpoint back into a plain bf16 one, with the weights that its runtime computes with.
+
+    Reads every format that this tool writes, and FastDeploy's published WINT2 files. This is how a 2-bit model is
+    looked at in a runtime that does not know the format.
+
+    \b
+    ernie-quant dequantize ERNIE-4.5-300B-A47B-2Bits-Paddle out --to pt
+    """
+    from ernie_quant.recipe import KEEP_ALL
+
+    _options.execute(src, out, KEEP_ALL, RUNTIMES[layout], dequantize=True, **options)
