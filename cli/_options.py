@@ -34,7 +34,7 @@ runtime = click.option(
 )  # fmt: skip
 
 
-def run_options(command: F) -> F:
+def write_options(command: F) -> F:
     """Options of every command that writes a folder."""
     for option in reversed(
         [
@@ -42,14 +42,23 @@ def run_options(command: F) -> F:
             click.option("--restart", is_flag=True, help="Drop what an earlier run left in OUT and begin anew."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: one per processor, at most 8]"),
             click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
-            click.option("--vl-config", type=click.Choice(["flat", "transformers"]), default="flat", show_default=True,
-                         help="Spelling of config.json for VL models: flat is what vLLM and the -PT repositories use."),
-            click.option("--copy-code", is_flag=True, help="Carry Python files of the source along; they are never run."),
-            fix, quiet, json_option,
+            quiet, json_option,
         ]
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def run_options(command: F) -> F:
+    """The same, and those of commands that read an unquantized checkpoint."""
+    for option in (
+        fix,
+        click.option("--copy-code", is_flag=True, help="Carry Python files of the source along; they are never run."),
+        click.option("--vl-config", type=click.Choice(["flat", "transformers"]), default="flat", show_default=True,
+                     help="Spelling of config.json for VL models: flat is what vLLM and the -PT repositories use."),
+    ):  # fmt: skip
+        command = option(command)
+    return write_options(command)
 
 
 class Size(click.ParamType):
@@ -74,9 +83,8 @@ class Size(click.ParamType):
 
 
 def execute(
-    src: Path, out: Path, rules: Recipe, runtime: str, *, dry_run: bool, restart: bool, workers: int | None,
-    max_shard_size: int, vl_config: str, copy_code: bool, fixes: tuple[str, ...], quiet: bool, as_json: bool,
-    unsupported: bool = False, dequantize: bool = False,
+    src: Path, out: Path, rules: Recipe, runtime: str, *, max_shard_size: int, vl_config: str, copy_code: bool,
+    fixes: tuple[str, ...], unsupported: bool = False, dequantize: bool = False, tp: int = 1, **options: Any,
 ) -> None:  # fmt: skip
     """Plan, then run, then say what happened."""
     from ernie_quant.checkpoint import Checkpoint
@@ -86,16 +94,26 @@ def execute(
         Checkpoint.open(src), runtime=runtime, recipe=rules, vl_config=vl_config, fixes=frozenset(fixes),
         copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported, dequantize=dequantize,
     )  # fmt: skip
+    run(plan, out, tp=tp, **options)
+
+
+def run(
+    plan: Plan, out: Path, *, dry_run: bool, restart: bool, workers: int | None, quiet: bool, as_json: bool, tp: int = 1
+) -> None:
+    """Show a plan, or run it and say what happened."""
     if dry_run:
         _show_plan(plan, as_json)
         return
-
+    from ernie_quant.reshard import run_shared
     from ernie_quant.run import run_plan
 
     return_freed_memory()
     total = sum(step.spec.nbytes for step in plan.steps)
     with progress_bar(total, "bytes", quiet) as progress:
-        result = run_plan(plan, out, workers=workers or 0, restart=restart, progress=progress)
+        if tp > 1:
+            result = run_shared(plan, out, tp, workers=workers or 0, restart=restart, progress=progress)
+        else:
+            result = run_plan(plan, out, workers=workers or 0, restart=restart, progress=progress)
     _show_result(plan, out, result.reports, result.complete_before, quiet, as_json)
 
 

@@ -21,6 +21,7 @@ from ernie_quant.cli import _options
     "--effort", type=click.Choice(["1", "4", "16"]), default="16", show_default=True,
     help="Codes tried per output channel: 1 is twice as fast as 16 and loses 2% to 3% more.",
 )  # fmt: skip
+@click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Tensor-parallel size: writes rank0/, ….")
 @_options.experts_only
 @_options.scale
 @_options.unsupported

@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 from ernie_quant.cli import _options
 
-CONTAINER_ONLY = ("unsupported",)
+CONTAINER_ONLY = ("unsupported", "tp")
 PT_ONLY = ("group_size", "mtp", "keep_unfit")
 
 
@@ -25,6 +25,7 @@ PT_ONLY = ("group_size", "mtp", "keep_unfit")
 )  # fmt: skip
 @_options.mtp
 @_options.keep_unfit
+@click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Ranks to write, for FastDeploy.")
 @_options.unsupported
 @_options.run_options
 @click.pass_context

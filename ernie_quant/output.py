@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -130,14 +131,13 @@ class OutputFolder:
         for source in plan.copies:
             put(SOURCE_README if source.name == README else source.name, source.read_bytes())
         for folder, shards in plan.folders.items():
-            prefix = f"{folder}/" if folder else ""
             if len(shards) > 1:
-                put(prefix + INDEX, dumps(index(shards)).encode())
-            put(prefix + CONFIG, dumps(plan.config).encode())
-        put(
-            report.FILENAME,
-            report.to_json(rows, {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}).encode(),
-        )
+                put(f"{folder}/{INDEX}".lstrip("/"), dumps(index(shards)).encode())
+        for model in sorted({"", *(re.sub(r"(^|/)rank\d+$", "", folder) for folder in plan.folders)}):
+            put(f"{model}/{CONFIG}".lstrip("/"), dumps(plan.config).encode())
+        if rows:
+            header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
+            put(report.FILENAME, report.to_json(rows, header).encode())
         put(README, card.readme(plan, rows, self.path.name).encode())
         write_file(self.path / MANIFEST, dumps(manifest(plan, entries)).encode())
         shutil.rmtree(self.state)

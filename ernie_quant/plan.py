@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.names import EMBED, NameMap, Weight
 from ernie_quant.recipe import Recipe
+from ernie_quant.report import TensorReport
 from ernie_quant.runtimes import Linear
 from ernie_quant.views import View
 
@@ -41,6 +43,7 @@ class Step:
     parts: Mapping[str, TensorSpec]
     sources: tuple[str, ...]
     multiple: int = 1  # rows that must stay together in a slab
+    group: str = ""  # steps of one group, one after the other, stay in one file
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +84,7 @@ class Plan:
     tp_sizes: tuple[int, ...]
     notes: tuple[str, ...]
     fingerprint: str
+    reports: tuple[TensorReport, ...] | None = None  # of an earlier run whose weights are only moved here
 
     @property
     def steps(self) -> list[Step]:
@@ -287,18 +291,21 @@ def _shards(steps: Sequence[Step], target: ModuleType, shard_bytes: int) -> tupl
     folders: dict[str, list[Step]] = {}
     for step in steps:
         folders.setdefault(target.folder(step.role), []).append(step)
-    return tuple(shard for folder, inside in folders.items() for shard in _files(folder, inside, shard_bytes))
+    return tuple(shard for folder, inside in folders.items() for shard in files(folder, inside, shard_bytes))
 
 
-def _files(folder: str, steps: Sequence[Step], shard_bytes: int) -> list[Shard]:
+def files(folder: str, steps: Sequence[Step], shard_bytes: int) -> list[Shard]:
+    """The files of one folder."""
     groups: list[list[Step]] = [[]]
     size = 0
-    for step in steps:
-        if groups[-1] and size + step.nbytes > shard_bytes:
+    for _, members in itertools.groupby(steps, lambda step: step.group or step.name):
+        together = list(members)
+        nbytes = sum(step.nbytes for step in together)
+        if groups[-1] and size + nbytes > shard_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(step)
-        size += step.nbytes
+        groups[-1] += together
+        size += nbytes
     total, prefix = len(groups), f"{folder}/" if folder else ""
     filenames = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)] if total > 1 else ["model.safetensors"]
     return [Shard(prefix + f, tuple(g), _file_order(g)) for f, g in zip(filenames, groups, strict=True)]
@@ -314,6 +321,13 @@ def _file_order(steps: Sequence[Step]) -> dict[str, TensorSpec]:
 
 def _identity(source: Checkpoint, runtime: str, rules: Recipe, *options: object) -> str:
     """A hash of everything that the bytes of the result depend on."""
+    rules_text = [(r.roles, r.match, repr(r.codec)) for r in rules.rules]
+    plain = [sorted(o) if isinstance(o, frozenset) else o for o in options]
+    return source_identity(source, runtime, rules_text, rules.keep_unfit, plain)
+
+
+def source_identity(source: Checkpoint, *what: object) -> str:
+    """A hash of a source's headers, sizes and config, of this tool's version and of `what`."""
     digest = hashlib.sha256()
     for rank in source.ranks:
         for ref in sorted(rank.refs.values(), key=lambda r: r.name):
@@ -321,9 +335,7 @@ def _identity(source: Checkpoint, runtime: str, rules: Recipe, *options: object)
         for file in rank.files:
             digest.update(f"{file.name} {file.stat().st_size}".encode())
     digest.update(json.dumps(source.config, sort_keys=True).encode())
-    rules_text = [(r.roles, r.match, repr(r.codec)) for r in rules.rules]
-    plain = [sorted(o) if isinstance(o, frozenset) else o for o in options]
-    digest.update(repr((ernie_quant.__version__, runtime, rules_text, rules.keep_unfit, plain)).encode())
+    digest.update(repr((ernie_quant.__version__, what)).encode())
     return digest.hexdigest()
 
 

@@ -73,7 +73,7 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
         return Slab(step, rows, parts, difference)
 
     sums: dict[str, Difference] = {}
-    (folder / shard.filename).parent.mkdir(exist_ok=True)
+    (folder / shard.filename).parent.mkdir(parents=True, exist_ok=True)
     with Files() as files, ShardWriter(folder / shard.filename, shard.specs, file_metadata(plan)) as writer:
         for step in shard.steps:
             for name, tensor in runtime.constants(step.name, step.codec, step.spec).items():
@@ -128,8 +128,9 @@ def run_plan(plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, 
                 progress(sum(step.spec.nbytes for step in shard.steps))
             files[shard.filename] = known[0]
             rows += known[1]
-        folder.finish(files, rows)
-    return RunResult(complete_before=False, reports=tuple(rows))
+        reports = tuple(rows) if plan.reports is None else plan.reports
+        folder.finish(files, reports)
+    return RunResult(complete_before=False, reports=reports)
 
 
 @contextmanager

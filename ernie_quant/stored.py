@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ernie_quant import archs, names, runtimes, views
+from ernie_quant import archs, names, ranks, runtimes, views
 from ernie_quant.checkpoint import Checkpoint, TensorRef, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
@@ -32,7 +32,7 @@ class Stored:
     shape: tuple[int, ...]
     codec: Codec
     target: ModuleType
-    parts: Mapping[str, TensorRef]
+    parts: Mapping[str, View]
 
     @property
     def rule(self) -> Rule:
@@ -42,8 +42,13 @@ class Stored:
     @property
     def spec(self) -> TensorSpec:
         """Shape, and the dtype of the weight that decoding yields."""
-        dtype = next(iter(self.parts.values())).spec.dtype if isinstance(self.codec, Keep) else "BF16"
+        dtype = next(iter(self.parts.values())).dtype if isinstance(self.codec, Keep) else "BF16"
         return TensorSpec(self.shape, dtype)
+
+    @property
+    def spec_of_codec(self) -> TensorSpec:
+        """Shape and the dtype that codecs decode to."""
+        return TensorSpec(self.shape, "BF16")
 
     def slabs(self) -> list[tuple[int, int]]:
         """Ranges of rows that can be decoded by themselves."""
@@ -51,29 +56,17 @@ class Stored:
 
     def read(self, files: Files, rows: tuple[int, int]) -> torch.Tensor:
         """Rows of the weight as the runtime will see them; `rows` as `slabs` gives them."""
-        axes = part_axes(self.target, self.name, self.codec, self.spec, 0)
+        axes = ranks.part_axes(self.target, self.name, self.codec, self.spec, 0)
         out = self.shape[0] if self.shape else 1
         tensors = {}
-        for name, ref in self.parts.items():
-            view, axis = views.leaf(ref), axes[name]
+        for name, view in self.parts.items():
+            axis = axes[name]
             if axis is not None:
                 size = view.shape[axis]
                 view = views.cut(view, axis, rows[0] * size // out, -(-rows[1] * size // out))
             tensors[name] = read(view, files)
         decoded: torch.Tensor = self.codec.decode(self.target.unpack(self.name, self.codec, tensors))
         return decoded
-
-
-def part_axes(target: ModuleType, name: str, codec: Codec, spec: TensorSpec, axis: int) -> dict[str, int | None]:
-    """Along which of its axes each stored tensor grows with `axis` of the weight; None where it does not."""
-    if not spec.shape:
-        return dict.fromkeys(target.parts(name, codec, spec))
-    shape = tuple(n * (128 if i == axis else 1) for i, n in enumerate(spec.shape))
-    once, more = target.parts(name, codec, spec), target.parts(name, codec, TensorSpec(shape, spec.dtype))
-    return {
-        part: next((i for i, (a, b) in enumerate(zip(once[part].shape, more[part].shape, strict=True)) if a != b), None)
-        for part in once
-    }
 
 
 def table_of(checkpoint: Checkpoint, target: ModuleType) -> NameMap:
@@ -86,9 +79,14 @@ def table_of(checkpoint: Checkpoint, target: ModuleType) -> NameMap:
 def open_stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored], list[str]]:
     """Every weight that the table expects, and every disagreement. Raises ConfigError."""
     table = table_of(checkpoint, target)
-    groups: dict[str, dict[str, TensorRef]] = {}
-    for name, ref in checkpoint.refs.items():
-        groups.setdefault(target.weight_of(name)[0], {})[name] = ref
+    groups: dict[str, dict[str, list[TensorRef]]] = {}
+    problems: list[str] = []
+    for name in dict.fromkeys(name for rank in checkpoint.ranks for name in rank.refs):
+        copies = [rank.refs[name] for rank in checkpoint.ranks if name in rank.refs]
+        if len(copies) < len(checkpoint.ranks):
+            problems.append(f"{name}: is in {len(copies)} of {len(checkpoint.ranks)} ranks")
+        else:
+            groups.setdefault(target.weight_of(name)[0], {})[name] = copies
     expected = {name: (row, shape) for name, row, shape in _expected(table, target.LAYOUT)}
     linears = [
         (name, TensorSpec(shape, "BF16"))
@@ -98,7 +96,6 @@ def open_stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored
     promise = checkpoint.config.get("quantization_config")
     codecs = target.codecs_of(promise, linears) if promise else {}
     stored: list[Stored] = []
-    problems: list[str] = []
     for name, (row, shape) in expected.items():
         refs = groups.pop(name, None)
         if refs is None:
@@ -107,7 +104,8 @@ def open_stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored
             continue
         codec = codecs.get(name, KEEP) if row.rule.linear or target.LAYOUT == names.PT else KEEP
         turned = target.LAYOUT == names.PADDLE and not isinstance(codec, Keep)  # codecs work on [out, in]
-        entry = Stored(name, row, shape[::-1] if turned else shape, codec, target, refs)
+        whole = Stored(name, row, shape[::-1] if turned else shape, codec, target, {})
+        entry = replace(whole, parts={part: ranks.join(whole, part, copies, table.dims) for part, copies in refs.items()})
         problems += _spec_problems(entry)
         stored.append(entry)
     return stored, problems + [f"{name}: is unknown to this architecture" for refs in groups.values() for name in refs]
@@ -121,8 +119,6 @@ def runtime_of(checkpoint: Checkpoint) -> ModuleType:
     promise = checkpoint.config.get("quantization_config")
     if not isinstance(promise, dict) or not promise:
         raise PlanError(f"{checkpoint.folder}: is not quantized (config.json has no quantization_config); convert it", [])
-    if len(checkpoint.ranks) > 1:
-        raise PlanError(f"{checkpoint.folder}: is quantized and shared by {len(checkpoint.ranks)} ranks, which is not read", [])
     return runtimes.find("fastdeploy" if "quantization" in promise else "vllm")
 
 
@@ -132,7 +128,7 @@ def canonical(stored: Sequence[Stored], table: NameMap) -> list[Weight]:
     for entry in stored:
         view: View = views.Decoded(entry)
         if isinstance(entry.codec, Keep):
-            view = views.leaf(next(iter(entry.parts.values())))
+            view = next(iter(entry.parts.values()))
         if entry.target.LAYOUT == names.PT:
             found.append(Weight(entry.name, view, entry.row))
             continue
@@ -154,12 +150,10 @@ def _expected(table: NameMap, layout: str) -> Iterator[tuple[str, Row, tuple[int
 def _spec_problems(entry: Stored) -> Iterator[str]:
     specs = entry.target.parts(entry.name, entry.codec, entry.spec)
     for name in sorted(specs.keys() | entry.parts.keys()):
-        promised, found = specs.get(name), entry.parts.get(name)
-        if found is None or promised is None or found.spec != promised:
-            yield (
-                f"{name}: is {_words(found.spec if found else None)}, config.json"
-                f" ({entry.codec.describe()}) wants {_words(promised)}"
-            )
+        promised, part = specs.get(name), entry.parts.get(name)
+        found = views.spec_of(part) if part else None
+        if found != promised:
+            yield (f"{name}: is {_words(found)}, config.json ({entry.codec.describe()}) wants {_words(promised)}")
 
 
 def _words(spec: TensorSpec | None) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ernie_quant import names, runtimes
+from ernie_quant import names, runtimes, views
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import CheckpointError, ErnieQuantError, OutputError, VerifyError
@@ -57,7 +57,7 @@ def verify(out: Path, against: Path | None = None, progress: Progress = lambda _
     checkpoint = Checkpoint.open(out)
     target = runtimes.find(manifest["runtime"])
     stored, problems = open_stored(checkpoint, target)
-    rows, more = _reports(out, stored)
+    rows, more = _reports(out, stored) if FILENAME in manifest["files"] else ({}, [])
     problems += [*checkpoint.anomalies, *more]
     if problems:
         raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
@@ -122,7 +122,7 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
     problems = [f"{n}: is in the report, not in the files" for n in rows.keys() - {s.name for s in stored}]
     for entry in stored:
         row = rows.get(entry.name)
-        nbytes = sum(part.spec.nbytes for part in entry.parts.values())
+        nbytes = sum(views.spec_of(part).nbytes for part in entry.parts.values())
         if row is None:
             problems.append(f"{entry.name}: is in the files, not in the report")
             continue
@@ -160,7 +160,7 @@ def _against(
     problems += [f"{name}: is in the result, not in the source" for name in found.keys() - weights.keys()]
     for name in sorted(weights.keys() & found.keys(), key=names.natural):
         try:
-            problem = _difference(found[name], weights[name], rows[name], files)
+            problem = _difference(found[name], weights[name], rows.get(name), files)
         except ErnieQuantError as error:
             problem = str(error)
         if problem:
@@ -168,13 +168,13 @@ def _against(
     return problems
 
 
-def _difference(entry: Stored, weight: Weight, row: TensorReport, files: Files) -> str | None:
+def _difference(entry: Stored, weight: Weight, row: TensorReport | None, files: Files) -> str | None:
     import torch
 
     view = oriented(weight, entry.codec, entry.target.LAYOUT)
     if view.shape != entry.shape:
         return f"{entry.name}: is {entry.shape}, in the source {view.shape}"
-    if set(row.sources) != set(weight.sources):
+    if row is not None and set(row.sources) != set(weight.sources):
         return f"{entry.name}: the report says it comes from {', '.join(row.sources)}, it comes from {', '.join(weight.sources)}"
     total = Difference()
     for span in entry.slabs():
@@ -186,11 +186,15 @@ def _difference(entry: Stored, weight: Weight, row: TensorReport, files: Files) 
         else:
             total += compare(entry.name, original, result)
     for what, is_, said in (
-        ("relative error", total.rel_error, row.rel_error),
-        ("largest error", total.largest, row.max_abs_error),
-        ("squared error", total.error, row.squared_error),
-        ("squared norm", total.total, row.squared_norm),
-        ("SQNR in dB", total.sqnr_db or 0.0, row.sqnr_db or 0.0),
+        ()
+        if row is None
+        else (
+            ("relative error", total.rel_error, row.rel_error),
+            ("largest error", total.largest, row.max_abs_error),
+            ("squared error", total.error, row.squared_error),
+            ("squared norm", total.total, row.squared_norm),
+            ("SQNR in dB", total.sqnr_db or 0.0, row.sqnr_db or 0.0),
+        )
     ):
         if abs(is_ - said) > TOLERANCE * max(1.0, abs(said)) or not math.isfinite(is_):
             return f"{entry.name}: its {what} is {is_:.6g}, the report says {said:.6g}"

@@ -122,6 +122,42 @@ class Same:
         return self.copies[0].dtype
 
 
+@dataclass(frozen=True)
+class Fold:
+    """Every `by` rows of a matrix end to end: [R / by, C * by]. For layouts that interleave rows."""
+
+    base: View
+    by: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[R / by, C * by]."""
+        return (self.base.shape[0] // self.by, self.base.shape[1] * self.by)
+
+    @property
+    def dtype(self) -> str:
+        """Of the base."""
+        return self.base.dtype
+
+
+@dataclass(frozen=True)
+class Unfold:
+    """The inverse of `Fold`: [R * by, C / by]."""
+
+    base: View
+    by: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[R * by, C / by]."""
+        return (self.base.shape[0] * self.by, self.base.shape[1] // self.by)
+
+    @property
+    def dtype(self) -> str:
+        """Of the base."""
+        return self.base.dtype
+
+
 class Readable(Protocol):
     """A matrix that something else knows how to read in slabs of rows, such as a quantized one."""
 
@@ -131,7 +167,7 @@ class Readable(Protocol):
         ...
 
     @property
-    def parts(self) -> Mapping[str, TensorRef]:
+    def parts(self) -> Mapping[str, View]:
         """The stored tensors it is computed from."""
         ...
 
@@ -161,7 +197,26 @@ class Decoded:
         return self.source.spec.dtype
 
 
-View: TypeAlias = Leaf | T | Cut | Cat | Same | Decoded
+View: TypeAlias = Leaf | T | Cut | Cat | Same | Fold | Unfold | Decoded
+
+
+def spec_of(view: View) -> TensorSpec:
+    """Shape and dtype."""
+    return TensorSpec(view.shape, view.dtype)
+
+
+def fold(view: View, by: int) -> View:
+    """`Fold`; of an unfolded view it is what that was made from."""
+    if by == 1:
+        return view
+    return view.base if isinstance(view, Unfold) and view.by == by else Fold(view, by)
+
+
+def unfold(view: View, by: int) -> View:
+    """`Unfold`; of a folded view it is what that was made from."""
+    if by == 1:
+        return view
+    return view.base if isinstance(view, Fold) and view.by == by else Unfold(view, by)
 
 
 def leaf(ref: TensorRef) -> View:
@@ -227,8 +282,8 @@ def refs(view: View) -> list[TensorRef]:
         case Leaf(ref):
             return [ref]
         case Decoded(source):
-            return list(source.parts.values())
-        case T(base) | Cut(base):
+            return list(dict.fromkeys(r for p in source.parts.values() for r in refs(p)))
+        case T(base) | Cut(base) | Fold(base) | Unfold(base):
             return refs(base)
         case Cat(parts) | Same(parts):
             return list(dict.fromkeys(r for p in parts for r in refs(p)))
@@ -360,6 +415,15 @@ def _read_box(view: View, files: Files, box: Box) -> torch.Tensor:
                     where = " and ".join(f"{r.file.parent.name}/{r.file.name}" for r in (one, other))
                     raise CheckpointError(f"{one.name}: differs between {where}; every rank must have the same")
             return original
+        case Fold(base, by):
+            rows, columns = (box[0][0] * by, box[0][1] * by), (0, base.shape[1])
+            folded = _read_box(base, files, (rows, columns)).reshape(-1, view.shape[1])
+            return folded[:, box[1][0] : box[1][1]]
+        case Unfold(base, by):
+            rows, columns = (box[0][0] // by, -(-box[0][1] // by)), (0, base.shape[1])
+            unfolded = _read_box(base, files, (rows, columns)).reshape(-1, view.shape[1])
+            first = box[0][0] - rows[0] * by
+            return unfolded[first : first + box[0][1] - box[0][0], box[1][0] : box[1][1]]
         case Decoded(source):
             return _read_decoded(source, files, box)
         case Leaf(ref):

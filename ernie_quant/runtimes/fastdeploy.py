@@ -23,7 +23,7 @@ from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT, MTP, VISION_EXPERT
+from ernie_quant.names import EXPERT, MTP, OUT, VISION_EXPERT
 from ernie_quant.runtimes import Linear
 
 if TYPE_CHECKING:
@@ -47,6 +47,24 @@ MTP_FOLDER = "mtp"  # the speculative model is read from a folder of its own
 def folder(role: str) -> str:
     """Subfolder of the result for the tensors of a role."""
     return MTP_FOLDER if role == MTP else ""
+
+
+def interleave(codec: Codec) -> int:
+    """How many rows of a stored `quant_weight` take turns: ranks that share inputs cut across them together."""
+    return 2 if isinstance(codec, RoundToNearest) else 1
+
+
+def share_problems(name: str, codec: Codec, shape: tuple[int, ...], axis: int, of: int) -> list[str]:
+    """Why a weight [out, in] cannot be shared by `of` ranks along `axis`, with the sizes that work."""
+    if axis == OUT:
+        multiple = 8 * (2 if name.endswith("up_gate_proj.weight") else 1)
+    else:
+        multiple = 2 * GROUP if isinstance(codec, ConvolutionalCode) else GROUP
+    if name.endswith("qkv_proj.weight") or shape[axis] % (of * multiple) == 0:
+        return []
+    fits = [str(n) for n in (1, 2, 4, 8, 16) if shape[axis] % (n * multiple) == 0]
+    kind = "outputs" if axis == OUT else "inputs"
+    return [f"{name}: {shape[axis]} {kind} in multiples of {multiple} cannot be shared by {of} ranks; {', '.join(fits)} would do"]
 
 
 def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, TensorSpec]:

@@ -1,0 +1,30 @@
+"""`ernie-quant reshard`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from ernie_quant.cli import _options
+
+
+@click.command()
+@_options.source
+@_options.out
+@click.option("--tp", type=click.IntRange(1, 64), required=True, help="Tensor-parallel size of the result.")
+@_options.write_options
+def command(src: Path, out: Path, tp: int, max_shard_size: int, **options: Any) -> None:
+    """Turn a prequantized FastDeploy checkpoint of one tensor-parallel size into another, without loss.
+
+    Reads and writes rank0/, rank1/, … or, for size 1, a plain folder; published files too. The weights that FastDeploy
+    computes with stay the same to the bit.
+
+    \b
+    ernie-quant reshard ERNIE-4.5-300B-A47B-2Bits-Paddle out --tp 2
+    """
+    from ernie_quant.checkpoint import Checkpoint
+    from ernie_quant.reshard import make_reshard_plan
+
+    plan = make_reshard_plan(Checkpoint.open(src), tp, shard_bytes=max_shard_size)
+    _options.run(plan, out, **options)

@@ -1,0 +1,91 @@
+"""A prequantized FastDeploy checkpoint of one tensor-parallel size as one of another, without loss.
+
+Every rank's tensors are cuts and joints of the stored ones, so nothing is decoded and nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from ernie_quant import names, ranks, stored, views
+from ernie_quant.archs._config import whole
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.codecs.keep import KEEP
+from ernie_quant.errors import CheckpointError, PlanError
+from ernie_quant.jsonio import read_object
+from ernie_quant.output import README, OutputFolder
+from ernie_quant.plan import SHARD_BYTES, Plan, Shard, Step, files, source_identity
+from ernie_quant.recipe import KEEP_ALL
+from ernie_quant.report import FILENAME, TensorReport
+from ernie_quant.run import Progress, RunResult, run_plan
+from ernie_quant.stored import Stored
+
+TP_KEY = "tensor_parallel_size"
+
+
+def make_reshard_plan(source: Checkpoint, tp: int, *, fingerprint: str = "", shard_bytes: int = SHARD_BYTES) -> Plan:
+    """The plan of `source` for `tp` ranks. Raises PlanError with every weight that cannot be shared so."""
+    target = stored.runtime_of(source)
+    if target.LAYOUT != names.PADDLE:
+        raise PlanError(f"{source.folder}: is not FastDeploy's; only its checkpoints are stored per rank", [])
+    entries, problems = stored.open_stored(source, target)
+    dims, heads = stored.table_of(source, target).dims, whole(source.config, "num_attention_heads")
+    if problems := [*source.anomalies, *problems] or ranks.problems(entries, tp, dims, heads):
+        raise PlanError(f"{source.folder}: cannot be resharded to {tp} rank(s)", problems)
+    entries = sorted(entries, key=lambda e: names.natural(e.name))
+    shards: list[Shard] = []
+    for folder in dict.fromkeys(target.folder(e.rule.role) for e in entries):
+        inside = [e for e in entries if target.folder(e.rule.role) == folder]
+        for rank in range(tp):
+            place = "/".join(filter(None, [folder, f"rank{rank}" if tp > 1 else ""]))
+            steps = [step for entry in inside for step in _steps(entry, rank, tp, dims)]
+            shards += files(place, steps, shard_bytes)
+    config = {key: value for key, value in source.config.items() if key != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
+    copies = tuple(path for path in source.extra_files if path.name != README)
+    return Plan(
+        source, "fastdeploy", names.PADDLE, replace(KEEP_ALL, name=f"reshard to {tp}"), tuple(shards), dims, config, copies,
+        (tp,), source.notes, fingerprint or source_identity(source, "reshard", tp, shard_bytes), _reports(source),
+    )  # fmt: skip
+
+
+def run_shared(plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress) -> RunResult:
+    """Quantize once and unsplit, in a folder beside `out`, then share among `tp` ranks: what `reshard` would make of it.
+
+    Raises PlanError before anything is written if the widths do not fit.
+    """
+    if tp not in plan.tp_sizes:
+        fits = ", ".join(map(str, plan.tp_sizes))
+        raise PlanError(
+            f"{plan.source.folder}: cannot be shared by {tp} ranks; sizes that fit its heads, widths and groups: {fits}", []
+        )
+    identity = hashlib.sha256(f"{plan.fingerprint} {tp}".encode()).hexdigest()
+    if OutputFolder(replace(plan, fingerprint=identity), out).prepare(restart=restart):
+        return RunResult(complete_before=True, reports=())
+    unsplit = out.with_name(f"{out.name}.unsplit")
+    run_plan(plan, unsplit, workers=workers, restart=restart, progress=progress)
+    ranked = make_reshard_plan(Checkpoint.open(unsplit), tp, fingerprint=identity)
+    result = run_plan(ranked, out, workers=workers)
+    shutil.rmtree(unsplit)
+    return result
+
+
+def _steps(entry: Stored, rank: int, tp: int, dims: ranks.Dims) -> list[Step]:
+    """One step for every stored tensor of a weight, in the order in which the runtime stores them."""
+    steps = []
+    for part in entry.target.parts(entry.name, entry.codec, entry.spec):
+        view = ranks.share(entry, part, rank, tp, dims)
+        spec = views.spec_of(view)
+        sources = tuple(dict.fromkeys(ref.name for ref in views.refs(view)))
+        steps.append(Step(part, entry.rule.role, view, spec, KEEP, {part: spec}, sources, multiple=2, group=entry.name))
+    return steps
+
+
+def _reports(source: Checkpoint) -> tuple[TensorReport, ...]:
+    """What was measured when the checkpoint was made; nothing for one that others published."""
+    try:
+        return tuple(TensorReport.from_json(row) for row in read_object(source.folder / FILENAME)["tensors"])
+    except (CheckpointError, KeyError, TypeError):
+        return ()
