@@ -1,0 +1,60 @@
+"""`ernie-quant plan`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from ernie_quant.cli import _options
+from ernie_quant.cli.main import print_json
+
+
+@click.command()
+@_options.source
+@click.option("--recipe", "recipe_file", type=_options.FOLDER, help="Add a row for this recipe (TOML).")
+@click.option("--gpu-memory", type=_options.Size(), default="80GiB", show_default=True, help="Memory of one GPU.")
+@click.option("--utilization", type=click.FloatRange(0.1, 1), default=0.9, show_default=True, help="Share of it that is used.")
+@click.option("--reserve", type=_options.Size(), default="3GiB", show_default=True, help="Of that, for activations and the like.")
+@click.option("--max-model-len", type=click.IntRange(1, 1 << 22), default=32768, show_default=True, help="Tokens per sequence.")
+@click.option(
+    "--max-num-seqs", type=click.IntRange(1, 1 << 16), default=32, show_default=True, help="Sequences at once, at most."
+)
+@click.option(
+    "--kv-dtype", type=click.Choice(["bf16", "fp8", "int8", "int4"]), default="bf16", show_default=True, help="KV cache."
+)
+@click.option("--wint4-layers", type=click.IntRange(0, 1000), default=7, show_default=True, help="As in wint2.")
+@_options.json_option
+def command(
+    src: Path, recipe_file: Path | None, gpu_memory: int, utilization: float, reserve: int, max_model_len: int,
+    max_num_seqs: int, kv_dtype: str, wint4_layers: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Show how many GPUs a checkpoint takes in each format. Reads headers only; the MTP block is not counted.
+
+    \b
+    ernie-quant plan ERNIE-4.5-300B-A47B-Paddle --gpu-memory 141GB
+    """
+    from ernie_quant import capacity, recipe, report
+    from ernie_quant.checkpoint import Checkpoint
+
+    rule = capacity.Rule(gpu_memory, utilization, reserve, max_model_len, max_num_seqs, kv_dtype)
+    own = recipe.read(recipe_file) if recipe_file else None
+    rows = capacity.estimate(Checkpoint.open(src), rule, wint4_layers, own)
+    if as_json:
+        print_json({"rule": asdict(rule), "formats": [asdict(row) for row in rows]})
+        return
+    lines = [
+        (
+            row.format, row.runtimes, f"{row.weight_bytes / 2**30:.1f}", " ".join(map(str, row.tp_sizes)) or "-",
+            str(row.gpus or "-"), f"{row.weight_bytes_per_gpu / 2**30:.1f}" if row.gpus else "-", str(row.sequences),
+        )
+        for row in rows
+    ]  # fmt: skip
+    head = ("format", "runtimes", "weights GiB", "TP sizes", "GPUs", "GiB per GPU", "sequences")
+    click.echo(report.table(head, lines))
+    click.echo(
+        f"\nusable per GPU: {utilization} x {gpu_memory / 2**30:.1f} GiB - {reserve / 2**30:.1f} GiB ="
+        f" {rule.usable / 2**30:.1f} GiB, for the weights and at least one sequence of {max_model_len} tokens;"
+        f"\nKV cache ({kv_dtype}): {rows[0].kv_bytes_per_token} bytes per token; sequences: of that length,"
+        f" at most {max_num_seqs}"
+    )
