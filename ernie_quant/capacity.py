@@ -17,8 +17,8 @@ from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import PlanError
 from ernie_quant.names import EXPERT, MTP, NORM, OUT, ROUTER, VISION_EXPERT, Weight
-from ernie_quant.plan import refuse_quantized, resolve
 from ernie_quant.recipe import KEEP_ALL, Recipe, RecipeRule, container
+from ernie_quant.resolve import refuse_quantized, resolve
 from ernie_quant.views import spec_of
 
 GIB = 1 << 30

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernie_quant import names, plan, report
+from ernie_quant import names, report
 from ernie_quant.checkpoint import Checkpoint, TensorSpec
+from ernie_quant.resolve import Table, resolve
 
 LAYOUT_NAMES = {names.PADDLE: "Paddle", names.PT: "PT", names.PADDLEFORMERS: "paddleformers (third layout)"}
 
@@ -34,7 +35,7 @@ class Inspection:
 def inspect(source: Path, fixes: frozenset[str] = frozenset()) -> Inspection:
     """Look at a checkpoint. Raises CheckpointError or ConfigError where nothing more can be said."""
     checkpoint = Checkpoint.open(source)
-    table = plan.resolve(checkpoint, fixes)
+    table = resolve(checkpoint, fixes)
     refs = [ref for rank in checkpoint.ranks for ref in rank.refs.values()]
     dtypes: dict[str, int] = {}
     for ref in refs:
@@ -54,7 +55,7 @@ COUNTS = {
 }  # fmt: skip
 
 
-def _roles(table: plan.Table) -> dict[str, dict[str, int]]:
+def _roles(table: Table) -> dict[str, dict[str, int]]:
     """Tensors (as PT counts them) and bytes by role."""
     roles: dict[str, dict[str, int]] = {}
     for weight in table.weights:

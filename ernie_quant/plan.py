@@ -10,25 +10,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ernie_quant
-from ernie_quant import archs, names, recipe, runtimes, stored, views
+from ernie_quant import names, recipe, runtimes, views
 from ernie_quant.archs._config import Facts, whole
 from ernie_quant.checkpoint import ITEMSIZE, Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import ConfigError, PlanError
-from ernie_quant.names import EMBED, NameMap, Weight
+from ernie_quant.names import EMBED, Weight
 from ernie_quant.recipe import Recipe
-from ernie_quant.report import TensorReport
+from ernie_quant.resolve import Table, refuse_quantized, resolve, resolve_quantized
 from ernie_quant.runtimes import Linear
 from ernie_quant.views import View
+
+if TYPE_CHECKING:
+    from ernie_quant.report import TensorReport
 
 SHARD_BYTES = 5_000_000_000  # the field's usual size of an output file
 FLOATS = ("BF16", "F16", "F32")
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-QUANTIZED_PARTS = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_weight", ".qweight", ".super_scales")
 
 
 @dataclass(frozen=True)
@@ -119,35 +121,6 @@ def file_metadata(plan: Plan) -> dict[str, str]:
     return {"format": "np" if plan.layout == names.PADDLE else "pt"}
 
 
-@dataclass(frozen=True)
-class Table:
-    """A checkpoint with its architecture: names resolved to canonical tensors, and what disagreed."""
-
-    arch: ModuleType
-    config: dict[str, Any]  # flat
-    map: NameMap
-    weights: list[Weight]
-    problems: list[str]
-
-
-def resolve(checkpoint: Checkpoint, fixes: frozenset[str] = frozenset()) -> Table:
-    """Names and shapes of a checkpoint against its architecture's table. Raises ConfigError."""
-    arch = archs.find(checkpoint.config)
-    config = arch.flat(checkpoint.config)
-    name_map: NameMap = arch.name_map(config, list(checkpoint.refs))
-    weights, problems = name_map.resolve(checkpoint, fixes)
-    return Table(arch, config, name_map, weights, [*checkpoint.anomalies, *problems])
-
-
-def resolve_quantized(checkpoint: Checkpoint) -> Table:
-    """The same for a quantized checkpoint: its weights are decoded when they are read. Raises PlanError or ConfigError."""
-    target = stored.runtime_of(checkpoint)
-    entries, problems = stored.open_stored(checkpoint, target)
-    arch, name_map = archs.find(checkpoint.config), stored.table_of(checkpoint, target)
-    config = {key: value for key, value in arch.flat(checkpoint.config).items() if key not in stored.QUANTIZED}
-    return Table(arch, config, name_map, stored.canonical(entries, name_map), [*checkpoint.anomalies, *problems])
-
-
 def make_plan(
     source: Checkpoint,
     *,
@@ -187,16 +160,6 @@ def make_plan(
         source, runtime, target.LAYOUT, recipe, shards, table.map.dims, config, copies, tuple(tp),
         (*source.notes, *left, *notes, *refused, *target.notes(linears)), identity,
     )  # fmt: skip
-
-
-def refuse_quantized(source: Checkpoint) -> None:
-    """Quantizing twice multiplies the errors. Raises PlanError."""
-    said = next((k for k in ("quantization_config", "compression_config") if source.config.get(k)), None)
-    said = said or ("is_quantized" if source.config.get("is_quantized") is True else None)
-    part = next((n for n in source.refs if n.endswith(QUANTIZED_PARTS)), None)
-    if said or part:
-        evidence = f"config.json has {said}" if said else f"it holds {part}"
-        raise PlanError(f"{source.folder}: is quantized already ({evidence}); start from the original checkpoint", [])
 
 
 Chosen = tuple[Weight, Codec, TensorSpec]
@@ -288,9 +251,10 @@ def _config(table: Table, layout: str, vl_config: str, steps: Sequence[Step], co
 
 def _shards(steps: Sequence[Step], target: ModuleType, shard_bytes: int) -> tuple[Shard, ...]:
     """Steps in order, by folder, cut into files of at most `shard_bytes` (a larger tensor has a file of its own)."""
+    prequantized = any(step.quantized for step in steps)  # a plain result is one folder, as the published ones are
     folders: dict[str, list[Step]] = {}
     for step in steps:
-        folders.setdefault(target.folder(step.role), []).append(step)
+        folders.setdefault(target.folder(step.role) if prequantized else "", []).append(step)
     return tuple(shard for folder, inside in folders.items() for shard in files(folder, inside, shard_bytes))
 
 

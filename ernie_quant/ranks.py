@@ -63,8 +63,7 @@ def join(entry: Stored, part: str, copies: Sequence[TensorRef], dims: Dims) -> V
     whole = folded[0].shape[axis] * of
     pieces = list(_pieces(entry, whole, of, dims))
     if any(shares != of for _, _, shares in pieces):  # kv heads that several ranks have
-        whole = _grown(pieces, folded[0].shape[axis], entry, of, dims)
-        pieces = list(_pieces(entry, whole, of, dims))
+        pieces = list(_pieces(entry, _grown(folded[0].shape[axis], entry, of, dims), of, dims))
     joined, at = [], 0
     for _, size, shares in pieces:
         width = size // shares
@@ -75,10 +74,10 @@ def join(entry: Stored, part: str, copies: Sequence[TensorRef], dims: Dims) -> V
     return views.unfold(views.cat(joined, axis), by)
 
 
-def _grown(pieces: list[Piece], share_size: int, entry: Stored, of: int, dims: Dims) -> int:
+def _grown(share_size: int, entry: Stored, of: int, dims: Dims) -> int:
     """Size of the whole, where one rank's share has `share_size` and some pieces are had by several ranks."""
-    total = sum(size for _, size, _ in pieces)
-    one = sum(size // shares for _, size, shares in pieces)
+    total = sum(size_of(s, dims) for s in entry.rule.op.split)  # of the weight: the stored axis may be a fraction of it
+    one = sum(size // shares for _, size, shares in _pieces(entry, total, of, dims))
     return share_size * total // one
 
 

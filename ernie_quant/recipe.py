@@ -94,13 +94,12 @@ def container(name: str, wint4_layers: int | None, *, scale: str = "mse", effort
     """FastDeploy's container: WINT4 experts below layer `wint4_layers` (None: all of them), WINT2 above, WINT8 for all else."""
     below = "|".join(map(str, range(wint4_layers or 0))) or "-"
     wint4, wint8 = (codecs.make("rtn", {"bits": b, "group_size": "channel", "scale": scale, "full_range": False}) for b in (4, 8))
-    experts = [
-        RecipeRule(wint4, EXPERT_ROLES, if_unused="this model has no experts; FastDeploy's container is for those that have")
-    ]
+    hint = "this model has no experts; FastDeploy's container is for those that have"
+    experts = [RecipeRule(wint4, EXPERT_ROLES, if_unused=hint)]
     if wint4_layers is not None:
         wint2 = codecs.make("ccq", {"effort": effort})
         layers = rf"\.layers\.(?:{below})\."
-        experts = [RecipeRule(wint4, EXPERT_ROLES, layers, optional=True), RecipeRule(wint2, EXPERT_ROLES, optional=True)]
+        experts = [RecipeRule(wint4, EXPERT_ROLES, layers, optional=True), RecipeRule(wint2, EXPERT_ROLES, if_unused=hint)]
     others = tuple(r for r in ROLES if r in QUANTIZABLE and r not in EXPERT_ROLES)
     return Recipe(name, (*experts, RecipeRule(wint8, others)))
 

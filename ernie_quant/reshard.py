@@ -45,9 +45,11 @@ def make_reshard_plan(source: Checkpoint, tp: int, *, fingerprint: str = "", sha
             shards += files(place, steps, shard_bytes)
     config = {key: value for key, value in source.config.items() if key != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
     copies = tuple(path for path in source.extra_files if path.name != README)
+    recipe, notes, reports = _reports(source)
+    fits = tuple(n for n in (1, 2, 4, 8, 16) if n == tp or not ranks.problems(entries, n, dims, heads))
     return Plan(
-        source, "fastdeploy", names.PADDLE, replace(KEEP_ALL, name=f"reshard to {tp}"), tuple(shards), dims, config, copies,
-        (tp,), source.notes, fingerprint or source_identity(source, "reshard", tp, shard_bytes), _reports(source),
+        source, "fastdeploy", names.PADDLE, replace(KEEP_ALL, name=recipe or f"reshard to {tp}"), tuple(shards), dims, config,
+        copies, fits, (*source.notes, *notes), fingerprint or source_identity(source, "reshard", tp, shard_bytes), reports,
     )  # fmt: skip
 
 
@@ -56,8 +58,9 @@ def run_shared(plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, p
 
     Raises PlanError before anything is written if the widths do not fit.
     """
-    if tp not in plan.tp_sizes:
-        fits = ", ".join(map(str, plan.tp_sizes))
+    sizes = [n for n in plan.tp_sizes if plan.dims["V"] % n == 0]
+    if tp not in sizes:
+        fits = ", ".join(map(str, sizes))
         raise PlanError(
             f"{plan.source.folder}: cannot be shared by {tp} ranks; sizes that fit its heads, widths and groups: {fits}", []
         )
@@ -83,9 +86,11 @@ def _steps(entry: Stored, rank: int, tp: int, dims: ranks.Dims) -> list[Step]:
     return steps
 
 
-def _reports(source: Checkpoint) -> tuple[TensorReport, ...]:
-    """What was measured when the checkpoint was made; nothing for one that others published."""
+def _reports(source: Checkpoint) -> tuple[str, tuple[str, ...], tuple[TensorReport, ...]]:
+    """Recipe, notes and what was measured when the checkpoint was made; nothing for one that others published."""
     try:
-        return tuple(TensorReport.from_json(row) for row in read_object(source.folder / FILENAME)["tensors"])
+        table = read_object(source.folder / FILENAME)
+        rows = tuple(TensorReport.from_json(row) for row in table["tensors"])
+        return str(table["recipe"]), tuple(n for n in table["notes"] if n not in source.notes), rows
     except (CheckpointError, KeyError, TypeError):
-        return ()
+        return "", (), ()

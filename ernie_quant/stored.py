@@ -86,6 +86,9 @@ def open_stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored
         if len(copies) < len(checkpoint.ranks):
             problems.append(f"{name}: is in {len(copies)} of {len(checkpoint.ranks)} ranks")
         else:
+            if odd := next((i for i, ref in enumerate(copies) if ref.spec != copies[0].spec), 0):
+                problems.append(f"{name}: is {_words(copies[0].spec)} in rank 0, {_words(copies[odd].spec)} in rank {odd}")
+                copies = [copies[0]] * len(copies)
             groups.setdefault(target.weight_of(name)[0], {})[name] = copies
     expected = {name: (row, shape) for name, row, shape in _expected(table, target.LAYOUT)}
     linears = [

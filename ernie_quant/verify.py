@@ -23,9 +23,10 @@ from ernie_quant.jsonio import read_object
 from ernie_quant.measure import Difference, compare
 from ernie_quant.names import Weight
 from ernie_quant.output import MANIFEST, STATE
-from ernie_quant.plan import oriented, resolve
+from ernie_quant.plan import oriented
 from ernie_quant.readers import by_suffix
 from ernie_quant.report import FILENAME, TensorReport
+from ernie_quant.resolve import resolve
 from ernie_quant.run import one_torch_thread
 from ernie_quant.stored import Stored, open_stored
 from ernie_quant.views import Files, read

@@ -16,7 +16,7 @@ from ernie_quant import archs, names, plugins, views
 from ernie_quant.archs._config import Facts
 from ernie_quant.checkpoint import Checkpoint, Extent, TensorRef, TensorSpec
 from ernie_quant.names import NameMap, Row, size_of
-from ernie_quant.plan import resolve
+from ernie_quant.resolve import resolve
 
 MODULES = plugins.modules(archs)
 FOLDERS = sorted(p.parent for p in GOLDEN.glob("*/*/config.json"))
