@@ -16,7 +16,7 @@ from string import Formatter
 
 from ernie_quant import views
 from ernie_quant.checkpoint import Checkpoint, TensorRef
-from ernie_quant.views import View
+from ernie_quant.lazy import View
 
 # roles
 EXPERT, VISION_EXPERT, SHARED = "experts", "vision_experts", "shared_experts"

@@ -19,11 +19,11 @@ from ernie_quant.checkpoint import ITEMSIZE, Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import ConfigError, PlanError
+from ernie_quant.lazy import View
 from ernie_quant.names import EMBED, Weight
 from ernie_quant.recipe import Recipe
 from ernie_quant.resolve import Table, refuse_quantized, resolve, resolve_quantized
 from ernie_quant.runtimes import Linear
-from ernie_quant.views import View
 
 if TYPE_CHECKING:
     from ernie_quant.report import TensorReport

@@ -15,8 +15,8 @@ from ernie_quant import views
 from ernie_quant.checkpoint import TensorRef, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
+from ernie_quant.lazy import View
 from ernie_quant.names import IN, OUT, size_of
-from ernie_quant.views import View
 
 if TYPE_CHECKING:
     from ernie_quant.stored import Stored

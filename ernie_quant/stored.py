@@ -16,8 +16,9 @@ from ernie_quant.checkpoint import Checkpoint, TensorRef, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.errors import PlanError
+from ernie_quant.lazy import Decoded, View
 from ernie_quant.names import NameMap, Row, Rule, Weight
-from ernie_quant.views import Files, View, read
+from ernie_quant.views import Files, read
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +130,7 @@ def canonical(stored: Sequence[Stored], table: NameMap) -> list[Weight]:
     """The weights in PT form, to be decoded when they are read."""
     found = []
     for entry in stored:
-        view: View = views.Decoded(entry)
+        view: View = Decoded(entry)
         if isinstance(entry.codec, Keep):
             view = next(iter(entry.parts.values()))
         if entry.target.LAYOUT == names.PT:
