@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ernie_quant import runtimes
+from ernie_quant import archs, names, runtimes
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.plan import make_plan
 from ernie_quant.run import RunResult, run_plan
@@ -51,6 +51,22 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[
         or left[name].shape != right[name].shape
         or not torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8))
     ]
+
+
+def random_model(folder: Path, layout: str, family: str = "moe", **changes: object) -> Path:
+    """Random weights in every tensor that the table of a golden model asks for after `changes` to its config.json."""
+    config = json.loads((GOLDEN / family / "paddle/config.json").read_text()) | changes
+    rows = archs.find(config).name_map(config, list(tensors(GOLDEN / family / "paddle"))).rows()
+    torch.manual_seed(2)
+    table: dict[str, torch.Tensor] = {}
+    for row in (r for r in rows if r.rule.need != "use_bias"):
+        stored = zip(row.pt, row.shapes, strict=True) if layout == names.PT else [(row.paddle, row.stored_shape)]
+        for name, shape in stored:
+            table[name] = torch.randn(shape).mul(0.02).to(torch.float32 if row.rule.role == names.ROUTER else torch.bfloat16)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(table, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def dequantized(out: Path, plain: Path) -> Path:

@@ -15,11 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from models import GOLDEN, copy, same, tensors, write
+from models import GOLDEN, copy, random_model, same, tensors, write
 from safetensors.torch import save_file
 
-from ernie_quant import archs, names, recipe, run, views
+from ernie_quant import names, recipe, run, views
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
@@ -58,22 +57,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """Which files were written when: a file that is written again gets another inode."""
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors")}
-
-
-def random_model(folder: Path, layout: str, family: str = "moe", **changes: object) -> Path:
-    """Random weights in every tensor that the table of a golden model asks for after `changes` to its config.json."""
-    config = json.loads((GOLDEN / family / "paddle/config.json").read_text()) | changes
-    rows = archs.find(config).name_map(config, list(tensors(GOLDEN / family / "paddle"))).rows()
-    torch.manual_seed(2)
-    table: dict[str, torch.Tensor] = {}
-    for row in (r for r in rows if r.rule.need != "use_bias"):
-        stored = zip(row.pt, row.shapes, strict=True) if layout == names.PT else [(row.paddle, row.stored_shape)]
-        for name, shape in stored:
-            table[name] = torch.randn(shape).mul(0.02).to(torch.float32 if row.rule.role == names.ROUTER else torch.bfloat16)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(table, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 # H 128, Q 256, KV 128, I 128, M 128, shared experts 256: one dense layer, one with two experts

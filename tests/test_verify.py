@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import GOLDEN, copy, tensors, write
+from models import GOLDEN, copy, random_model, tensors, write
 from safetensors.torch import save_file
-from test_run import random_model
 
 from ernie_quant import names, recipe
 from ernie_quant.codecs import Codec

@@ -250,8 +250,11 @@ def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec
         return {name: KEEP if name.removesuffix(".weight") in kept else Float8Block() for name, _ in linears}
     if config.get("quant_method") != "compressed-tensors":
         raise ConfigError(f"config.json: quant_method {config.get('quant_method')!r} is none that this tool writes")
-    groups = [(_compiled(g["targets"]), _codec(g["weights"])) for g in config["config_groups"].values()]
-    ignore = _compiled(config["ignore"])
+    try:
+        groups = [(_compiled(g["targets"]), _codec(g["weights"])) for g in config["config_groups"].values()]
+        ignore = _compiled(config["ignore"])
+    except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
+        raise ConfigError(f"config.json: quantization_config is none that this tool writes ({error!r:.100})") from None
     found: dict[str, Codec] = {}
     for name, _ in linears:
         module = name.removesuffix(".weight")

@@ -10,10 +10,12 @@ import torch
 
 from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.names import EXPERT, PT
+from ernie_quant.names import EXPERT, MLP, PT
+from ernie_quant.runtimes import fastdeploy
 from ernie_quant.tensors import DTYPE_NAMES
 
-EXAMPLES = [example for module in plugins.modules(codecs) for example in module.EXAMPLES]
+# the forms of FastDeploy's container stand beside every codec's own examples
+EXAMPLES = [example for module in plugins.modules(codecs) for example in module.EXAMPLES] + [fastdeploy.WINT4, fastdeploy.WINT8]
 SPEC = TensorSpec((256, 384), "BF16")
 
 
@@ -66,14 +68,14 @@ def test_codes_are_a_fixed_point(codec: codecs.Codec, weight: torch.Tensor) -> N
 
 
 def weight_name(runtime: ModuleType) -> str:
-    """An expert's weight as the runtime's layout names it."""
-    return f"{'model' if runtime.LAYOUT == PT else 'ernie'}.layers.1.mlp.experts.0.down_proj.weight"
+    """A weight as the runtime's layout names it."""
+    return f"{'model' if runtime.LAYOUT == PT else 'ernie'}.layers.1.mlp.down_proj.weight"
 
 
 def stores(runtime: ModuleType, codec: codecs.Codec) -> bool:
-    """Is there a file of this runtime that holds the codec?"""
-    linear = runtimes.Linear(weight_name(runtime), SPEC, EXPERT, codec)
-    return isinstance(codec, runtime.CODECS) and not runtime.problems([linear])
+    """Is there a file of this runtime that holds the codec, for an expert or another linear?"""
+    linears = [runtimes.Linear(weight_name(runtime), SPEC, role, codec) for role in (EXPERT, MLP)]
+    return isinstance(codec, runtime.CODECS) and any(not runtime.problems([linear]) for linear in linears)
 
 
 @pytest.fixture(

@@ -17,18 +17,31 @@ from models import GOLDEN
 from ernie_quant import codecs, names, plugins, recipe, runtimes
 from ernie_quant.checkpoint import Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
+from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import ErnieQuantError, PlanError
 from ernie_quant.plan import Plan, make_plan
-from ernie_quant.runtimes import Linear
+from ernie_quant.runtimes import Linear, fastdeploy
 from ernie_quant.tensors import DTYPE_NAMES
 
 RUNTIMES = plugins.modules(runtimes)
-CODECS = [example for module in plugins.modules(codecs) for example in module.EXAMPLES]
+# the forms of FastDeploy's container stand beside every codec's own examples
+CODECS = [example for module in plugins.modules(codecs) for example in module.EXAMPLES] + [fastdeploy.WINT4, fastdeploy.WINT8]
 MAKE_GEOMETRY = Path(__file__).parents[2] / "benchmarks/make_geometry.py"
 FAMILIES = ("dense", "moe", "moe_mtp", "vl")
 SPEC = TensorSpec((256, 384), "BF16")
-NAME = "model.layers.1.mlp.experts.0.up_proj.weight"
+
+# an expert, and a linear that is none: FastDeploy's container has different forms for the two
+NAMES = {
+    names.PT: {
+        names.EXPERT: "model.layers.1.mlp.experts.0.up_proj.weight",
+        names.ATTENTION: "model.layers.1.self_attn.o_proj.weight",
+    },
+    names.PADDLE: {
+        names.EXPERT: "ernie.layers.1.mlp.experts.0.up_gate_proj.weight",
+        names.ATTENTION: "ernie.layers.1.self_attn.o_proj.weight",
+    },
+}
 
 
 @pytest.fixture(params=RUNTIMES, ids=lambda module: module.__name__.rpartition(".")[2])
@@ -36,13 +49,23 @@ def runtime(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
 
+def linears(runtime: ModuleType, codec: Codec) -> list[Linear]:
+    """One of each role."""
+    return [Linear(name, SPEC, role, codec) for role, name in NAMES[runtime.LAYOUT].items()]
+
+
+def taken(runtime: ModuleType, codec: Codec) -> list[str]:
+    """Names of the linears that the runtime loads in this form."""
+    return [li.name for li in linears(runtime, codec) if isinstance(codec, runtime.CODECS) and not runtime.problems([li])]
+
+
 def takes(runtime: ModuleType, codec: Codec) -> bool:
-    return not runtime.problems([Linear(NAME, SPEC, names.EXPERT, codec)])
+    return bool(taken(runtime, codec))
 
 
 def form(codec: Codec) -> str:
     """What a file shows of a codec: not how its scales were chosen, nor which codes it does without."""
-    return re.sub(r", (mse|absmax)$| \(-\d+ to \d+\)", "", codec.describe())
+    return re.sub(r", (mse|absmax)$| \(-\d+ to \d+\)|, effort \d+$", "", codec.describe())
 
 
 def short(value: ModuleType | Codec) -> str:
@@ -63,35 +86,40 @@ def test_it_has_every_function_of_the_contract(runtime: ModuleType) -> None:
 def test_it_takes_kept_weights(runtime: ModuleType) -> None:
     assert takes(runtime, KEEP)
     assert runtime.parts("model.norm.weight", KEEP, TensorSpec((64,), "F32")) == {"model.norm.weight": TensorSpec((64,), "F32")}
-    assert runtime.quantization_config([Linear(NAME, SPEC, names.EXPERT, KEEP)]) is None
+    assert runtime.quantization_config(linears(runtime, KEEP)) is None
 
 
 @every_pair
 def test_parts_constants_and_pack_agree(runtime: ModuleType, codec: Codec) -> None:
     weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(4)).mul(0.02).bfloat16()
     encoded = codec.encode(weight)
-    packed, constants = runtime.pack(NAME, codec, encoded), runtime.constants(NAME, codec, SPEC)
+    name = taken(runtime, codec)[0]
+    packed, constants = runtime.pack(name, codec, encoded), runtime.constants(name, codec, SPEC)
     assert packed.keys() & constants.keys() == set()
     stored = packed | constants
-    specs = {name: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in stored.items()}
-    assert specs == runtime.parts(NAME, codec, SPEC)
-    back = codec.decode(runtime.unpack(NAME, codec, stored))
+    specs = {part: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for part, t in stored.items()}
+    assert specs == runtime.parts(name, codec, SPEC)
+    back = codec.decode(runtime.unpack(name, codec, stored))
     assert torch.equal(back.view(torch.int16), codec.decode(encoded).view(torch.int16))
 
 
 @every_pair
 def test_slabs_of_rows_pack_as_the_whole_does(runtime: ModuleType, codec: Codec) -> None:
+    """A slab is a part of every stored tensor along the axis that grows with the rows."""
     weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(4)).mul(0.02).bfloat16()
-    whole = runtime.pack(NAME, codec, codec.encode(weight))
-    slabs = [runtime.pack(NAME, codec, codec.encode(weight[i : i + 128])) for i in (0, 128)]
-    for name, tensor in whole.items():
-        assert torch.equal(torch.cat([s[name] for s in slabs]).view(torch.uint8), tensor.view(torch.uint8)), name
+    name = taken(runtime, codec)[0]
+    whole = runtime.pack(name, codec, codec.encode(weight))
+    slabs = [runtime.pack(name, codec, codec.encode(weight[i : i + 128])) for i in (0, 128)]
+    for part, tensor in whole.items():
+        grown = [axis for axis, size in enumerate(tensor.shape) if size != slabs[0][part].shape[axis]]
+        assert torch.equal(torch.cat([s[part] for s in slabs], *grown).view(torch.uint8), tensor.view(torch.uint8)), part
 
 
 @every_pair
 def test_every_part_belongs_to_one_weight(runtime: ModuleType, codec: Codec) -> None:
-    parts = list(runtime.parts(NAME, codec, SPEC))
-    assert {runtime.weight_of(part)[0] for part in parts} == {NAME}
+    name = taken(runtime, codec)[0]
+    parts = list(runtime.parts(name, codec, SPEC))
+    assert {runtime.weight_of(part)[0] for part in parts} == {name}
     assert len({runtime.weight_of(part)[1] for part in parts}) == len(parts)
 
 
@@ -104,15 +132,20 @@ def test_what_is_no_part_is_a_weight_of_its_own(runtime: ModuleType, name: str) 
 
 @pytest.mark.parametrize("codec", CODECS, ids=short)
 def test_a_codec_it_cannot_load_is_refused_by_name_and_form(runtime: ModuleType, codec: Codec) -> None:
-    problems = runtime.problems([Linear(NAME, SPEC, names.EXPERT, codec)])
-    assert len(problems) == (not takes(runtime, codec))
-    assert all(line.startswith(f"{NAME}: ") and codec.describe() in line for line in problems)
+    for linear in linears(runtime, codec):
+        problems = runtime.problems([linear])
+        assert len(problems) == (linear.name not in taken(runtime, codec))
+        assert all(line.startswith(f"{linear.name}: ") and codec.describe() in line for line in problems)
 
 
 def plan_of(folder: Path, runtime: ModuleType, codec: Codec, *, experts_only: bool = False) -> Plan:
     rules = recipe.built_in("test", codec, experts_only=experts_only, mtp=True, keep_unfit=False)
+    return planned(folder, runtime, recipe.KEEP_ALL if codec == KEEP else rules)
+
+
+def planned(folder: Path, runtime: ModuleType, rules: recipe.Recipe) -> Plan:
     name = runtime.__name__.rpartition(".")[2]
-    return make_plan(Checkpoint.open(folder), runtime=name, recipe=recipe.KEEP_ALL if codec == KEEP else rules)
+    return make_plan(Checkpoint.open(folder), runtime=name, recipe=rules, unsupported=True)
 
 
 @pytest.fixture(scope="module", params=["0.3b", "21b", "vl-28b"])
@@ -132,22 +165,31 @@ def test_the_plan_refuses_a_codec_that_the_runtime_cannot_load(runtime: ModuleTy
 
 @every_pair
 def test_config_json_promises_what_is_written(runtime: ModuleType, codec: Codec, release: Path) -> None:
+    if runtime is fastdeploy and codec != KEEP:  # its container has several codecs
+        if "0.3b" not in release.name:
+            for wint4_layers in (0, 1, 2, None):
+                effort = codec.effort if isinstance(codec, ConvolutionalCode) else 16
+                assert_promise(runtime, planned(release, runtime, recipe.container("test", wint4_layers, effort=effort)))
+        return
     for experts_only in (False, True) if "0.3b" not in release.name else (False,):
         plan = plan_of(release, runtime, codec, experts_only=experts_only)
-        entry = json.loads(json.dumps(plan.config)).get("quantization_config")
-        assert (entry is not None) == (codec != KEEP)
-        if entry is None:
-            continue
-        layers = [s for s in plan.steps if names.is_layer(s.name, s.role, s.spec.shape)]
-        promised = runtime.codecs_of(entry, [(s.name, s.spec) for s in layers])
-        assert {n: form(c) for n, c in promised.items()} == {s.name: form(s.codec) for s in layers}
+        assert ("quantization_config" in plan.config) == (codec != KEEP)
+        if codec != KEEP:
+            assert_promise(runtime, plan)
+
+
+def assert_promise(runtime: ModuleType, plan: Plan) -> None:
+    """What config.json says of every layer, read back from its JSON, is what the plan stores."""
+    entry = json.loads(json.dumps(plan.config))["quantization_config"]
+    assert runtime.CONFIG.items() <= plan.config.items()
+    layers = [s for s in plan.steps if names.is_layer(s.name, s.role, s.spec.shape)]
+    promised = runtime.codecs_of(entry, [(s.name, s.spec) for s in layers])
+    assert {n: form(c) for n, c in promised.items()} == {s.name: form(s.codec) for s in layers}
 
 
 def test_config_of_another_program_is_refused(runtime: ModuleType) -> None:
-    if runtime.LAYOUT == names.PADDLE:
-        pytest.skip("writes no quantization_config")
-    with pytest.raises(ErnieQuantError, match="'gptq'"):
-        runtime.codecs_of({"quant_method": "gptq"}, [(NAME, SPEC)])
+    with pytest.raises(ErnieQuantError, match="none that this tool writes"):
+        runtime.codecs_of({"quant_method": "gptq"}, [(li.name, li.spec) for li in linears(runtime, KEEP)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
