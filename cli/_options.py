@@ -114,7 +114,7 @@ def run(
             result = run_shared(plan, out, tp, workers=workers or 0, restart=restart, progress=progress)
         else:
             result = run_plan(plan, out, workers=workers or 0, restart=restart, progress=progress)
-    _show_result(plan, out, result.reports, result.complete_before, quiet, as_json)
+    _show_result(result.plan, out, result.reports, result.complete_before, quiet, as_json)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def run_shared(plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, p
         )
     identity = hashlib.sha256(f"{plan.fingerprint} {tp}".encode()).hexdigest()
     if OutputFolder(replace(plan, fingerprint=identity), out).prepare(restart=restart):
-        return RunResult(complete_before=True, reports=())
+        return RunResult(plan, complete_before=True, reports=())
     unsplit = out.with_name(f"{out.name}.unsplit")
     run_plan(plan, unsplit, workers=workers, restart=restart, progress=progress)
     ranked = make_reshard_plan(Checkpoint.open(unsplit), tp, fingerprint=identity)

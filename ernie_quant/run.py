@@ -44,8 +44,9 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run did; no reports where the folder was complete before."""
+    """What a run did, by which plan; no reports where the folder was complete before."""
 
+    plan: Plan
     complete_before: bool
     reports: tuple[TensorReport, ...]
 
@@ -115,7 +116,7 @@ def run_plan(plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, 
     """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError."""
     folder = OutputFolder(plan, out)
     if folder.prepare(restart=restart):
-        return RunResult(complete_before=True, reports=())
+        return RunResult(plan, complete_before=True, reports=())
     files: dict[str, dict[str, Any]] = {}
     rows: list[TensorReport] = []
     with folder.lock(), one_torch_thread():
@@ -130,7 +131,7 @@ def run_plan(plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, 
             rows += known[1]
         reports = tuple(rows) if plan.reports is None else plan.reports
         folder.finish(files, reports)
-    return RunResult(complete_before=False, reports=reports)
+    return RunResult(plan, complete_before=False, reports=reports)
 
 
 @contextmanager
