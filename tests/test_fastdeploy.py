@@ -535,8 +535,12 @@ def test_two_for_usage(arguments: tuple[str, ...], words: str, folder: Path, com
 
 def test_the_run_command_says_machete_is_off(folder: Path) -> None:
     for case in LAYERS:
-        printed = (folder / f"{case}-src.txt").read_text().splitlines()[-1]
-        assert printed.startswith("  FastDeploy: FD_USE_MACHETE=0 python -m fastdeploy.entrypoints.openai.api_server --model ")
+        plain, draft = (folder / f"{case}-src.txt").read_text().splitlines()[-2:]
+        assert plain.startswith("  FastDeploy: FD_USE_MACHETE=0 python -m fastdeploy.entrypoints.openai.api_server --model ")
+        assert draft.startswith(
+            "  FastDeploy with MTP: FD_USE_MACHETE=0 python -m fastdeploy.entrypoints.openai.api_server --model "
+        )
+        assert draft.endswith(f'"model": "{folder}/{case}-src/mtp"}}\'')
         card = (folder / f"{case}-src/README.md").read_text()
         assert f"\nFD_USE_MACHETE=0 python -m fastdeploy.entrypoints.openai.api_server --model {case}-src " in card
         assert "FD_USE_MACHETE=0 is needed" in card

@@ -285,4 +285,8 @@ def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tu
     ready = "FD_USE_MACHETE=0 " if "quantization_config" in config else ""
     server = f"{ready}python -m fastdeploy.entrypoints.openai.api_server --model {out}"
     size = config.get("tensor_parallel_size", tp[0] if tp else 1)
-    return [("FastDeploy", f"{server} --tensor-parallel-size {size} --max-model-len 32768 --max-num-seqs 32")]
+    plain = f"{server} --tensor-parallel-size {size} --max-model-len 32768 --max-num-seqs 32"
+    if not ready or not config.get("num_nextn_predict_layers"):
+        return [("FastDeploy", plain)]
+    draft = f'{{"method": "mtp", "num_speculative_tokens": 1, "model": "{out / MTP_FOLDER}"}}'
+    return [("FastDeploy", plain), ("FastDeploy with MTP", f"{plain} --speculative-config '{draft}'")]
