@@ -15,7 +15,9 @@ import click
 import pytest
 from click.testing import CliRunner
 from ernie_quant.cli.main import COMMANDS, group
-from models import GOLDEN, copy
+from models import GOLDEN, copy, random_model, write
+
+from ernie_quant import recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/cli.md"
@@ -96,12 +98,31 @@ print("LOADED", *sorted({"torch", "numba", "transformers", "numpy", "scipy"} & s
         ("inspect", str(SOURCE)),
         ("inspect", str(GOLDEN / "moe/paddle_pdparams")),
         ("wint4", str(SOURCE), "nowhere", "--experts-only", "--group-size", "32", "--dry-run"),
+        ("wint2", "--help"),
+        ("plan", str(SOURCE)),
     ],
     ids=" ".join,
 )
 def test_nothing_heavy_is_imported_to_look_at_headers(arguments: tuple[str, ...], tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert result.stdout.splitlines()[-1].split() == ["LOADED"]
+
+
+# --- containers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def container(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """src, a small MoE with an MTP block whose widths 2 ranks can share, and wint2, its container."""
+    folder = tmp_path_factory.mktemp("container")
+    random_model(
+        folder / "src", "paddle", "moe_mtp", hidden_size=256, head_dim=64, intermediate_size=256, moe_intermediate_size=256,
+        moe_num_experts=2,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda fd: None)
+        write(folder / "src", folder / "wint2", "fastdeploy", recipe=recipe.container("wint2", 2, effort=1))
+    return folder
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -149,6 +170,47 @@ def test_a_dry_run_gives_one_json_object_and_writes_nothing(command: Command, tm
     assert json_of(command, *arguments)["bytes_out"] == planned["bytes_out"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "files"),
+    [
+        (("wint2", "--wint4-layers", "2"), 2),  # the model and the MTP block
+        (("reshard", "--tp", "2"), 4),
+        (("dequantize", "--to", "pt"), 1),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_dry_runs_around_a_container_write_nothing_and_import_nothing_heavy(
+    arguments: tuple[str, ...], files: int, container: Path, tmp_path: Path
+) -> None:
+    source = container / ("src" if arguments[0] == "wint2" else "wint2")
+    line = [sys.executable, "-c", LOADED, arguments[0], source, "out", *arguments[1:], "--dry-run", "--json"]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=True)
+    text, _, loaded = result.stdout.rpartition("LOADED")
+    planned = json.loads(text)
+    assert (planned["status"], planned["files"], loaded.split()) == ("planned", files, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wint2_reshard_dequantize_and_verify_give_one_json_object_each(container: Path, command: Command, tmp_path: Path) -> None:
+    arguments = ("wint2", container / "src", tmp_path / "out", "--wint4-layers", 2, "--effort", 1)
+    done = json_of(command, *arguments)
+    # a dense layer, two MoE layers of 2 experts and the MTP block: attention and FFN have two linears each
+    assert (done["status"], done["files"], done["quantized"]) == ("done", 2, 2 * (4 + 2 + 2 * 2))
+    assert done["tp_sizes"] == [1, 2]
+    assert json_of(command, *arguments)["status"] == "complete"
+    shared = json_of(command, "reshard", tmp_path / "out", tmp_path / "two", "--tp", 2)
+    assert (shared["status"], shared["files"], shared["rel_error"]) == ("done", 4, done["rel_error"])
+    assert json_of(command, "verify", tmp_path / "two")["quantized"] == done["quantized"]
+    plain = json_of(command, "dequantize", tmp_path / "two", tmp_path / "plain", "--to", "pt")
+    assert (plain["status"], plain["quantized"], plain["rel_error"]) == ("done", 0, 0)
+
+
+def test_plan_gives_one_json_object(command: Command) -> None:
+    found = json_of(command, "plan", SOURCE, "--gpu-memory", "24GB")
+    assert found["rule"]["gpu_memory"] == 24 * 10**9
+    assert (found["formats"][0]["format"], found["formats"][0]["gpus"]) == ("bf16", 1)
+
+
 def test_a_dry_run_leaves_a_strangers_folder_alone(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert command("convert", SOURCE, tmp_path, "--to", "pt", "--dry-run", "--restart")[0] == 0
@@ -163,6 +225,14 @@ def test_the_last_lines_say_how_to_run_the_result(command: Command, tmp_path: Pa
     assert transformers.startswith("  transformers: python -c ")
     assert "Worst tensors:" in out
     assert "vllm serve out " in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_last_lines_say_how_to_run_a_container(container: Path, command: Command, tmp_path: Path) -> None:
+    code, out, err = command("reshard", container / "wint2", tmp_path / "out", "--tp", 2)
+    assert (code, err) == (0, "")
+    (line, *_) = lines = [line for line in out.splitlines() if "api_server" in line]
+    assert line.startswith("  FastDeploy: FD_USE_MACHETE=0 python -m fastdeploy.entrypoints.openai.api_server --model ")
+    assert all("FD_USE_MACHETE=0 " in line and "--tensor-parallel-size 2 " in line for line in lines)
 
 
 # --- exit codes ------------------------------------------------------------------------------------------------------
@@ -182,6 +252,10 @@ def test_zero_for_a_sound_checkpoint_one_for_an_anomaly(command: Command, tmp_pa
     [
         (("inspect", "/nowhere"), "error: /nowhere: there is no such folder\n"),
         (("convert", "/nowhere", "out", "--to", "pt"), "error: /nowhere: there is no such folder\n"),
+        (("wint2", "/nowhere", "out"), "error: /nowhere: there is no such folder\n"),
+        (("reshard", "/nowhere", "out", "--tp", "2"), "error: /nowhere: there is no such folder\n"),
+        (("dequantize", "/nowhere", "out", "--to", "pt"), "error: /nowhere: there is no such folder\n"),
+        (("plan", "/nowhere"), "error: /nowhere: there is no such folder\n"),
         (("verify", SOURCE), f"error: {SOURCE}: has no ernie-quant.json; it was not made by ernie-quant\n"),
         (
             ("quantize", SOURCE, "out", "--recipe", "/nowhere.toml"),
@@ -219,6 +293,13 @@ def test_a_quantized_source_is_refused(command: Command, tmp_path: Path) -> None
         ("wint4", SOURCE, "out", "--max-shard-size", "large"),
         ("wint4", SOURCE, "out", "--max-shard-size", "nanGB"),
         ("wint4", SOURCE, "out", "--workers", "0"),
+        ("wint2", SOURCE, "out", "--wint4-layers", "-1"),
+        ("wint2", SOURCE, "out", "--tp", "17"),
+        ("wint2", SOURCE, "out", "--runtime", "vllm"),
+        ("wint4", SOURCE, "out", "--tp", "2"),
+        ("wint4", SOURCE, "out", "--runtime", "fastdeploy", "--group-size", "128"),
+        ("reshard", SOURCE, "out"),
+        ("dequantize", SOURCE, "out"),
     ],
     ids=lambda arguments: " ".join(map(str, arguments[-2:])),
 )

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from synthetic import exact, quick, write_pdparams, write_safetensors
 from ernie_quant import views
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.errors import CheckpointError
+from ernie_quant.lazy import Cat, Cut, Decoded, Fold, Leaf, Same, T, Unfold, View
 from ernie_quant.readers import read_header
-from ernie_quant.views import Cat, Cut, Files, Leaf, T, View, cat, cut, leaf, slabs, transpose
+from ernie_quant.views import Files, cat, cut, fold, leaf, same, slabs, transpose, unfold
 
 Matrix = np.ndarray[Any, Any]
 STORED = {
@@ -56,6 +59,29 @@ def read(view: View, rows: tuple[int, int] | None = None) -> Matrix:
     return tensor.numpy()
 
 
+@dataclass(frozen=True)
+class Negative:
+    """A matrix that is computed: minus a stored one, readable in slabs of two rows only."""
+
+    base: View
+
+    @property
+    def spec(self) -> TensorSpec:
+        return views.spec_of(self.base)
+
+    @property
+    def parts(self) -> Mapping[str, View]:
+        return {"base": self.base}
+
+    def slabs(self) -> list[tuple[int, int]]:
+        n = self.base.shape[0]
+        return [(first, min(first + 2, n)) for first in range(0, n, 2)]
+
+    def read(self, files: Files, rows: tuple[int, int]) -> torch.Tensor:
+        assert rows in self.slabs()
+        return -views.read(self.base, files, rows)
+
+
 def test_views_of_a_matrix_by_hand(plain: dict[str, View]) -> None:
     wide = plain["wide"]  # 100 … 108, 109 … 117, 118 … 126, 127 … 135
     assert wide.shape == (4, 9)
@@ -75,6 +101,62 @@ def test_a_view_of_a_tensor_with_no_or_three_dimensions(tmp_path: Path) -> None:
     assert read(cat([cut(by_name["vector"], 0, 3, 5), cut(by_name["vector"], 0, 0, 1)], 0)).tolist() == [3, 4, 0]
 
 
+def test_a_matrix_folded_by_hand(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"m": torch.arange(12).reshape(4, 3)})
+    (matrix,) = (leaf(ref) for ref in read_header(tmp_path / "m.safetensors"))
+    assert fold(matrix, 2) == Fold(matrix, 2)
+    assert fold(matrix, 2).shape == (2, 6)
+    assert read(fold(matrix, 2)).tolist() == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert read(fold(matrix, 4)).tolist() == [list(range(12))]
+    assert unfold(matrix, 3).shape == (12, 1)
+    assert read(unfold(matrix, 3), (4, 6)).tolist() == [[4], [5]]
+    # what a rank's share of the inputs is, where two rows are interleaved: half of the columns of both
+    halves = [unfold(cut(fold(matrix, 2), 1, a, a + 2), 2) for a in (0, 2, 4)]
+    assert [h.shape for h in halves] == [(4, 1)] * 3
+    assert [read(h).flatten().tolist() for h in halves] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert read(halves[1], (1, 3)).tolist() == [[3], [8]]  # a slab that begins within a folded row
+    assert read(unfold(cat([fold(h, 2) for h in halves], 1), 2)).tolist() == read(matrix).tolist()
+
+
+def test_what_is_computed_is_read_in_its_own_slabs(plain: dict[str, View]) -> None:
+    wide = Decoded(Negative(plain["wide"]))
+    assert (wide.shape, wide.dtype) == ((4, 9), "F32")
+    assert read(wide, (1, 3)).tolist() == [list(range(-109, -118, -1)), list(range(-118, -127, -1))]
+    assert read(cut(transpose(wide), 0, 8, 9)).tolist() == [[-108, -117, -126, -135]]
+    assert [r.name for r in views.refs(wide)] == ["wide"]
+
+
+def copies_of(tmp_path: Path, change: float) -> list[View]:
+    """m of rank0/model.safetensors and of rank1/model.safetensors, where `change` is added to its last number."""
+    found = []
+    for rank, more in enumerate((0.0, change)):
+        tensor = torch.arange(12.0).reshape(4, 3)
+        tensor[3, 2] += more
+        (tmp_path / f"rank{rank}").mkdir()
+        found += read_header(write_safetensors(tmp_path / f"rank{rank}/model.safetensors", {"m": tensor}))
+    return [leaf(ref) for ref in found]
+
+
+def test_copies_are_one_tensor(tmp_path: Path) -> None:
+    one, other = copies_of(tmp_path, 0)
+    assert same([one]) is one
+    assert same([one, other]) == Same((one, other))
+    assert transpose(same([one, other])) == Same((T(one), T(other)))
+    assert read(same([one, other])).tolist() == np.arange(12).reshape(4, 3).tolist()
+    assert [r.file.parent.name for r in views.refs(same([one, other]))] == ["rank0", "rank1"]
+
+
+@pytest.mark.parametrize("change", [1.0, float("nan")])
+def test_copies_that_differ_are_named_with_both_files(change: float, tmp_path: Path) -> None:
+    both = same(copies_of(tmp_path, change))
+    line = "m: differs between rank0/model.safetensors and rank1/model.safetensors; every rank must have the same"
+    for view in (both, transpose(both), fold(both, 2), cut(both, 1, 2, 3)):
+        with pytest.raises(CheckpointError) as error:
+            read(view)
+        assert str(error.value) == line
+    assert read(both, (0, 3)).tolist() == np.arange(9).reshape(3, 3).tolist()  # the rows that agree
+
+
 # --- what simplifies -------------------------------------------------------------------------------------------------
 
 
@@ -87,6 +169,14 @@ def test_what_cancels_leaves_the_leaf_itself(plain: dict[str, View]) -> None:
         # Paddle -> PT -> Paddle of a fused linear: transposed, split, joined, transposed back
         pieces = [cut(transpose(tall), axis, i, i + 1) for i in range(tall.shape[1 - axis])]
         assert transpose(cat(pieces, axis)) == tall
+
+
+def test_what_is_folded_and_unfolded_is_the_view_itself(plain: dict[str, View]) -> None:
+    tall = plain["tall"]
+    assert fold(tall, 1) is unfold(tall, 1) is tall
+    assert unfold(fold(tall, 7), 7) is tall
+    assert fold(unfold(tall, 5), 5) is tall
+    assert fold(unfold(tall, 5), 7) == Fold(Unfold(tall, 5), 7)
 
 
 def test_a_cut_of_a_cut_is_one_cut(plain: dict[str, View]) -> None:
@@ -131,7 +221,7 @@ def draw_tree(data: st.DataObject, stored: list[tuple[View, Matrix]]) -> tuple[V
     for _ in range(data.draw(st.integers(0, 6))):
         axis = data.draw(st.sampled_from([0, 1]))
         n = matrix.shape[axis]
-        match data.draw(st.sampled_from(["transpose", "cut", "shuffle", "join"])):
+        match data.draw(st.sampled_from(["transpose", "cut", "shuffle", "join", "fold", "unfold", "same", "decoded"])):
             case "transpose":
                 view, matrix = transpose(view), matrix.T
             case "cut":
@@ -148,10 +238,20 @@ def draw_tree(data: st.DataObject, stored: list[tuple[View, Matrix]]) -> tuple[V
                 m = min(matrix.shape[1 - axis], second.shape[1 - axis])
                 view = cat([cut(view, 1 - axis, 0, m), cut(other, 1 - axis, 0, m)], axis)
                 matrix = np.concatenate([matrix.take(range(m), 1 - axis), second.take(range(m), 1 - axis)], axis)
+            case "fold":
+                by = data.draw(st.sampled_from([i for i in range(1, 8) if matrix.shape[0] % i == 0]))
+                view, matrix = fold(view, by), matrix.reshape(-1, matrix.shape[1] * by)
+            case "unfold":
+                by = data.draw(st.sampled_from([i for i in range(1, 8) if matrix.shape[1] % i == 0]))
+                view, matrix = unfold(view, by), matrix.reshape(-1, matrix.shape[1] // by)
+            case "same":
+                view = same([view, transpose(transpose(view))])
+            case "decoded":
+                view, matrix = Decoded(Negative(view)), -matrix
     return view, matrix
 
 
-@quick(300)
+@quick(400)
 @given(data=st.data())
 def test_any_tree_of_views_is_what_numpy_makes_of_it(stored: list[tuple[View, Matrix]], data: st.DataObject) -> None:
     view, matrix = draw_tree(data, stored)
