@@ -101,11 +101,14 @@ def run(
     plan: Plan, out: Path, *, dry_run: bool, restart: bool, workers: int | None, quiet: bool, as_json: bool, tp: int = 1
 ) -> None:
     """Show a plan, or run it and say what happened."""
+    from ernie_quant.reshard import check_size, run_shared
+    from ernie_quant.run import run_plan
+
+    if tp > 1:
+        check_size(plan, tp)
     if dry_run:
         _show_plan(plan, as_json)
         return
-    from ernie_quant.reshard import run_shared
-    from ernie_quant.run import run_plan
 
     return_freed_memory()
     total = sum(step.spec.nbytes for step in plan.steps)

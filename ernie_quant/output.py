@@ -23,6 +23,7 @@ from ernie_quant.errors import OutputError, RetryError
 from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.plan import Plan, Shard
 from ernie_quant.report import TensorReport
+from ernie_quant.sources.folder import MTP_FOLDER, RANK_FOLDER
 from ernie_quant.writer import PARTIAL, fsync_folder, write_file
 
 MANIFEST, STATE, INDEX = "ernie-quant.json", ".ernie-quant", "model.safetensors.index.json"
@@ -76,11 +77,13 @@ class OutputFolder:
     def _sweep(self) -> None:
         """Remove what a run writes, and nothing else."""
         own = {MANIFEST, INDEX, report.FILENAME, CONFIG, README, SOURCE_README}
-        folders = [self.path, *(self.path / f for f in self.plan.folders if f)]
-        for path in (p for folder in folders if folder.is_dir() for p in folder.iterdir()):
+        for path in (p for folder in weight_folders(self.path) for p in folder.iterdir()):
             shard = path.name.startswith("model") and path.suffix == ".safetensors"
             if path.is_file() and (path.name in own or shard or path.name.endswith(PARTIAL)):
                 path.unlink()
+        for folder in weight_folders(self.path):  # rank folders that the new plan may not have; the loader would read them
+            if folder != self.path and not any(folder.iterdir()):
+                folder.rmdir()
         shutil.rmtree(self.state, ignore_errors=True)
 
     def _check_space(self) -> None:
@@ -142,6 +145,13 @@ class OutputFolder:
         write_file(self.path / MANIFEST, dumps(manifest(plan, entries)).encode())
         shutil.rmtree(self.state)
         fsync_folder(self.path)
+
+
+def weight_folders(root: Path) -> list[Path]:
+    """The folders in which a result, of whatever number of ranks, may have weights: rank folders, mtp/ and the root."""
+    models = [root, root / MTP_FOLDER]
+    ranks = [p for m in models if m.is_dir() for p in sorted(m.iterdir()) if RANK_FOLDER.fullmatch(p.name) and p.is_dir()]
+    return [*ranks, *(m for m in reversed(models) if m.is_dir())]
 
 
 def index(shards: Sequence[Shard]) -> dict[str, Any]:

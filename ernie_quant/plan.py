@@ -86,6 +86,8 @@ class Plan:
     tp_sizes: tuple[int, ...]
     notes: tuple[str, ...]
     fingerprint: str
+    shard_bytes: int = SHARD_BYTES
+    weights: int = 0  # elements of the model, where the steps do not tell
     reports: tuple[TensorReport, ...] | None = None  # of an earlier run whose weights are only moved here
 
     @property
@@ -158,7 +160,7 @@ def make_plan(
     identity = _identity(source, runtime, recipe, vl_config, fixes, copy_code, shard_bytes, dequantize)
     return Plan(
         source, runtime, target.LAYOUT, recipe, shards, table.map.dims, config, copies, tuple(tp),
-        (*source.notes, *left, *notes, *refused, *target.notes(linears)), identity,
+        (*source.notes, *left, *notes, *refused, *target.notes(linears)), identity, shard_bytes,
     )  # fmt: skip
 
 
@@ -319,4 +321,4 @@ def summary(plan: Plan) -> list[dict[str, Any]]:
 
 def bits_per_weight(plan: Plan) -> float:
     """Stored bits per element over all tensors."""
-    return 8 * plan.nbytes / max(1, sum(s.spec.numel for s in plan.steps))
+    return 8 * plan.nbytes / max(1, plan.weights or sum(s.spec.numel for s in plan.steps))

@@ -16,7 +16,7 @@ from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import CheckpointError, PlanError
 from ernie_quant.jsonio import read_object
-from ernie_quant.output import README, OutputFolder
+from ernie_quant.output import MANIFEST, README, OutputFolder
 from ernie_quant.plan import SHARD_BYTES, Plan, Shard, Step, files, source_identity
 from ernie_quant.recipe import KEEP_ALL
 from ernie_quant.report import FILENAME, TensorReport
@@ -49,8 +49,19 @@ def make_reshard_plan(source: Checkpoint, tp: int, *, fingerprint: str = "", sha
     fits = tuple(n for n in (1, 2, 4, 8, 16) if n == tp or not ranks.problems(entries, n, dims, heads))
     return Plan(
         source, "fastdeploy", names.PADDLE, replace(KEEP_ALL, name=recipe or f"reshard to {tp}"), tuple(shards), dims, config,
-        copies, fits, (*source.notes, *notes), fingerprint or source_identity(source, "reshard", tp, shard_bytes), reports,
+        copies, fits, (*source.notes, *notes), fingerprint or source_identity(source, "reshard", tp, shard_bytes),
+        shard_bytes, sum(e.spec.numel for e in entries), reports,
     )  # fmt: skip
+
+
+def check_size(plan: Plan, tp: int) -> None:
+    """Can the result of `plan` be shared by `tp` ranks? Raises PlanError with the sizes that can."""
+    sizes = [n for n in plan.tp_sizes if plan.dims["V"] % n == 0]
+    if tp not in sizes:
+        fits = ", ".join(map(str, sizes))
+        raise PlanError(
+            f"{plan.source.folder}: cannot be shared by {tp} ranks; sizes that fit its heads, widths and groups: {fits}", []
+        )
 
 
 def run_shared(plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress) -> RunResult:
@@ -58,18 +69,15 @@ def run_shared(plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, p
 
     Raises PlanError before anything is written if the widths do not fit.
     """
-    sizes = [n for n in plan.tp_sizes if plan.dims["V"] % n == 0]
-    if tp not in sizes:
-        fits = ", ".join(map(str, sizes))
-        raise PlanError(
-            f"{plan.source.folder}: cannot be shared by {tp} ranks; sizes that fit its heads, widths and groups: {fits}", []
-        )
+    check_size(plan, tp)
     identity = hashlib.sha256(f"{plan.fingerprint} {tp}".encode()).hexdigest()
-    if OutputFolder(replace(plan, fingerprint=identity), out).prepare(restart=restart):
-        return RunResult(plan, complete_before=True, reports=())
     unsplit = out.with_name(f"{out.name}.unsplit")
+    if OutputFolder(replace(plan, fingerprint=identity), out).prepare(restart=restart):
+        if (unsplit / MANIFEST).is_file():  # the run was stopped between its last two steps
+            shutil.rmtree(unsplit)
+        return RunResult(plan, complete_before=True, reports=())
     run_plan(plan, unsplit, workers=workers, restart=restart, progress=progress)
-    ranked = make_reshard_plan(Checkpoint.open(unsplit), tp, fingerprint=identity)
+    ranked = make_reshard_plan(Checkpoint.open(unsplit), tp, fingerprint=identity, shard_bytes=plan.shard_bytes)
     result = run_plan(ranked, out, workers=workers)
     shutil.rmtree(unsplit)
     return result

@@ -20,9 +20,10 @@ from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import CheckpointError, ErnieQuantError, OutputError, VerifyError
 from ernie_quant.jsonio import read_object
+from ernie_quant.lazy import Same
 from ernie_quant.measure import Difference, compare
 from ernie_quant.names import Weight
-from ernie_quant.output import MANIFEST, STATE
+from ernie_quant.output import MANIFEST, STATE, weight_folders
 from ernie_quant.plan import oriented
 from ernie_quant.readers import by_suffix
 from ernie_quant.report import FILENAME, TensorReport
@@ -107,8 +108,7 @@ def _file_problems(out: Path, manifest: dict[str, Any], progress: Progress) -> I
             yield f"{name}: has {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"
         elif (digest := _sha256(path, progress)) != entry.get("sha256"):
             yield f"{name}: its sha256 is {digest[:16]}…, the manifest says {str(entry.get('sha256'))[:16]}…"
-    folders = {(out / name).parent for name in manifest["files"] if ".." not in name}
-    for path in sorted(p for folder in folders if folder.is_dir() for p in folder.iterdir()):
+    for path in sorted(p for folder in weight_folders(out) for p in folder.iterdir()):
         name = path.relative_to(out).as_posix()
         if path.suffix in by_suffix() and name not in manifest["files"]:
             yield f"{name}: is not in the manifest"
@@ -147,13 +147,19 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
 
 
 def _value_problems(stored: list[Stored], files: Files) -> Iterator[str]:
-    """Quantized weights must decode to finite numbers."""
+    """Quantized weights must decode to finite numbers; what every rank has must be the same in all."""
     for entry in stored:
         if not isinstance(entry.codec, Keep):
             for rows in entry.slabs():
                 if not bool(entry.read(files, rows).isfinite().all()):
                     yield f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
                     break
+        elif any(isinstance(part, Same) for part in entry.parts.values()):
+            try:
+                for rows in entry.slabs():
+                    entry.read(files, rows)
+            except CheckpointError as error:
+                yield str(error)
 
 
 def _against(

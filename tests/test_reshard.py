@@ -508,3 +508,61 @@ def test_a_dry_run_writes_nothing(folder: Path, command: Command, tmp_path: Path
 def test_an_error_of_a_plan_is_an_error_of_ours(folder: Path) -> None:
     with pytest.raises(ErnieQuantError):
         make_reshard_plan(Checkpoint.open(folder / "src"), 2)
+
+
+# --- what is left of other runs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", [2, 1])
+def test_restart_leaves_no_rank_folders_of_another_size(tp: int, folder: Path, tmp_path: Path) -> None:
+    """FastDeploy would read them first."""
+    out = reshard(folder / "wint4/1", tmp_path / "out", 4)
+    run_plan(make_reshard_plan(Checkpoint.open(folder / "wint4/1"), tp), out, restart=True)
+    assert lasting(out) == lasting(folder / "wint4" / ("2" if tp == 2 else "1"))
+    assert sorted(p.name for p in out.rglob("rank*")) == (sorted(2 * ["rank0", "rank1"]) if tp == 2 else [])
+
+
+def test_a_rank_folder_that_the_manifest_does_not_know_is_found(folder: Path, tmp_path: Path) -> None:
+    out = copy(folder / "wint4/2", tmp_path / "out")
+    copy(out / "rank1", out / "rank2")
+    with pytest.raises(VerifyError, match=r"rank2/model\.safetensors: is not in the manifest"):
+        verify(out)
+
+
+def test_kept_tensors_that_differ_between_ranks_are_found_without_the_source(folder: Path, tmp_path: Path) -> None:
+    out = copy(folder / "wint4/2", tmp_path / "out")
+    table = tensors(out / "rank1")
+    table["ernie.norm.weight"] = table["ernie.norm.weight"] + 1
+    save_file(table, out / "rank1/model.safetensors", metadata={"format": "np"})
+    sealed(out)
+    with pytest.raises(VerifyError, match=r"ernie\.norm\.weight: differs between rank0/.* and rank1/"):
+        verify(out)
+
+
+def test_tp_and_reshard_cut_the_same_files(folder: Path, tmp_path: Path) -> None:
+    sizes = ("--max-shard-size", "1MB", "--quiet")
+    invoke("wint4", folder / "src", tmp_path / "tp2", "--runtime", "fastdeploy", "--tp", 2, *sizes)
+    invoke("reshard", folder / "wint4/1", tmp_path / "two", "--tp", 2, *sizes)
+    assert lasting(tmp_path / "tp2") == lasting(tmp_path / "two")
+    assert (tmp_path / "two/rank1/model.safetensors.index.json").exists()
+
+
+def test_a_dry_run_refuses_a_size_that_does_not_fit(folder: Path, command: Command, tmp_path: Path) -> None:
+    code, _, err = command("wint4", folder / "src", tmp_path / "out", "--runtime", "fastdeploy", "--tp", 16, "--dry-run")
+    assert code == 1
+    assert "cannot be shared by 16 ranks" in err
+
+
+def test_bits_per_weight_count_weights_not_bytes(folder: Path) -> None:
+    of = {size: re.search(r"([\d.]+) bits per weight", (folder / "wint4" / size / "README.md").read_text()) for size in "14"}
+    assert of["1"]
+    assert of["4"]
+    assert float(of["1"][1]) <= float(of["4"][1]) < 1.1 * float(of["1"][1])  # norms, routers and row scales in every rank
+
+
+def test_a_run_stopped_between_its_last_two_steps_leaves_nothing_in_the_end(folder: Path, tmp_path: Path) -> None:
+    out, arguments = tmp_path / "out", ("--runtime", "fastdeploy", "--tp", 2, "--quiet")
+    invoke("wint4", folder / "src", out, *arguments)
+    copy(folder / "wint4/1", tmp_path / "out.unsplit")
+    assert "complete" in invoke("wint4", folder / "src", out, *arguments)
+    assert not (tmp_path / "out.unsplit").exists()
