@@ -2,7 +2,7 @@
 #   make demo    build a small real model, quantize it to 4 bits, verify it, let it speak
 #   make test    lint and tests        make lint    lint alone        make test-slow    what takes minutes
 # Another Python or another PyTorch build:
-#   make test PYTHON=python3.12 TORCH="torch==2.9.1 --index-url https://download.pytorch.org/whl/cu130"
+#   make test PYTHON=python3.12 TORCH="torch==2.9.1"
 #   make test VENV=/path/to/an/environment TORCH=     # takes the PyTorch that is installed there
 
 PYTHON ?= python3
