@@ -34,6 +34,10 @@ runtime = click.option(
 )  # fmt: skip
 
 
+RUNTIMES = {"pt": "vllm", "paddle": "fastdeploy"}  # whose names and config.json a layout has
+to_layout = click.option("--to", "layout", type=click.Choice(sorted(RUNTIMES)), required=True, help="Layout of the result.")
+
+
 def write_options(command: F) -> F:
     """Options of every command that writes a folder."""
     for option in reversed(

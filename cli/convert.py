@@ -8,13 +8,11 @@ from typing import Any
 import click
 from ernie_quant.cli import _options
 
-RUNTIMES = {"pt": "vllm", "paddle": "fastdeploy"}
-
 
 @click.command()
 @_options.source
 @_options.out
-@click.option("--to", "layout", type=click.Choice(sorted(RUNTIMES)), required=True, help="Layout of the result.")
+@_options.to_layout
 @_options.run_options
 def command(src: Path, out: Path, layout: str, **options: Any) -> None:
     """Convert names, layouts and config.json between Paddle and PT; every weight keeps its bits.
@@ -24,4 +22,4 @@ def command(src: Path, out: Path, layout: str, **options: Any) -> None:
     """
     from ernie_quant.recipe import KEEP_ALL
 
-    _options.execute(src, out, KEEP_ALL, RUNTIMES[layout], **options)
+    _options.execute(src, out, KEEP_ALL, _options.RUNTIMES[layout], **options)

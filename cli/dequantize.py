@@ -7,13 +7,12 @@ from typing import Any
 
 import click
 from ernie_quant.cli import _options
-from ernie_quant.cli.convert import RUNTIMES
 
 
 @click.command()
 @_options.source
 @_options.out
-@click.option("--to", "layout", type=click.Choice(sorted(RUNTIMES)), required=True, help="Layout of the result.")
+@_options.to_layout
 @_options.run_options
 def command(src: Path, out: Path, layout: str, **options: Any) -> None:
     """Turn a quantized checkpoint back into a plain bf16 one, with the weights that its runtime computes with.
@@ -26,4 +25,4 @@ def command(src: Path, out: Path, layout: str, **options: Any) -> None:
     """
     from ernie_quant.recipe import KEEP_ALL
 
-    _options.execute(src, out, KEEP_ALL, RUNTIMES[layout], dequantize=True, **options)
+    _options.execute(src, out, KEEP_ALL, _options.RUNTIMES[layout], dequantize=True, **options)

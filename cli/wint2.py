@@ -19,7 +19,7 @@ from ernie_quant.cli import _options
 )  # fmt: skip
 @click.option(
     "--effort", type=click.Choice(["1", "4", "16"]), default="16", show_default=True,
-    help="Codes tried per output channel: 1 is twice as fast as 16 and loses 2% to 3% more.",
+    help="Codes tried per output channel: 1 is twice as fast as 16, for up to 3% more error.",
 )  # fmt: skip
 @click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Tensor-parallel size: writes rank0/, ….")
 @_options.experts_only

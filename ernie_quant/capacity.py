@@ -38,6 +38,7 @@ class Format:
     recipe: Recipe
     multiple: int
     text_only: bool = False
+    needs_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ def formats(wint4_layers: int) -> list[Format]:
         Format("fp8", "vLLM, transformers", Recipe("fp8", (RecipeRule(Float8Block(), LINEARS),)), 128),
         Format("wint8", "FastDeploy", Recipe("wint8", (RecipeRule(INT8, LINEARS),)), 64),
         Format("wint4, group 128", "vLLM, transformers", w4, 128),
-        Format("wint4", "FastDeploy", container("wint4", None), 64),
-        Format("w4a8", "FastDeploy", container("w4a8", None), 128, text_only=True),
-        Format(f"wint2 from layer {wint4_layers}", "FastDeploy", container("wint2", wint4_layers), 128, text_only=True),
+        Format("wint4", "FastDeploy", container("wint4", None), 64, needs_experts=True),
+        Format("w4a8", "FastDeploy", container("w4a8", None), 128, text_only=True, needs_experts=True),
+        Format(f"wint2 from layer {wint4_layers}", "FastDeploy", container("wint2", wint4_layers), 128, True, True),
     ]
 
 
@@ -97,7 +98,7 @@ def estimate(source: Checkpoint, rule: Rule, wint4_layers: int = 7, recipe: Reci
     heads, layers = whole(table.config, "num_attention_heads"), whole(table.config, "num_hidden_layers")
     rows = []
     for form in formats(wint4_layers):
-        if (vl and form.text_only) or (not moe and form.name[:5] in ("w4a8", "wint2")):
+        if (vl and form.text_only) or (not moe and form.needs_experts):
             continue
         rows.append(_capacity(form, weights, table.map.dims, heads, layers, rule))
     if recipe is not None:

@@ -17,7 +17,7 @@ from ernie_quant import names, recipe, runtimes, views
 from ernie_quant.archs._config import Facts, whole
 from ernie_quant.checkpoint import ITEMSIZE, Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
-from ernie_quant.codecs.keep import Keep
+from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.lazy import View
 from ernie_quant.names import EMBED, Weight
@@ -145,9 +145,9 @@ def make_plan(
     weights = table.map.write(table.weights, target.LAYOUT)
     chosen, problems, notes = _codecs(weights, recipe, target)
     linears = _linears(chosen)
-    problems += recipe.unused(weights)
     refused = target.unsupported(linears)
-    if problems := problems or target.problems(linears) or ([] if unsupported else refused):
+    problems += [*recipe.unused(weights), *target.problems(linears), *([] if unsupported else refused)]
+    if problems:
         raise PlanError(f"{source.folder}: cannot be done as asked", _folded(problems))
     steps = [_step(weight, codec, spec, target) for weight, codec, spec in chosen]
     copies, left = _copies(source, copy_code)
@@ -175,7 +175,7 @@ def _codecs(weights: Sequence[Weight], rules: Recipe, target: ModuleType) -> tup
     spoiled: set[str] = set()  # layers in memory of which a part does not fit
     for weight in weights:
         codec = rules.codec_for(weight)
-        spec = TensorSpec(oriented(weight, codec, target.LAYOUT).shape, weight.view.dtype)
+        spec = views.spec_of(oriented(weight, codec, target.LAYOUT))
         problem = codec.problem(spec)
         if spec.dtype not in FLOATS:
             problems.append(f"{weight.name}: is {spec.dtype}, not one of {', '.join(FLOATS)}")
@@ -187,7 +187,9 @@ def _codecs(weights: Sequence[Weight], rules: Recipe, target: ModuleType) -> tup
         chosen.append((weight, codec, spec))
     # a layer in memory has one form: with one of its tensors the others are kept
     before = sum(not isinstance(codec, Keep) for _, codec, _ in chosen)
-    chosen = [(w, Keep() if target.layer_of(w.name, w.role) in spoiled else codec, spec) for w, codec, spec in chosen]
+    for i, (weight, _, _) in enumerate(chosen):
+        if target.layer_of(weight.name, weight.role) in spoiled:
+            chosen[i] = (weight, KEEP, views.spec_of(weight.view))
     notes = [f"kept, because {line}" for line in _folded(unfit)]
     if others := before - sum(not isinstance(codec, Keep) for _, codec, _ in chosen) - len(unfit):
         notes.append(f"{others} more tensors are kept, as parts of the same layers")

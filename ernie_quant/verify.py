@@ -29,6 +29,7 @@ from ernie_quant.readers import by_suffix
 from ernie_quant.report import FILENAME, TensorReport
 from ernie_quant.resolve import resolve, resolve_quantized
 from ernie_quant.run import one_torch_thread
+from ernie_quant.sources.folder import inside
 from ernie_quant.stored import Stored, open_stored
 from ernie_quant.views import Files, read
 
@@ -98,8 +99,6 @@ def _has_report(manifest: dict[str, Any]) -> bool:
 def _file_problems(out: Path, manifest: dict[str, Any], progress: Progress) -> Iterator[str]:
     for name, entry in manifest["files"].items():
         try:
-            from ernie_quant.sources.folder import inside
-
             path = inside(out, name, MANIFEST)
         except CheckpointError as error:
             yield str(error)

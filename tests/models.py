@@ -29,6 +29,16 @@ def write(source: Path, out: Path, runtime: str = "vllm", **options: Any) -> Run
     return run_plan(make_plan(Checkpoint.open(source), runtime=runtime, **options), out)
 
 
+def invoke(*arguments: object) -> str:
+    """A command that must succeed; what it prints. (The fixture `command` lives for one test only.)"""
+    from click.testing import CliRunner
+    from ernie_quant.cli.main import group
+
+    result = CliRunner().invoke(group, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every stored tensor, read with the safetensors library; U16 is bfloat16."""
     found = {}

@@ -215,9 +215,10 @@ def test_plan_gives_one_json_object(geometry: Callable[[str], Checkpoint], comma
 
 
 def test_a_dense_model_has_no_rows_for_experts(command: Command) -> None:
+    """Not even FastDeploy's WINT4 container, which wint4 refuses to write for it."""
     code, out, _ = command("plan", GOLDEN / "dense/pt", "--json")
     assert code == 0
-    assert [row["format"] for row in json.loads(out)["formats"]] == ["bf16", "fp8", "wint8", GROUPED, CONTAINER]
+    assert [row["format"] for row in json.loads(out)["formats"]] == ["bf16", "fp8", "wint8", GROUPED]
 
 
 def test_a_broken_source_is_one_and_no_table(command: Command, tmp_path: Path) -> None:

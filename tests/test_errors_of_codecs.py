@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from ernie_quant.codecs.fp8 import Float8Block
-from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
+from ernie_quant.codecs.rtn import CHANNEL, GROUP_RATIOS, RoundToNearest
+from ernie_quant.kernels import rtn
 
 
 def error(codec, rows: int, columns: int) -> float:
@@ -30,6 +32,15 @@ def error(codec, rows: int, columns: int) -> float:
 )
 def test_error_on_gaussian_weights(codec, columns: int, bound: float) -> None:
     assert error(codec, 512, columns) <= bound
+
+
+def test_signed_scales_have_eight_percent_less_error_than_positive_ones() -> None:
+    """The same search with the largest |w| on code 7, which every positive scale must use."""
+    weight = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
+    ratios = np.array(GROUP_RATIOS, np.float32)
+    positive = rtn.decode(*rtn.encode(weight, 128, -8, 7, 7, ratios, 1, False))
+    of_positive = float((positive.double() - weight.double()).square().sum() / weight.double().square().sum())
+    assert 0.91 <= error(RoundToNearest(4, 128), 512, 4096) / of_positive <= 0.93
 
 
 def test_absmax_puts_the_largest_weight_on_7() -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import copy, random_model, write
+from models import copy, invoke, random_model, write
 from test_run import Killed, contents, stop_in_second_shard
 from test_verify import edit, poke, refused, sealed
 
 from ernie_quant import names, recipe, runtimes, views
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import KEEP
-from ernie_quant.errors import ConfigError
+from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.plan import make_plan
 from ernie_quant.run import run_plan
 from ernie_quant.runtimes import fastdeploy
@@ -153,16 +153,6 @@ def decode_all(stored: Arrays, last_wint4: int) -> tuple[Arrays, Arrays]:
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def invoke(*arguments: object) -> str:
-    """A command that must succeed; what it prints. (The fixture `command` lives for one test only.)"""
-    from click.testing import CliRunner
-    from ernie_quant.cli.main import group
-
-    result = CliRunner().invoke(group, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 LAYERS = {"none": ("wint2", "--wint4-layers", 0), "one": ("wint2", "--wint4-layers", 2),
@@ -622,3 +612,14 @@ def test_dry_run_of_the_424b(command: Command, tmp_path: Path) -> None:
     experts = weights * (47 * 2.08 + 4 * 4) / 8 / GIB
     assert experts < whole < experts + 20
     assert not (tmp_path / "out").exists()
+
+
+def test_widths_that_do_not_fit_are_listed_at_once_for_all_forms(tmp_path: Path) -> None:
+    """96 inputs are no multiple of 128 (WINT2 experts), and no multiple of 64 (the WINT8 dense layer)."""
+    random_model(tmp_path / "src", names.PADDLE, "moe_mtp", **WIDTHS | {"moe_intermediate_size": 96, "intermediate_size": 96})
+    with pytest.raises(PlanError) as refused:
+        make_plan(Checkpoint.open(tmp_path / "src"), runtime="fastdeploy", recipe=recipe.container("wint2", 0))
+    lines = "\n".join(refused.value.problems)
+    assert "experts.*.down_proj.weight: wint2: 96 inputs are not a multiple of 128" in lines
+    assert "layers.0.mlp.down_proj.weight: " in lines
+    assert "256 outputs and 96 inputs are not multiples of 8 and 64" in lines

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import GOLDEN, copy, random_model, same, tensors, write
+from models import GOLDEN, copy, invoke, random_model, same, tensors, write
 from safetensors.torch import save_file
 from test_run import Killed, contents
 from test_verify import first_byte, poke, sealed
@@ -53,16 +53,6 @@ WINT2_UP, WINT2_DOWN = (f"ernie.layers.2.mlp.experts.1.{x}_proj" for x in ("up_g
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-def invoke(*arguments: object) -> str:
-    """A command that must succeed; what it prints."""
-    from click.testing import CliRunner
-    from ernie_quant.cli.main import group
-
-    result = CliRunner().invoke(group, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def reshard(source: Path, out: Path, tp: int) -> Path:

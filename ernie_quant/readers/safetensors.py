@@ -29,12 +29,6 @@ def read_header(path: Path) -> list[TensorRef]:
     return refs
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of one file, empty where there is none."""
-    metadata: dict[str, str] = _read_json(path, path.stat().st_size)[0].get("__metadata__", {})
-    return metadata
-
-
 def _read_json(path: Path, file_bytes: int) -> tuple[dict[str, Any], int]:
     with open(path, "rb", opener=_no_follow_fifo) as file:
         length = int.from_bytes(file.read(8), "little")
