@@ -28,6 +28,11 @@ class Codec(Protocol):
         """Rows that must be encoded together: a slab has a multiple of it."""
         ...
 
+    @property
+    def version(self) -> int:
+        """Raised whenever `encode` gives other fields for the same weight: a begun result must not go on with it."""
+        ...
+
     def describe(self) -> str:
         """For people: `int4, group 128, mse`."""
         ...
@@ -51,6 +56,15 @@ class Codec(Protocol):
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """The weight that a runtime will see. This is what reports measure."""
         ...
+
+    def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
+        """`encoded` with the codes nearest to `weight` at its scales; for `decode(encoded)` they are the same again."""
+        ...
+
+
+def name_of(codec: Codec) -> str:
+    """The name by which a recipe asks for it: that of its file."""
+    return type(codec).__module__.rpartition(".")[2]
 
 
 def make(name: str, options: dict[str, Any]) -> Codec:

@@ -52,6 +52,7 @@ class ConvolutionalCode:
 
     effort: int = 16
     rows = 1
+    version = 1
 
     def __post_init__(self) -> None:
         if type(self.effort) is not int or self.effort not in EFFORTS:
@@ -101,6 +102,12 @@ class ConvolutionalCode:
         from ernie_quant.kernels import ccq
 
         return ccq.decode(encoded)
+
+    def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
+        """The bytes that decode nearest to the weight, at the four scales; the lower one of two that decode alike."""
+        from ernie_quant.kernels import ccq
+
+        return encoded | {"codes": ccq.recode(weight, encoded)}
 
 
 def _near(n: int, multiple: int) -> list[int]:

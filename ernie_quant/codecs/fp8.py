@@ -25,6 +25,7 @@ class Float8Block:
     """No options: the runtimes that load it know this one form."""
 
     rows = BLOCK
+    version = 1
 
     def describe(self) -> str:
         """For people."""
@@ -55,8 +56,7 @@ class Float8Block:
         blocks = weight.float().reshape(out // BLOCK, BLOCK, width // BLOCK, BLOCK)
         scale = blocks.abs().amax((1, 3)) / LARGEST
         scale = torch.where(scale >= SMALLEST_SCALE, scale, 1.0)
-        codes = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-        return {"codes": codes.reshape(out, width), "scale": scale}
+        return {"codes": _codes(weight, scale), "scale": scale}
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """bf16 [out, in]."""
@@ -64,6 +64,20 @@ class Float8Block:
         out, width = codes.shape
         blocks = codes.float().reshape(out // BLOCK, BLOCK, width // BLOCK, BLOCK)
         return (blocks * scale[:, None, :, None]).bfloat16().reshape(out, width)
+
+    def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
+        """Codes of weight / scale, rounded."""
+        return encoded | {"codes": _codes(weight, encoded["scale"])}
+
+
+def _codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float8 [out, in] of weight / scale, scale f32 [out / 128, in / 128]."""
+    import torch
+
+    out, width = weight.shape
+    blocks = weight.float().reshape(out // BLOCK, BLOCK, width // BLOCK, BLOCK)
+    codes = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return codes.reshape(out, width)
 
 
 CODEC = Float8Block

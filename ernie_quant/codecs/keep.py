@@ -18,6 +18,7 @@ class Keep:
     """Nothing is changed; any shape and dtype will do."""
 
     rows = 1
+    version = 1
 
     def describe(self) -> str:
         """For people."""
@@ -42,6 +43,10 @@ class Keep:
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """The weight itself."""
         return encoded["weight"]
+
+    def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
+        """The weight itself."""
+        return {"weight": weight}
 
 
 CODEC = Keep

@@ -45,6 +45,7 @@ class RoundToNearest:
     scale: str = "mse"
     full_range: bool = True
     rows = 1
+    version = 1
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -121,6 +122,16 @@ class RoundToNearest:
         from ernie_quant.kernels import rtn
 
         return rtn.decode(encoded["codes"], encoded["scale"])
+
+    def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
+        """Codes of weight / scale, rounded."""
+        import torch
+
+        scale = encoded["scale"].float()[..., None]
+        high = 2 ** (self.bits - 1) - 1
+        ratio = weight.float().reshape(*scale.shape[:2], -1) / torch.where(scale == 0, 1.0, scale)
+        codes = ratio.round().clamp(-high - self.full_range, high).to(torch.int8)
+        return encoded | {"codes": codes.reshape(weight.shape)}
 
 
 CODEC = RoundToNearest

@@ -23,6 +23,7 @@ from ernie_quant.kernels.ccq_reference import (
     encodable,
     fields,
     score_tables,
+    stored_order,
 )
 
 F = np.float32
@@ -69,6 +70,17 @@ def decode(encoded: dict[str, torch.Tensor]) -> torch.Tensor:
         out.view(torch.uint32).numpy(),
     )
     return out
+
+
+def recode(weight: torch.Tensor, encoded: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The bytes nearest to a weight [out, in] in logical order, at the scales of `encoded`: uint8 [out, in/4]."""
+    stored = weight.float().reshape(len(weight), -1, GROUP)[:, :, stored_order()].flatten(1)
+    pairs, pair = torch.stack([encoded["code_scale"], encoded["code_zp"]], 1).unique(dim=0, return_inverse=True)
+    codes = torch.empty((stored.shape[0], stored.shape[1] // 4), dtype=torch.uint8)
+    tables = score_tables([(float(scale), float(zp)) for scale, zp in pairs]).numpy()
+    local, top = encoded["local_scale"].contiguous().numpy(), encoded["super_scale"].float().numpy()
+    _recode(stored.numpy(), tables, pair.numpy(), local, top, codes.numpy())
+    return codes
 
 
 # "contract" allows fused multiply-add. It changes no bit: every intermediate is exact in float32, see above.
@@ -249,6 +261,19 @@ def _nearest_bytes(planes, super_scale, local, table, codes):  # type: ignore[no
                 nearest[v] = least if least < nearest[v] else nearest[v]
         for v in range(16):
             codes[16 * g + v] = byte[v]
+
+
+@nb.njit(nogil=True, cache=True)
+def _recode(weight, tables, pair, local_scale, super_scale, codes):  # type: ignore[no-untyped-def]
+    rows, width = weight.shape
+    planes, local = np.empty((4, width // 4), F), np.empty(width // 64, np.int64)
+    for row in range(rows):
+        for v in range(width // 4):
+            for i in range(4):
+                planes[i, v] = weight[row, 4 * v + i]
+        for g in range(local.size):
+            local[g] = local_scale[row, g]
+        _nearest_bytes(planes, super_scale[row], local, tables[pair[row]], codes[row])
 
 
 @nb.njit(nogil=True, cache=True)

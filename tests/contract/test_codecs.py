@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +68,28 @@ def test_codes_are_a_fixed_point(codec: codecs.Codec, weight: torch.Tensor) -> N
     twice = codec.decode(codec.encode(once))
     first = (once.double() - weight.double()).square().sum() / weight.double().square().sum()
     assert (twice.double() - once.double()).square().sum() <= max(1e-3, first / 20) * once.double().square().sum()
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-36, 1e-30, 0.02, 1e30], ids=lambda m: f"{m:g}")
+def test_a_decoded_weight_has_the_same_codes_at_the_same_scales(codec: codecs.Codec, magnitude: float) -> None:
+    noise = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(4))
+    weight = (noise * noise.abs()).mul(magnitude).bfloat16()  # heavier tails than those of a Gaussian
+    weight[5] = 0
+    encoded = codec.encode(weight)
+    again = codec.recode(codec.decode(encoded), encoded)
+    assert again.keys() == encoded.keys()
+    assert [n for n in encoded if not torch.equal(again[n].view(torch.uint8), encoded[n].view(torch.uint8))] == []
+
+
+def test_other_codes_mean_another_version(
+    codec: codecs.Codec, weight: torch.Tensor, golden_value: Callable[[str, Any], Any]
+) -> None:
+    """A codec whose fields change without a new `version` would let a begun result go on with other bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(codec.encode(weight).items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    key = f"codec {codecs.name_of(codec)} version {codec.version}: {codec.describe()}"
+    assert golden_value(key, digest.hexdigest()) == digest.hexdigest(), "raise `version` in the codec's file"
 
 
 def weight_name(runtime: ModuleType) -> str:
