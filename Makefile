@@ -37,7 +37,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/smol_ernie.py demo/smol-bf16
 	$(BIN)/ernie-quant inspect demo/smol-bf16
 	$(BIN)/ernie-quant wint4 demo/smol-bf16 demo/smol-wint4 --experts-only --group-size 64
-	$(BIN)/ernie-quant verify demo/smol-wint4 --against demo/smol-bf16
+	$(BIN)/ernie-quant verify demo/smol-wint4 --against demo/smol-bf16 --full
 	$(BIN)/python benchmarks/generate.py demo/smol-wint4 "The capital of France is"
 
 lint: $(VENV)/.test

@@ -13,6 +13,7 @@ from ernie_quant.cli.main import print_json, return_freed_memory
 if TYPE_CHECKING:
     from ernie_quant.plan import Plan
     from ernie_quant.recipe import Recipe
+    from ernie_quant.run import RunResult
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
@@ -121,7 +122,7 @@ def run(
             result = run_shared(plan, out, tp, workers=workers or 0, restart=restart, progress=progress)
         else:
             result = run_plan(plan, out, workers=workers or 0, restart=restart, progress=progress)
-    _show_result(result.plan, out, result.reports, result.complete_before, quiet, as_json)
+    _show_result(result, out, quiet, as_json)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
@@ -164,13 +165,15 @@ def _show_notes(plan: Plan) -> None:
         click.echo(f"note: {note}")
 
 
-def _show_result(plan: Plan, out: Path, reports: Any, complete: bool, quiet: bool, as_json: bool) -> None:
+def _show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> None:
     from ernie_quant.card import run_commands
     from ernie_quant.report import tables, total
 
+    plan, reports, complete = result.plan, result.reports, result.complete_before
     if as_json:
         changed = total([r for r in reports if r.codec != "kept"])
         errors = {"rel_error": changed.rel_error, "worst_rel_error": changed.worst, "quantized": changed.tensors}
+        errors["files_before"] = result.files_before
         print_json(
             {"status": "complete" if complete else "done", "out": str(out), **_facts(plan), **({} if complete else errors)}
         )
@@ -181,7 +184,8 @@ def _show_result(plan: Plan, out: Path, reports: Any, complete: bool, quiet: boo
     if not quiet:
         click.echo(tables(reports))
         _show_notes(plan)
-        click.echo(f"\n{out}: {plan.nbytes / 1e9:.3f} GB in {len(plan.shards)} file(s). To run it:")
+        before = f" ({result.files_before} were finished before)" if result.files_before else ""
+        click.echo(f"\n{out}: {plan.nbytes / 1e9:.3f} GB in {len(plan.shards)} file(s){before}. To run it:")
         for title, command in run_commands(plan, out):
             click.echo(f"  {title}: {command}")
 

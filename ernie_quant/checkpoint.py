@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ernie_quant.errors import CheckpointError
 
 # safetensors' spelling. U16 in Paddle files holds bfloat16 bits; readers hand it on as BF16.
 ITEMSIZE = {
@@ -57,12 +61,36 @@ class TensorRef:
     fortran: bool = False  # stored column-major: the data are those of the transposed shape
 
 
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Size and time of a file when its header was read: what is read later must be of the same file."""
+
+    nbytes: int
+    mtime_ns: int
+
+    @staticmethod
+    def of(file: Path | int) -> Stamp:
+        """Of a path or a descriptor. Raises OSError."""
+        found = file.stat() if isinstance(file, Path) else os.fstat(file)
+        return Stamp(found.st_size, found.st_mtime_ns)
+
+    def check(self, path: Path, fd: int | None = None) -> None:
+        """Is the file (or what `fd` has open) still the same? Raises CheckpointError."""
+        try:
+            now = Stamp.of(path if fd is None else fd)
+        except OSError as error:
+            raise CheckpointError(f"{path}: was there when the run began, and now: {error.strerror}") from None
+        if now != self:
+            what = f"has {now.nbytes} bytes, had {self.nbytes}" if now.nbytes != self.nbytes else "was written to"
+            raise CheckpointError(f"{path}: has changed since the run began ({what}); begin anew with --restart")
+
+
 @dataclass(frozen=True)
 class Rank:
     """One complete set of tensors: the whole model, or one tensor-parallel rank of it."""
 
     refs: dict[str, TensorRef]
-    files: tuple[Path, ...]
+    files: Mapping[Path, Stamp]
 
 
 @dataclass(frozen=True)
@@ -74,12 +102,22 @@ class Checkpoint:
     ranks: tuple[Rank, ...]
     anomalies: tuple[str, ...] = ()  # what the files themselves disagree about
     notes: tuple[str, ...] = ()  # worth a line, but no error
-    extra_files: tuple[Path, ...] = field(default=())  # tokenizer, licence, …: to be carried along
+    extra_files: Mapping[Path, Stamp] = field(default_factory=dict)  # tokenizer, licence, …: to be carried along
+    revision: str = ""  # commit of the hub repository, where a download client left it
+
+    def name_of(self, file: Path) -> str:
+        """A file of the checkpoint as its config names files: relative, with slashes."""
+        return Path(os.path.relpath(file, self.folder)).as_posix()
 
     @property
     def refs(self) -> dict[str, TensorRef]:
         """The tensors of the first rank, by name."""
         return self.ranks[0].refs
+
+    @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """Of the weight files and the extra files."""
+        return {file: stamp for files in (*(r.files for r in self.ranks), self.extra_files) for file, stamp in files.items()}
 
     @property
     def nbytes(self) -> int:

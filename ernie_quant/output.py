@@ -12,96 +12,172 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import ernie_quant
-from ernie_quant import card, recipe, report
-from ernie_quant.errors import OutputError, RetryError
+from ernie_quant import card, report
+from ernie_quant.errors import CheckpointError, OutputError, RetryError
+from ernie_quant.identity import changes, libraries
 from ernie_quant.jsonio import dumps, read_object
+from ernie_quant.manifest import MANIFEST, SUMS, index, manifest, sums
 from ernie_quant.plan import Plan, Shard
 from ernie_quant.report import TensorReport
-from ernie_quant.sources.folder import MTP_FOLDER, RANK_FOLDER
-from ernie_quant.writer import PARTIAL, fsync_folder, write_file
+from ernie_quant.sources.folder import MTP_FOLDER, RANK_FOLDER, inside
+from ernie_quant.writer import PARTIAL, file_sha256, fsync_folder, write_file
 
-MANIFEST, STATE, INDEX = "ernie-quant.json", ".ernie-quant", "model.safetensors.index.json"
+STATE, INDEX = ".ernie-quant", "model.safetensors.index.json"
+BEGUN, SWEPT = "plan.json", "swept.json"  # in the private state: what was begun; the manifest of a result that is dropped
 CONFIG, README, SOURCE_README = "config.json", "README.md", "README.source.md"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+AGAIN = "--restart makes it again"
+JUST_FINISHED = "another run has just finished here; run the same command again"
+BYTES_PER_TENSOR = 1000  # what index, report and manifest say of one
 
 
 class OutputFolder:
-    """The folder that a plan is written to. `prepare` decides whether it may be; `finish` completes it."""
+    """The folder that a plan is written to. `begin` decides whether it may be, and locks it; `finish` completes it."""
 
-    def __init__(self, plan: Plan, path: Path) -> None:
-        self.plan, self.path, self.state = plan, path, path / STATE
+    def __init__(self, path: Path) -> None:
+        self.path, self.state = path, path / STATE
 
-    def prepare(self, *, restart: bool) -> bool:
-        """Make the folder ours; True if it is complete already. Raises OutputError or RetryError."""
-        source = self.plan.source.folder.resolve()
+    @contextmanager
+    def begin(self, plan: Plan, *, restart: bool, copies: int = 1) -> Iterator[bool]:
+        """Hold the folder for a run of `plan`; gives True if it is complete already.
+
+        `copies`: how often the disk must have room for the result. Raises OutputError or RetryError.
+        """
+        self._refuse_strangers(plan)
+        if self._is_complete() and not restart and not self.state.is_dir():
+            self._check_complete(plan)
+            yield True
+            return
+        self._check_space(plan, copies)
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        with self._lock():
+            complete = self._is_complete() and not restart
+            if complete:  # finished by another run just now, or by one that was killed before it had swept its state
+                self._check_complete(plan)
+                self._drop_state()
+            else:
+                self._prepare(plan, restart)
+            yield complete
+
+    def _refuse_strangers(self, plan: Plan) -> None:
+        source = plan.source.folder.resolve()
         if self.path.resolve() == source or source in self.path.resolve().parents or self.path.resolve() in source.parents:
             raise OutputError(f"{self.path}: the output folder must lie beside the source {source}, not in or around it")
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path}: is a file, not a folder")
-        ours = (self.path / MANIFEST).is_file() or self.state.is_dir()
-        if self.path.is_dir() and not ours and any(self.path.iterdir()):
+        if self.path.is_dir() and not (self._is_complete() or self.state.is_dir()) and any(self.path.iterdir()):
             raise OutputError(f"{self.path}: is not empty and was not made by ernie-quant; choose another folder")
-        if ours and restart:
-            self.state.mkdir(exist_ok=True)
-            with self.lock():  # not under the feet of a run that is at work
-                self._sweep()
-        elif ours and self._same_plan():
-            return True
-        self._check_space()
-        try:
-            self.state.mkdir(parents=True, exist_ok=True)
-            write_file(self.state / "plan.json", dumps({"fingerprint": self.plan.fingerprint}).encode())
-        except OSError as error:
-            kind = RetryError if error.errno in (errno.ENOSPC, errno.EDQUOT) else OutputError
-            raise kind(f"{self.path}: cannot be written: {error.strerror}") from None
-        return False
 
-    def _same_plan(self) -> bool:
-        """True for a complete result of this plan, False for a begun one. Raises OutputError for another plan's."""
-        complete = (self.path / MANIFEST).is_file()
-        file = self.path / MANIFEST if complete else self.state / "plan.json"
-        state = read_object(file) if file.exists() else {}
-        if state and state.get("fingerprint") != self.plan.fingerprint:
-            what = "the result" if complete else "the beginning"
-            raise OutputError(
-                f"{self.path}: holds {what} of another plan (source, recipe, options or version differ);"
-                " choose another folder, or --restart to begin anew here"
-            )
-        return complete
+    def _is_complete(self) -> bool:
+        return (self.path / MANIFEST).is_file()
 
-    def _sweep(self) -> None:
-        """Remove what a run writes, and nothing else."""
-        own = {MANIFEST, INDEX, report.FILENAME, CONFIG, README, SOURCE_README}
-        for path in (p for folder in weight_folders(self.path) for p in folder.iterdir()):
-            shard = path.name.startswith("model") and path.suffix == ".safetensors"
-            if path.is_file() and (path.name in own or shard or path.name.endswith(PARTIAL)):
-                path.unlink()
-        for folder in weight_folders(self.path):  # rank folders that the new plan may not have; the loader would read them
-            if folder != self.path and not any(folder.iterdir()):
-                folder.rmdir()
-        shutil.rmtree(self.state, ignore_errors=True)
-
-    def _check_space(self) -> None:
-        done = sum((self.path / s.filename).stat().st_size for s in self.plan.shards if (self.path / s.filename).exists())
-        there = next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
-        free, needed = shutil.disk_usage(there).free, self.plan.disk_bytes - done
-        if free < needed:
-            raise RetryError(f"{self.path}: needs {needed / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free")
+    def _unwritable(self, error: OSError) -> OutputError | RetryError:
+        kind = RetryError if error.errno in FULL else OutputError
+        return kind(f"{error.filename or self.path}: cannot be written: {error.strerror}")
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """One run at a time; the lock of a dead run vanishes with it. Raises RetryError."""
-        with open(self.state / "lock", "w") as file:
+    def _lock(self) -> Iterator[None]:
+        """One run at a time; the lock of a dead run vanishes with it. Raises RetryError or OutputError."""
+        place = self.state / "lock"
+        try:
+            file = open(place, "w")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            raise RetryError(f"{self.path}: {JUST_FINISHED}") from None
+        except OSError as error:
+            raise self._unwritable(error) from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise RetryError(f"{self.path}: another run is at work in this folder") from None
+            except OSError as error:
+                raise OutputError(f"{self.path}: cannot be locked ({error.strerror}); choose a folder on another disk") from None
+            if not (place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat())):
+                raise RetryError(f"{self.path}: {JUST_FINISHED}")  # between our two steps, and swept its lock
             yield
+
+    def _check_complete(self, plan: Plan) -> None:
+        """Is the finished result that of this plan, and all there? Raises OutputError."""
+        found = read_object(self.path / MANIFEST)
+        self._refuse("holds the result of another plan", {key: found.get(key) for key in plan.identity}, plan.identity)
+        files = found.get("files")
+        for name, entry in files.items() if isinstance(files, dict) else ():
+            try:
+                nbytes = inside(self.path, name, MANIFEST).stat().st_size
+            except CheckpointError as error:
+                raise OutputError(f"{self.path}: {error}; --restart makes it again") from None
+            if not isinstance(entry, dict) or nbytes != entry.get("bytes"):
+                raise OutputError(
+                    f"{self.path}: {name}: has {nbytes} bytes, the manifest says otherwise; --restart makes it again"
+                )
+
+    def _refuse(self, what: str, before: Any, now: Any) -> None:
+        if differ := changes(before, now):
+            raise OutputError(
+                f"{self.path}: {what} ({'; '.join(differ)}); choose another folder, or --restart to begin anew here"
+            )
+
+    def _prepare(self, plan: Plan, restart: bool) -> None:
+        """Go on with what was begun, or begin. Raises OutputError or RetryError."""
+        # mtimes, because equal sizes and headers are not yet equal weights; private, as they say nothing about the result
+        times = {plan.source.name_of(path): stamp.mtime_ns for path, stamp in plan.source.stamps.items()}
+        now = {**plan.identity, "libraries": libraries(), "mtime_ns": times}
+        begun = self.state / BEGUN
+        if begun.is_file() and not restart:
+            self._refuse("holds the beginning of another plan", read_object(begun).get("identity"), now)
+            _unlink(path for folder in (*weight_folders(self.path), self.state) for path in folder.glob(f"*{PARTIAL}"))
+        else:
+            self._sweep()
+        copied = [SOURCE_README if path.name == README else path.name for path in plan.copies]
+        try:
+            write_file(begun, dumps({"identity": now, "copied": copied}).encode())
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _sweep(self) -> None:
+        """Remove what a run writes, and nothing else; from the first step on the folder is not complete."""
+        if self._is_complete():
+            os.replace(self.path / MANIFEST, self.state / SWEPT)
+            fsync_folder(self.path)
+        own = {MANIFEST, SUMS, INDEX, report.FILENAME, CONFIG, README, SOURCE_README, *self._copied()}
+        for folder in weight_folders(self.path):
+            found = [p for p in folder.iterdir() if p.is_symlink() or p.is_file()]
+            _unlink(p for p in found if p.name in own or _is_shard(p) or p.name.endswith(PARTIAL))
+            if folder != self.path and not any(folder.iterdir()):  # ranks that the new plan may not have; a loader reads them
+                folder.rmdir()
+        _unlink(p for p in self.state.iterdir() if p.name not in ("lock", SWEPT))
+        (self.state / SWEPT).unlink(missing_ok=True)
+
+    def _copied(self) -> set[str]:
+        """Files of the source that an earlier run carried along."""
+        found: set[str] = set()
+        for name, key in ((SWEPT, "files"), (BEGUN, "copied")):
+            with suppress(CheckpointError):  # one that cannot be read any more names nothing
+                found |= set(map(str, read_object(self.state / name).get(key) or ()))
+        return {name for name in found if "/" not in name}
+
+    def _drop_state(self) -> None:
+        shutil.rmtree(self.state)
+        fsync_folder(self.path)
+
+    def _check_space(self, plan: Plan, copies: int) -> None:
+        """Room for the result, counting what its files take already or will give back. Raises RetryError."""
+        there = next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
+        free = shutil.disk_usage(there).free + sum(
+            p.stat().st_size for f in weight_folders(self.path) for p in f.iterdir() if _is_shard(p)
+        )
+        needed = copies * (plan.disk_bytes + BYTES_PER_TENSOR * len(plan.steps))
+        if free < needed:
+            missing = (needed - free) / 1e9
+            raise RetryError(f"{self.path}: needs {needed / 1e9:.2f} GB, {missing:.2f} GB more than the disk has free")
 
     def record(self, shard: Shard, entry: dict[str, Any], reports: Sequence[TensorReport]) -> None:
         """Remember a finished file."""
@@ -113,26 +189,29 @@ class OutputFolder:
         return self.state / f"{shard.filename.replace('/', '-')}.json"
 
     def finished(self, shard: Shard) -> tuple[dict[str, Any], list[TensorReport]] | None:
-        """What was remembered of a file that is still there."""
+        """What was remembered of a file that is still there, and still what it was."""
         record, file = self._record_of(shard), self.path / shard.filename
         if not record.is_file() or not file.is_file():
             return None
         try:
             entry = read_object(record)
             rows = [TensorReport.from_json(r) for r in entry.pop("reports")]
-        except (ernie_quant.errors.CheckpointError, KeyError, TypeError):
+        except (CheckpointError, KeyError, TypeError):
             return None
-        return (entry, rows) if file.stat().st_size == entry.get("bytes") else None
+        same = file.stat().st_size == entry.get("bytes") and file_sha256(file) == entry.get("sha256")
+        return (entry, rows) if same else None
 
-    def finish(self, files: dict[str, dict[str, Any]], rows: Sequence[TensorReport]) -> None:
+    def finish(self, plan: Plan, files: dict[str, dict[str, Any]], rows: Sequence[TensorReport]) -> None:
         """Write all but the weights; the manifest last. `files` has bytes and sha256 of the weight files."""
-        plan, entries = self.plan, dict(files)
+        entries = dict(files)
 
         def put(name: str, data: bytes) -> None:
             entries[name] = {"bytes": len(data), "sha256": write_file(self.path / name, data)}
 
         for source in plan.copies:
-            put(SOURCE_README if source.name == README else source.name, source.read_bytes())
+            data = source.read_bytes()
+            plan.source.extra_files[source].check(source)
+            put(SOURCE_README if source.name == README else source.name, data)
         for folder, shards in plan.folders.items():
             if len(shards) > 1:
                 put(f"{folder}/{INDEX}".lstrip("/"), dumps(index(shards)).encode())
@@ -142,9 +221,20 @@ class OutputFolder:
             header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
             put(report.FILENAME, report.to_json(rows, header).encode())
         put(README, card.readme(plan, rows, self.path.name).encode())
-        write_file(self.path / MANIFEST, dumps(manifest(plan, entries)).encode())
-        shutil.rmtree(self.state)
-        fsync_folder(self.path)
+        text = dumps(manifest(plan, entries)).encode()
+        write_file(self.path / SUMS, sums(entries, text).encode())
+        write_file(self.path / MANIFEST, text)
+        self._drop_state()
+
+
+def _is_shard(path: Path) -> bool:
+    """A weight file of ours, whole or half-written."""
+    return path.is_file() and path.name.startswith("model") and path.name.removesuffix(PARTIAL).endswith(".safetensors")
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink()
 
 
 def weight_folders(root: Path) -> list[Path]:
@@ -152,27 +242,3 @@ def weight_folders(root: Path) -> list[Path]:
     models = [root, root / MTP_FOLDER]
     ranks = [p for m in models if m.is_dir() for p in sorted(m.iterdir()) if RANK_FOLDER.fullmatch(p.name) and p.is_dir()]
     return [*ranks, *(m for m in reversed(models) if m.is_dir())]
-
-
-def index(shards: Sequence[Shard]) -> dict[str, Any]:
-    """model.safetensors.index.json of the files of one folder."""
-    total = sum(spec.nbytes for shard in shards for spec in shard.specs.values())
-    weight_map = {name: shard.filename.rpartition("/")[2] for shard in shards for name in shard.specs}
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
-def manifest(plan: Plan, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """`ernie-quant.json`: what was made from what, and the hash of every file. No times: the same run, the same text."""
-    sources = {
-        os.path.relpath(f, plan.source.folder): {"bytes": f.stat().st_size} for rank in plan.source.ranks for f in rank.files
-    }
-    return {
-        "tool": "ernie-quant",
-        "version": ernie_quant.__version__,
-        "fingerprint": plan.fingerprint,
-        "runtime": plan.runtime,
-        "layout": plan.layout,
-        "recipe": recipe.as_dict(plan.recipe),
-        "source": {"name": plan.source.folder.resolve().name, "files": sources},
-        "files": files,
-    }

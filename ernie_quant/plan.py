@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import ernie_quant
 from ernie_quant import names, recipe, runtimes, views
 from ernie_quant.archs._config import Facts, whole
 from ernie_quant.checkpoint import ITEMSIZE, Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.errors import ConfigError, PlanError
+from ernie_quant.identity import Identity, identity
 from ernie_quant.lazy import View
 from ernie_quant.names import EMBED, Weight
 from ernie_quant.recipe import Recipe
@@ -85,10 +83,16 @@ class Plan:
     copies: tuple[Path, ...]
     tp_sizes: tuple[int, ...]
     notes: tuple[str, ...]
-    fingerprint: str
+    identity: Identity
     shard_bytes: int = SHARD_BYTES
     weights: int = 0  # elements of the model, where the steps do not tell
     reports: tuple[TensorReport, ...] | None = None  # of an earlier run whose weights are only moved here
+    quantized_by: Plan | None = None  # the plan whose result, which is not kept, this one shares among ranks
+
+    @property
+    def origin(self) -> Checkpoint:
+        """What a user calls the source."""
+        return (self.quantized_by or self).source
 
     @property
     def steps(self) -> list[Step]:
@@ -157,10 +161,13 @@ def make_plan(
         config |= target.CONFIG | {"quantization_config": entry}
     shards = _shards(steps, target, shard_bytes)
     tp = target.tp_sizes(linears, table.map.dims, whole(table.config, "num_attention_heads"))
-    identity = _identity(source, runtime, recipe, vl_config, fixes, copy_code, shard_bytes, dequantize)
+    options = {
+        "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes, "dequantize": dequantize
+    }  # fmt: skip
     return Plan(
         source, runtime, target.LAYOUT, recipe, shards, table.map.dims, config, copies, tuple(tp),
-        (*source.notes, *left, *notes, *refused, *target.notes(linears)), identity, shard_bytes,
+        (*source.notes, *left, *notes, *refused, *target.notes(linears)),
+        identity(source, runtime, recipe, options), shard_bytes,
     )  # fmt: skip
 
 
@@ -234,7 +241,7 @@ def _folded(lines: Sequence[str]) -> list[str]:
 def _copies(source: Checkpoint, copy_code: bool) -> tuple[tuple[Path, ...], list[str]]:
     code = [p for p in source.extra_files if p.suffix == ".py"]
     if copy_code or not code:
-        return source.extra_files, []
+        return tuple(source.extra_files), []
     kept = tuple(p for p in source.extra_files if p.suffix != ".py")
     return kept, [f"Python files are not carried along: {', '.join(p.name for p in code)}; --copy-code does it"]
 
@@ -285,26 +292,6 @@ def _file_order(steps: Sequence[Step]) -> dict[str, TensorSpec]:
     aligned = [item for item in specs if item[1].nbytes % 8 == 0]
     odd = [item for item in specs if item[1].nbytes % 8]
     return dict(aligned + sorted(odd, key=lambda item: -ITEMSIZE[item[1].dtype]))
-
-
-def _identity(source: Checkpoint, runtime: str, rules: Recipe, *options: object) -> str:
-    """A hash of everything that the bytes of the result depend on."""
-    rules_text = [(r.roles, r.match, repr(r.codec)) for r in rules.rules]
-    plain = [sorted(o) if isinstance(o, frozenset) else o for o in options]
-    return source_identity(source, runtime, rules_text, rules.keep_unfit, plain)
-
-
-def source_identity(source: Checkpoint, *what: object) -> str:
-    """A hash of a source's headers, sizes and config, of this tool's version and of `what`."""
-    digest = hashlib.sha256()
-    for rank in source.ranks:
-        for ref in sorted(rank.refs.values(), key=lambda r: r.name):
-            digest.update(repr((ref.name, ref.spec, ref.file.name, ref.extents)).encode())
-        for file in rank.files:
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-    digest.update(json.dumps(source.config, sort_keys=True).encode())
-    digest.update(repr((ernie_quant.__version__, what)).encode())
-    return digest.hexdigest()
 
 
 def summary(plan: Plan) -> list[dict[str, Any]]:

@@ -34,14 +34,15 @@ class TensorReport:
     squared_error: float
     squared_norm: float
     sources: tuple[str, ...]
+    crc32: str  # of its stored tensors: `writer.joint_crc32`
 
     @staticmethod
-    def of(step: Step, difference: Difference) -> TensorReport:
+    def of(step: Step, difference: Difference, crc32: str) -> TensorReport:
         """The row for a finished step."""
         return TensorReport(
             step.name, step.role, step.codec.describe(), step.spec.shape, step.nbytes,
             step.codec.bits_per_weight(step.spec), difference.rel_error, difference.sqnr_db, difference.largest,
-            difference.error, difference.total, step.sources,
+            difference.error, difference.total, step.sources, crc32,
         )  # fmt: skip
 
     @staticmethod

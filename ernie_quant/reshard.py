@@ -5,7 +5,6 @@ Every rank's tensors are cuts and joints of the stored ones, so nothing is decod
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +14,20 @@ from ernie_quant.archs._config import whole
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import CheckpointError, PlanError
+from ernie_quant.identity import Identity, identity
 from ernie_quant.jsonio import read_object
-from ernie_quant.output import MANIFEST, README, OutputFolder
-from ernie_quant.plan import SHARD_BYTES, Plan, Shard, Step, files, source_identity
+from ernie_quant.manifest import MANIFEST
+from ernie_quant.output import README, OutputFolder
+from ernie_quant.plan import SHARD_BYTES, Plan, Shard, Step, files
 from ernie_quant.recipe import KEEP_ALL
 from ernie_quant.report import FILENAME, TensorReport
-from ernie_quant.run import Progress, RunResult, run_plan
+from ernie_quant.run import Progress, RunResult, run_plan, write_all
 from ernie_quant.stored import Stored
 
 TP_KEY = "tensor_parallel_size"
 
 
-def make_reshard_plan(source: Checkpoint, tp: int, *, fingerprint: str = "", shard_bytes: int = SHARD_BYTES) -> Plan:
+def make_reshard_plan(source: Checkpoint, tp: int, *, known: Identity | None = None, shard_bytes: int = SHARD_BYTES) -> Plan:
     """The plan of `source` for `tp` ranks. Raises PlanError with every weight that cannot be shared so."""
     target = stored.runtime_of(source)
     if target.LAYOUT != names.PADDLE:
@@ -47,10 +48,11 @@ def make_reshard_plan(source: Checkpoint, tp: int, *, fingerprint: str = "", sha
     copies = tuple(path for path in source.extra_files if path.name != README)
     recipe, notes, reports = _reports(source)
     fits = tuple(n for n in (1, 2, 4, 8, 16) if n == tp or not ranks.problems(entries, n, dims, heads))
+    rules = replace(KEEP_ALL, name=recipe or f"reshard to {tp}")
+    known = known or identity(source, "fastdeploy", rules, {"reshard": tp, "max_shard_bytes": shard_bytes})
     return Plan(
-        source, "fastdeploy", names.PADDLE, replace(KEEP_ALL, name=recipe or f"reshard to {tp}"), tuple(shards), dims, config,
-        copies, fits, (*source.notes, *notes), fingerprint or source_identity(source, "reshard", tp, shard_bytes),
-        shard_bytes, sum(e.spec.numel for e in entries), reports,
+        source, "fastdeploy", names.PADDLE, rules, tuple(shards), dims, config, copies, fits, (*source.notes, *notes),
+        known, shard_bytes, sum(e.spec.numel for e in entries), reports,
     )  # fmt: skip
 
 
@@ -70,15 +72,17 @@ def run_shared(plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, p
     Raises PlanError before anything is written if the widths do not fit.
     """
     check_size(plan, tp)
-    identity = hashlib.sha256(f"{plan.fingerprint} {tp}".encode()).hexdigest()
+    known = {**plan.identity, "options": {**plan.identity["options"], "tp": tp}}
     unsplit = out.with_name(f"{out.name}.unsplit")
-    if OutputFolder(replace(plan, fingerprint=identity), out).prepare(restart=restart):
-        if (unsplit / MANIFEST).is_file():  # the run was stopped between its last two steps
-            shutil.rmtree(unsplit)
-        return RunResult(plan, complete_before=True, reports=())
-    run_plan(plan, unsplit, workers=workers, restart=restart, progress=progress)
-    ranked = make_reshard_plan(Checkpoint.open(unsplit), tp, fingerprint=identity, shard_bytes=plan.shard_bytes)
-    result = run_plan(ranked, out, workers=workers)
+    folder = OutputFolder(out)
+    with folder.begin(replace(plan, identity=known), restart=restart, copies=2) as complete:
+        if complete:
+            if (unsplit / MANIFEST).is_file():  # the run was stopped between its last two steps
+                shutil.rmtree(unsplit)
+            return RunResult(plan, complete_before=True, reports=())
+        run_plan(plan, unsplit, workers=workers, restart=restart, progress=progress)
+        ranked = make_reshard_plan(Checkpoint.open(unsplit), tp, known=known, shard_bytes=plan.shard_bytes)
+        result = write_all(replace(ranked, quantized_by=plan), folder, workers)
     shutil.rmtree(unsplit)
     return result
 

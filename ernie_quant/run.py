@@ -49,6 +49,7 @@ class RunResult:
     plan: Plan
     complete_before: bool
     reports: tuple[TensorReport, ...]
+    files_before: int = 0  # weight files that an earlier run had finished
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
 
     sums: dict[str, Difference] = {}
     (folder / shard.filename).parent.mkdir(parents=True, exist_ok=True)
-    with Files() as files, ShardWriter(folder / shard.filename, shard.specs, file_metadata(plan)) as writer:
+    with Files(plan.source.stamps) as files, ShardWriter(folder / shard.filename, shard.specs, file_metadata(plan)) as writer:
         for step in shard.steps:
             for name, tensor in runtime.constants(step.name, step.codec, step.spec).items():
                 writer.write(name, tensor)
@@ -85,8 +86,9 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
                 writer.write(name, tensor, slab.rows[0], of=max((1, *slab.step.spec.shape[:1])))
             sums[slab.step.name] = sums.get(slab.step.name, Difference()) + slab.difference
             progress((slab.rows[1] - slab.rows[0]) * row_bytes(slab.step.spec))
+        files.check()
         sha256 = writer.close()
-    reports = tuple(TensorReport.of(step, sums.get(step.name, Difference())) for step in shard.steps)
+    reports = tuple(TensorReport.of(step, sums.get(step.name, Difference()), writer.crc32(step.parts)) for step in shard.steps)
     return ShardResult(shard.filename, writer.nbytes, sha256, reports)
 
 
@@ -114,24 +116,32 @@ def default_workers() -> int:
 
 def run_plan(plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, progress: Progress = lambda _: None) -> RunResult:
     """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError."""
-    folder = OutputFolder(plan, out)
-    if folder.prepare(restart=restart):
-        return RunResult(plan, complete_before=True, reports=())
+    folder = OutputFolder(out)
+    with folder.begin(plan, restart=restart) as complete:
+        if complete:
+            return RunResult(plan, complete_before=True, reports=())
+        return write_all(plan, folder, workers, progress)
+
+
+def write_all(plan: Plan, folder: OutputFolder, workers: int = 0, progress: Progress = lambda _: None) -> RunResult:
+    """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
     files: dict[str, dict[str, Any]] = {}
     rows: list[TensorReport] = []
-    with folder.lock(), one_torch_thread():
+    finished = 0
+    with one_torch_thread():
         for shard in plan.shards:
             if (known := folder.finished(shard)) is None:
-                result = run_shard(plan, shard, out, workers or default_workers(), progress)
+                result = run_shard(plan, shard, folder.path, workers or default_workers(), progress)
                 known = ({"bytes": result.nbytes, "sha256": result.sha256}, list(result.reports))
                 folder.record(shard, *known)
             else:
+                finished += 1
                 progress(sum(step.spec.nbytes for step in shard.steps))
             files[shard.filename] = known[0]
             rows += known[1]
-        reports = tuple(rows) if plan.reports is None else plan.reports
-        folder.finish(files, reports)
-    return RunResult(plan, complete_before=False, reports=reports)
+    reports = tuple(rows) if plan.reports is None else plan.reports
+    folder.finish(plan, files, reports)
+    return RunResult(plan, complete_before=False, reports=reports, files_before=finished)
 
 
 @contextmanager

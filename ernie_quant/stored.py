@@ -23,6 +23,8 @@ from ernie_quant.views import Files, read
 if TYPE_CHECKING:
     import torch
 
+    from ernie_quant.codecs import Encoded
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -57,6 +59,10 @@ class Stored:
 
     def read(self, files: Files, rows: tuple[int, int]) -> torch.Tensor:
         """Rows of the weight as the runtime will see them; `rows` as `slabs` gives them."""
+        return self.codec.decode(self.encoded(files, rows))
+
+    def encoded(self, files: Files, rows: tuple[int, int]) -> Encoded:
+        """The codec's fields for these rows."""
         axes = ranks.part_axes(self.target, self.name, self.codec, self.spec, 0)
         out = self.shape[0] if self.shape else 1
         tensors = {}
@@ -66,8 +72,8 @@ class Stored:
                 size = view.shape[axis]
                 view = views.cut(view, axis, rows[0] * size // out, -(-rows[1] * size // out))
             tensors[name] = read(view, files)
-        decoded: torch.Tensor = self.codec.decode(self.target.unpack(self.name, self.codec, tensors))
-        return decoded
+        fields: Encoded = self.target.unpack(self.name, self.codec, tensors)
+        return fields
 
 
 def table_of(checkpoint: Checkpoint, target: ModuleType) -> NameMap:

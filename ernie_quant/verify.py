@@ -6,58 +6,54 @@ config.json, the values from the files. The report and the manifest are what is 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ernie_quant import names, runtimes, views
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import Keep
-from ernie_quant.errors import CheckpointError, ErnieQuantError, OutputError, VerifyError
+from ernie_quant.errors import CheckpointError, ErnieQuantError, VerifyError
+from ernie_quant.integrity import Progress, damaged_files, damaged_weights, read_manifest
 from ernie_quant.jsonio import read_object
 from ernie_quant.lazy import Same
 from ernie_quant.measure import Difference, compare
 from ernie_quant.names import Weight
-from ernie_quant.output import MANIFEST, STATE, weight_folders
 from ernie_quant.plan import oriented
-from ernie_quant.readers import by_suffix
 from ernie_quant.report import FILENAME, TensorReport
 from ernie_quant.resolve import resolve, resolve_quantized
 from ernie_quant.run import one_torch_thread
-from ernie_quant.sources.folder import inside
 from ernie_quant.stored import Stored, open_stored
 from ernie_quant.views import Files, read
 
-if TYPE_CHECKING:
-    pass
-
-Progress = Callable[[int], None]
-CHUNK = 8 << 20
 RESHARD = "reshard"  # how the name of such a recipe begins
 TOLERANCE = 1e-9  # of a relative error, which is computed by the same sums again
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked."""
+    """What was checked: all files by hash, all tensors by name and shape, the values of `sampled` ones."""
 
     files: int
     tensors: int
     quantized: int
+    sampled: int
     against: bool
 
 
-def verify(out: Path, against: Path | None = None, progress: Progress = lambda _: None) -> Verified:
-    """Check the result in `out`, and with `against` every tensor of it against the source. Raises VerifyError."""
-    manifest = _manifest(out)
-    problems = list(_file_problems(out, manifest, progress))
-    if problems:  # nothing in a file that changed is worth a closer look
-        raise VerifyError(f"{out}: {len(problems)} file(s) are not as they were written", problems)
+def verify(out: Path, against: Path | None = None, progress: Progress = lambda _: None, sample: int | None = None) -> Verified:
+    """Check the result in `out`, and with `against` its tensors against the source. Raises VerifyError.
+
+    Values are checked of `sample` tensors (None: of all): quantized ones must decode to finite numbers whose codes are
+    the same again, and against the source they must have the error that was reported.
+    """
+    manifest = read_manifest(out)
+    if damaged := damaged_files(out, manifest, progress):
+        problems = [*damaged.values(), *_by_name(out, manifest, damaged)]
+        raise VerifyError(f"{out}: {len(damaged)} file(s) are not as they were written", problems)
     checkpoint = Checkpoint.open(out)
     target = runtimes.find(manifest["runtime"])
     stored, problems = open_stored(checkpoint, target)
@@ -65,61 +61,52 @@ def verify(out: Path, against: Path | None = None, progress: Progress = lambda _
     problems += [*checkpoint.anomalies, *more]
     if problems:
         raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
-    with one_torch_thread(), Files() as files:
-        problems = list(_value_problems(stored, files))
+    chosen = stored if sample is None else _sample(stored, rows, sample)
+    with one_torch_thread(), Files(checkpoint.stamps) as files:
+        problems = list(_value_problems(chosen, files))
         if against is not None:
-            problems += _against(stored, rows, target, files, Checkpoint.open(against))
+            problems += _against(stored, chosen, rows, target, files, Checkpoint.open(against))
+        files.check()
     if problems:
         raise VerifyError(f"{out}: {len(problems)} tensor(s) are not as reported", problems)
     quantized = sum(not isinstance(s.codec, Keep) for s in stored)
-    return Verified(len(manifest["files"]), len(stored), quantized, against is not None)
+    return Verified(len(manifest["files"]), len(stored), quantized, len(chosen), against is not None)
 
 
-def _manifest(out: Path) -> dict[str, Any]:
-    if not (out / MANIFEST).is_file():
-        begun = (out / STATE).is_dir()
-        raise OutputError(
-            f"{out}: is not finished; run the same command again"
-            if begun
-            else f"{out}: has no {MANIFEST}; it was not made by ernie-quant"
-        )
-    manifest = read_object(out / MANIFEST)
-    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("runtime"), str):
-        raise OutputError(f"{out / MANIFEST}: lacks files or runtime")
-    return manifest
-
-
-def _has_report(manifest: dict[str, Any]) -> bool:
+def _has_report(manifest: Mapping[str, Any]) -> bool:
     """All have one but the resharded files of others, whose errors nobody measured."""
-    recipe = manifest.get("recipe")
-    resharded = isinstance(recipe, dict) and str(recipe.get("name")).startswith(RESHARD)
-    return FILENAME in manifest["files"] or not resharded
+    return FILENAME in manifest["files"] or not str(manifest["recipe"].get("name")).startswith(RESHARD)
 
 
-def _file_problems(out: Path, manifest: dict[str, Any], progress: Progress) -> Iterator[str]:
-    for name, entry in manifest["files"].items():
-        try:
-            path = inside(out, name, MANIFEST)
-        except CheckpointError as error:
-            yield str(error)
-            continue
-        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
-            yield f"{name}: has {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"
-        elif (digest := _sha256(path, progress)) != entry.get("sha256"):
-            yield f"{name}: its sha256 is {digest[:16]}…, the manifest says {str(entry.get('sha256'))[:16]}…"
-    for path in sorted(p for folder in weight_folders(out) for p in folder.iterdir()):
-        name = path.relative_to(out).as_posix()
-        if path.suffix in by_suffix() and name not in manifest["files"]:
-            yield f"{name}: is not in the manifest"
+def _by_name(out: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str]) -> list[str]:
+    """The weights that are not as they were written, as far as headers and report can still be read."""
+    entries = manifest["files"]
+    suspects = {
+        out / n for n in damaged if n in entries and (out / n).is_file() and (out / n).stat().st_size == entries[n]["bytes"]
+    }
+    if FILENAME in damaged or not suspects:
+        return []
+    try:
+        stored, _ = open_stored(Checkpoint.open(out), runtimes.find(manifest["runtime"]))
+        rows, _ = _reports(out, stored)
+        with Files() as files:
+            return list(damaged_weights(stored, rows, files, suspects))
+    except ErnieQuantError as error:
+        return [f"which weights are damaged cannot be said: {error}"]
 
 
-def _sha256(path: Path, progress: Progress) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(CHUNK):
-            digest.update(data)
-            progress(len(data))
-    return digest.hexdigest()
+def _sample(stored: list[Stored], rows: Mapping[str, TensorReport], count: int) -> list[Stored]:
+    """About `count` weights: of every role and codec its share, at even distances, and the one that lost most."""
+    groups: dict[tuple[str, str], list[Stored]] = {}
+    for entry in stored:
+        groups.setdefault((entry.rule.role, entry.codec.describe()), []).append(entry)
+    chosen = []
+    for members in groups.values():
+        share = max(1, count * len(members) // len(stored))
+        places = {i * len(members) // share for i in range(share)}
+        worst = max(range(len(members)), key=lambda i: rows[members[i].name].rel_error if rows else 0.0)
+        chosen += [members[i] for i in sorted(places | {worst})]
+    return chosen
 
 
 def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], list[str]]:
@@ -145,37 +132,53 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
     return rows, problems
 
 
-def _value_problems(stored: list[Stored], files: Files) -> Iterator[str]:
-    """Quantized weights must decode to finite numbers; what every rank has must be the same in all."""
-    for entry in stored:
-        if not isinstance(entry.codec, Keep):
-            for rows in entry.slabs():
-                if not bool(entry.read(files, rows).isfinite().all()):
-                    yield f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
-                    break
-        elif any(isinstance(part, Same) for part in entry.parts.values()):
-            try:
-                for rows in entry.slabs():
-                    entry.read(files, rows)
-            except CheckpointError as error:
-                yield str(error)
+def _value_problems(chosen: list[Stored], files: Files) -> Iterator[str]:
+    """Quantized weights must decode to finite numbers, and those to the same codes; copies in ranks must agree."""
+    for entry in chosen:
+        copied = any(isinstance(part, Same) for part in entry.parts.values())
+        if isinstance(entry.codec, Keep) and not copied:
+            continue
+        try:
+            problems = (_slab_problem(entry, files, rows) for rows in entry.slabs())
+            if problem := next(filter(None, problems), None):
+                yield problem
+        except CheckpointError as error:
+            yield str(error)
+
+
+def _slab_problem(entry: Stored, files: Files, rows: tuple[int, int]) -> str | None:
+    import torch
+
+    encoded = entry.encoded(files, rows)
+    weight = entry.codec.decode(encoded)
+    if isinstance(entry.codec, Keep):
+        return None
+    if not bool(weight.isfinite().all()):
+        return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
+    again = entry.codec.recode(weight, encoded)["codes"]
+    if not torch.equal(again.view(torch.uint8), encoded["codes"].view(torch.uint8)):
+        return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to weights whose codes are others; no codec wrote these"
+    return None
 
 
 def _against(
-    stored: list[Stored], rows: Mapping[str, TensorReport], target: ModuleType, files: Files, source: Checkpoint
-) -> list[str]:
+    stored: list[Stored], chosen: list[Stored], rows: Mapping[str, TensorReport], target: ModuleType, files: Files,
+    source: Checkpoint,
+) -> list[str]:  # fmt: skip
     """Kept tensors have the source's bytes; decoded ones have the error that was reported; none is missing."""
     quantized = bool(source.config.get("quantization_config"))  # the result was dequantized from it
     table = resolve_quantized(source) if quantized else resolve(source, frozenset(names.FIXES))
     if table.problems:
         raise VerifyError(f"{source.folder}: the source itself has {len(table.problems)} problem(s)", table.problems)
     weights = {w.name: w for w in table.map.write(table.weights, target.LAYOUT)}
-    found = {s.name: s for s in stored}
-    problems = [f"{name}: is in the source, not in the result" for name in weights.keys() - found.keys()]
-    problems += [f"{name}: is in the result, not in the source" for name in found.keys() - weights.keys()]
-    for name in sorted(weights.keys() & found.keys(), key=names.natural):
+    found = {s.name for s in stored}
+    problems = [f"{name}: is in the source, not in the result" for name in weights.keys() - found]
+    problems += [f"{name}: is in the result, not in the source" for name in found - weights.keys()]
+    for entry in chosen:
+        if entry.name not in weights:
+            continue
         try:
-            problem = _difference(found[name], weights[name], rows.get(name), files)
+            problem = _difference(entry, weights[entry.name], rows.get(entry.name), files)
         except ErnieQuantError as error:
             problem = str(error)
         if problem:
@@ -218,4 +221,4 @@ def _difference(entry: Stored, weight: Weight, row: TensorReport | None, files: 
 
 def as_json(result: Verified) -> dict[str, Any]:
     """For --json."""
-    return json.loads(json.dumps({"status": "verified", **result.__dict__}))  # type: ignore[no-any-return]
+    return {"status": "verified", **asdict(result)}

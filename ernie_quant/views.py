@@ -10,11 +10,11 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef, TensorSpec
+from ernie_quant.checkpoint import ITEMSIZE, Extent, Stamp, TensorRef, TensorSpec
 from ernie_quant.errors import CheckpointError
 from ernie_quant.lazy import Cat, Cut, Decoded, Fold, Leaf, Readable, Same, T, Unfold, View
 
@@ -118,9 +118,13 @@ def refs(view: View) -> list[TensorRef]:
 
 
 class Files:
-    """Open files, read at offsets: safe for several threads, closed together."""
+    """Open files, read at offsets: safe for several threads, closed together.
 
-    def __init__(self) -> None:
+    A file of which there is a stamp must be the one that was stamped, when it is opened and when `check` is called.
+    """
+
+    def __init__(self, stamps: Mapping[Path, Stamp] | None = None) -> None:
+        self._stamps = stamps or {}
         self._fds: dict[Path, int] = {}
         self._counts: dict[tuple[Path, Extent], list[int]] = {}
 
@@ -133,12 +137,26 @@ class Files:
         self._fds.clear()
 
     def fd(self, path: Path) -> int:
-        """The descriptor of `path`, opened on first use."""
+        """The descriptor of `path`, opened on first use. Raises CheckpointError."""
         if path not in self._fds:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            except OSError as error:
+                raise CheckpointError(f"{path}: was there when the run began, and now: {error.strerror}") from None
+            if path in self._stamps:
+                try:
+                    self._stamps[path].check(path, fd)
+                except CheckpointError:
+                    os.close(fd)
+                    raise
             if self._fds.setdefault(path, fd) != fd:
                 os.close(fd)  # another thread was first
         return self._fds[path]
+
+    def check(self) -> None:
+        """Are the files that were read still the same? Raises CheckpointError."""
+        for path in self._fds.keys() & self._stamps.keys():
+            self._stamps[path].check(path)
 
     def read_into(self, ref: TensorRef, buffer: memoryview, at: int) -> None:
         """Fill `buffer` from byte `at` of the tensor's payload. Raises CheckpointError."""

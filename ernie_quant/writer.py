@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,21 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
+
+
+def joint_crc32(parts: Iterable[int]) -> str:
+    """One checksum, 8 hex digits, for a weight of several stored tensors: the crc32 of their crc32s, by name."""
+    return f"{zlib.crc32(b''.join(part.to_bytes(4, 'little') for part in parts)):08x}"
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
+    """The hash of a file on disk."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+            progress(len(data))
+    return digest.hexdigest()
 
 
 def fsync_folder(folder: Path) -> None:
@@ -77,7 +93,8 @@ class ShardWriter:
         self._next: str | None = next(self._order, None)
         self._hash = hashlib.sha256(head)
         self._hashed = len(head)
-        self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._crc32 = dict.fromkeys(specs, 0)
+        self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             self._put(memoryview(head), 0)
         except OSError:
@@ -121,8 +138,7 @@ class ShardWriter:
                 self._put(data[i * run : (i + 1) * run], at + i * row)
         self._missing[name] -= len(data)
         if at == self._hashed and axis == 0:
-            self._hash.update(data)
-            self._hashed += len(data)
+            self._digest(name, data)
         self._catch_up()
 
     def _put(self, data: memoryview, at: int) -> None:
@@ -130,14 +146,22 @@ class ShardWriter:
             done = os.pwrite(self._fd, data, at)
             data, at = data[done:], at + done
 
+    def _digest(self, name: str, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        self._crc32[name] = zlib.crc32(data, self._crc32[name])
+        self._hashed += len(data)
+
+    def crc32(self, names: Iterable[str]) -> str:
+        """`joint_crc32` of stored tensors."""
+        return joint_crc32(self._crc32[name] for name in sorted(names))
+
     def _catch_up(self) -> None:
         """Hash what was written before its turn."""
         while self._next is not None and not self._missing[self._next]:
             stop = self._start[self._next] + self.specs[self._next].nbytes
             while self._hashed < stop:
                 data = os.pread(self._fd, min(CHUNK, stop - self._hashed), self._hashed)
-                self._hash.update(data)
-                self._hashed += len(data)
+                self._digest(self._next, data)
             self._next = next(self._order, None)
 
     def close(self) -> str:

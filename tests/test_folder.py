@@ -40,7 +40,7 @@ def test_a_sharded_folder_is_one_checkpoint(sharded: Path) -> None:
     assert {name: ref.file.name for name, ref in checkpoint.refs.items()} == {"a": FILES[0], "b": FILES[1]}
     assert checkpoint.nbytes == 6 * 4 + 4 * 2
     assert checkpoint.config == CONFIG
-    assert (checkpoint.anomalies, checkpoint.notes, checkpoint.extra_files) == ((), (), ())
+    assert (checkpoint.anomalies, checkpoint.notes, checkpoint.extra_files) == ((), (), {})
 
 
 @pytest.mark.parametrize("write", [write_pdparams, write_bin, write_safetensors])

@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lasting(folder: Path) -> dict[str, bytes]:
     """All files but those that name the folder and what it was made from."""
-    named = ("README.md", "README.source.md", "ernie-quant.json")
+    named = ("README.md", "README.source.md", "ernie-quant.json", "SHA256SUMS")
     return {name: data for name, data in contents(folder).items() if name not in named}
 
 
@@ -363,8 +363,9 @@ def test_one_changed_byte_of_one_rank_is_found(place: str, folder: Path, tmp_pat
     poke(out / place, name, bytes([first_byte(out / place, name) ^ 1]))
     with pytest.raises(VerifyError) as error:
         verify(out)
-    (line,) = error.value.problems
-    assert line.startswith(f"{place}/model.safetensors: its sha256 is ")
+    file, weight = error.value.problems
+    assert file.startswith(f"{place}/model.safetensors: its sha256 is ")
+    assert weight.startswith(name.replace("quant_weight", "weight: its stored bytes are not those that were written"))
     sealed(out)
     verify(out)  # nothing but the source can tell
     with pytest.raises(VerifyError) as error:

@@ -24,6 +24,7 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import OutputError, RetryError
+from ernie_quant.output import BYTES_PER_TENSOR
 from ernie_quant.plan import Plan, file_metadata, make_plan
 from ernie_quant.run import run_plan
 from ernie_quant.writer import header_bytes
@@ -333,9 +334,9 @@ def test_a_second_run_is_refused_and_harms_nothing(options: tuple[str, ...], com
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned()
-    free = plan.disk_bytes - 1
+    free = plan.disk_bytes + BYTES_PER_TENSOR * len(plan.steps) - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    with pytest.raises(RetryError, match="more, the disk has"):
+    with pytest.raises(RetryError, match="more than the disk has free"):
         run_plan(plan, tmp_path / "new/out")
     assert list(tmp_path.iterdir()) == []
     free += 1
@@ -346,7 +347,7 @@ def test_space_that_finished_files_take_is_not_needed_again(tmp_path: Path, monk
     plan = planned()
     with pytest.raises(Killed):
         run_plan(plan, tmp_path / "out", progress=stop_in_second_shard(plan))
-    free = plan.disk_bytes - (tmp_path / "out" / plan.shards[0].filename).stat().st_size
+    free = plan.disk_bytes + BYTES_PER_TENSOR * len(plan.steps) - (tmp_path / "out" / plan.shards[0].filename).stat().st_size
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     run_plan(plan, tmp_path / "out")
 

@@ -14,12 +14,14 @@ import pytest
 import torch
 from models import GOLDEN, copy, random_model, tensors, write
 from safetensors.torch import save_file
+from test_run import OF_128S
 
 from ernie_quant import names, recipe
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ErnieQuantError, OutputError, VerifyError
+from ernie_quant.manifest import sums
 from ernie_quant.readers.safetensors import read_header
 from ernie_quant.verify import Verified, verify
 
@@ -45,9 +47,9 @@ def everything(codec: Codec, **options: Any) -> recipe.Recipe:
 def test_a_conversion_is_verified(family: str, runtime: str, tmp_path: Path) -> None:
     write(GOLDEN / family / "paddle", tmp_path / "out", runtime, shard_bytes=100_000)
     count = len(tensors(tmp_path / "out"))
-    files = len([p for p in (tmp_path / "out").iterdir() if p.name != "ernie-quant.json"])
-    assert verify(tmp_path / "out") == Verified(files, count, quantized=0, against=False)
-    assert verify(tmp_path / "out", GOLDEN / family / "paddle") == Verified(files, count, quantized=0, against=True)
+    files = len([p for p in (tmp_path / "out").iterdir() if p.name not in ("ernie-quant.json", "SHA256SUMS")])
+    assert verify(tmp_path / "out") == Verified(files, count, 0, count, against=False)
+    assert verify(tmp_path / "out", GOLDEN / family / "paddle") == Verified(files, count, 0, count, against=True)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +123,9 @@ def sealed(folder: Path) -> Path:
     manifest = json.loads(file.read_text())
     for name in manifest["files"]:
         data = (folder / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["files"][name] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     file.write_text(json.dumps(manifest))
+    (folder / "SHA256SUMS").write_text(sums(manifest["files"], file.read_bytes()))
     return folder
 
 
@@ -155,8 +158,80 @@ def first_byte(folder: Path, name: str) -> int:
 
 def test_a_flipped_byte_breaks_the_hash(out: Path) -> None:
     poke(out, f"{EXPERT}.weight_packed", bytes([first_byte(out, f"{EXPERT}.weight_packed") ^ 1]))
+    file, weight = refused(out)
+    assert re.fullmatch(r"model\.safetensors: its sha256 is [0-9a-f]{16}…, the manifest says [0-9a-f]{16}…", file)
+    said = "its stored bytes are not those that were written (crc32 [0-9a-f]{8}, the report says [0-9a-f]{8})"
+    assert re.fullmatch(re.escape(f"{EXPERT}.weight: {said}").replace(re.escape("[0-9a-f]{8}"), "[0-9a-f]{8}"), weight)
+
+
+def test_of_many_weights_the_changed_ones_are_named_and_no_others(out: Path) -> None:
+    names = [f"model.layers.{layer}.mlp.experts.{e}.{p}_proj" for layer, e, p in ((1, 0, "gate"), (1, 2, "up"), (2, 1, "down"))]
+    for name in names:
+        poke(out, f"{name}.weight_packed", bytes([first_byte(out, f"{name}.weight_packed") ^ 0x10]))
+    poke(out, "model.norm.weight", bytes([first_byte(out, "model.norm.weight") ^ 1]))
+    named = {line.partition(":")[0] for line in refused(out)[1:]}
+    assert named == {*(f"{name}.weight" for name in names), "model.norm.weight"}
+
+
+def test_a_damaged_header_is_named_by_its_file(out: Path) -> None:
+    with open(out / "model.safetensors", "r+b") as opened:
+        opened.seek(9)
+        opened.write(b"!")
+    file, why = refused(out)
+    assert file.startswith("model.safetensors: its sha256 is ")
+    assert why.startswith("which weights are damaged cannot be said: model.safetensors: header is not valid JSON")
+
+
+def test_a_changed_list_of_hashes_is_noticed(out: Path) -> None:
+    lines = (out / "SHA256SUMS").read_text().splitlines()
+    (out / "SHA256SUMS").write_text("\n".join(["0" * 64 + lines[0][64:], *lines[1:]]) + "\n")
+    assert refused(out) == [f"SHA256SUMS: disagrees with the manifest about {lines[0][66:]}"]
+    (out / "SHA256SUMS").unlink()
+    assert refused(out) == ["SHA256SUMS: named by the result, but is not there"]
+
+
+def test_a_changed_manifest_is_noticed(out: Path) -> None:
+    text = (out / "ernie-quant.json").read_text()
+    (out / "ernie-quant.json").write_text(text.replace('"version"', '"version" '))
+    assert refused(out) == ["SHA256SUMS: disagrees with the manifest about ernie-quant.json"]
+
+
+def test_codes_that_no_codec_writes_are_found_without_the_source(tmp_path: Path) -> None:
+    """FastDeploy's WINT4 has no code -8: a file with one decodes, but nothing that encodes made it."""
+    source = random_model(tmp_path / "src", names.PADDLE, **OF_128S)
+    out = tmp_path / "out"
+    write(source, out, "fastdeploy", recipe=recipe.container("wint4", None))
+    verify(out)
+    name = next(n for n in sorted(tensors(out)) if "experts" in n and n.endswith("quant_weight"))
+    poke(out, name, bytes(4))  # codes are stored 8 higher
+    sealed(out)
     (line,) = refused(out)
-    assert re.fullmatch(r"model\.safetensors: its sha256 is [0-9a-f]{16}…, the manifest says [0-9a-f]{16}…", line)
+    said = "decode to weights whose codes are others; no codec wrote these"
+    assert re.fullmatch(rf".*experts.*\.weight: rows 0 to \d+ {said}", line)
+
+
+# --- a sample --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_has_weights_of_every_role_and_codec(out: Path) -> None:
+    few, every = verify(out, sample=10), verify(out)
+    assert every.sampled == every.tensors == few.tensors
+    assert 10 <= few.sampled < every.tensors / 2
+    assert verify(out, sample=10**6) == every
+
+
+def test_the_weight_that_lost_most_is_in_every_sample(out: Path) -> None:
+    rows = json.loads((out / "report.json").read_text())["tensors"]
+    worst = max(rows, key=lambda row: row["rel_error"])
+    edit(out, "report.json", lambda table: next(r for r in table["tensors"] if r["name"] == worst["name"]).update(rel_error=0.5))
+    with pytest.raises(VerifyError, match=f"{worst['name']}: its relative error is"):
+        verify(out, SOURCE, sample=1)
+
+
+def test_without_values_looked_at_a_changed_byte_is_still_found(out: Path) -> None:
+    poke(out, f"{EXPERT}.weight_packed", bytes([first_byte(out, f"{EXPERT}.weight_packed") ^ 1]))
+    with pytest.raises(VerifyError, match=f"{EXPERT}.weight: its stored bytes"):
+        verify(out, sample=1)
 
 
 def test_a_file_cut_short_is_named_with_both_sizes(out: Path) -> None:

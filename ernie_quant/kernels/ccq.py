@@ -75,11 +75,12 @@ def decode(encoded: dict[str, torch.Tensor]) -> torch.Tensor:
 def recode(weight: torch.Tensor, encoded: dict[str, torch.Tensor]) -> torch.Tensor:
     """The bytes nearest to a weight [out, in] in logical order, at the scales of `encoded`: uint8 [out, in/4]."""
     stored = weight.float().reshape(len(weight), -1, GROUP)[:, :, stored_order()].flatten(1)
-    pairs, pair = torch.stack([encoded["code_scale"], encoded["code_zp"]], 1).unique(dim=0, return_inverse=True)
+    scales = np.stack([encoded["code_scale"].numpy(), encoded["code_zp"].numpy()], 1)
+    pairs, pair = np.unique(scales, axis=0, return_inverse=True)
     codes = torch.empty((stored.shape[0], stored.shape[1] // 4), dtype=torch.uint8)
     tables = score_tables([(float(scale), float(zp)) for scale, zp in pairs]).numpy()
     local, top = encoded["local_scale"].contiguous().numpy(), encoded["super_scale"].float().numpy()
-    _recode(stored.numpy(), tables, pair.numpy(), local, top, codes.numpy())
+    _recode(stored.numpy(), tables, pair.reshape(-1), local, top, codes.numpy())
     return codes
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ernie_quant.checkpoint import Checkpoint, Rank, TensorRef
+from ernie_quant.checkpoint import Checkpoint, Rank, Stamp, TensorRef
 from ernie_quant.errors import CheckpointError
 from ernie_quant.jsonio import read_object
 from ernie_quant.readers import by_suffix, read_header
@@ -22,6 +22,8 @@ WEIGHTS = (
 MTP_FOLDER = "mtp"
 RANK_FOLDER = re.compile(r"rank(\d+)")
 RANK_PICKLE = re.compile(r"model_state\.tp(\d+)\.pdparams")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+DOWNLOADS = ".cache/huggingface/download"
 OF_COUNT = re.compile(r"-of-(\d{5})\.")
 # never carried along: what is written anew, other weights, and what a version control or download client left
 OWN_FILES = {"config.json", "ernie-quant.json", "report.json", "SHA256SUMS", *INDEXES}
@@ -39,7 +41,27 @@ def open_folder(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: holds no weights (model*.safetensors, model_state.pdparams or pytorch_model*.bin)")
     used = {file for rank in ranks for file in rank.files}
     extra, notes = _extra_files(folder, used)
-    return Checkpoint(folder, config, ranks, tuple(anomalies), tuple(notes), extra)
+    revision = _revision(folder, [*used, folder / "config.json"])
+    return Checkpoint(folder, config, ranks, tuple(anomalies), tuple(notes), extra, revision)
+
+
+def _revision(folder: Path, files: Iterable[Path]) -> str:
+    """The commit that a download client says all of `files` come from; empty where it says nothing or several.
+
+    huggingface_hub keeps it in the name of a snapshot folder, or (`--local-dir`) in the first line of a .metadata file.
+    """
+    if folder.resolve().parent.name == "snapshots" and COMMIT.fullmatch(folder.resolve().name):
+        return folder.resolve().name
+    found = set()
+    for file in files:
+        try:
+            note = inside(folder, f"{DOWNLOADS}/{file.relative_to(folder).as_posix()}.metadata", "the folder")
+            with open(note, "rb") as opened:
+                found.add(opened.readline(80).decode("ascii").strip())
+        except (CheckpointError, OSError, ValueError):
+            return ""
+    commit = found.pop() if len(found) == 1 else ""
+    return commit if COMMIT.fullmatch(commit) else ""
 
 
 def _with_mtp(rank: Rank, root: Path, folder: Path, anomalies: list[str]) -> Rank:
@@ -49,7 +71,7 @@ def _with_mtp(rank: Rank, root: Path, folder: Path, anomalies: list[str]) -> Ran
         return rank
     mtp = _read_rank(root, (place, None), anomalies)
     refs = {name: ref for name, ref in mtp.refs.items() if ".mtp_" in name and name not in rank.refs}
-    return Rank(rank.refs | refs, (*rank.files, *mtp.files))
+    return Rank(rank.refs | refs, {**rank.files, **mtp.files})
 
 
 def inside(folder: Path, name: str, who: str) -> Path:
@@ -100,7 +122,7 @@ def _read_rank(root: Path, where: tuple[Path, re.Pattern[str] | None], anomalies
     weight_map = _weight_map(folder, index) if index else None
     names = sorted(set(weight_map.values())) if weight_map is not None else _weight_files(folder, pattern, anomalies)
     refs: dict[str, TensorRef] = {}
-    files = []
+    files: dict[Path, Stamp] = {}
     for name in names:
         try:
             path = inside(folder, name, index.name if index else "the folder")
@@ -109,14 +131,14 @@ def _read_rank(root: Path, where: tuple[Path, re.Pattern[str] | None], anomalies
                 raise
             anomalies.append(str(error))
             continue
-        files.append(path)
+        files[path] = Stamp.of(path)
         for ref in read_header(path):
             if ref.name in refs:
                 anomalies.append(f"{ref.name}: stands in {refs[ref.name].file.name} and again in {path.name}")
             refs[ref.name] = ref
     if weight_map is not None:
         anomalies.extend(_index_anomalies(weight_map, refs, {f.name for f in files}))
-    return Rank(refs, tuple(files))
+    return Rank(refs, files)
 
 
 def _weight_map(folder: Path, index: Path) -> dict[str, str]:
@@ -155,7 +177,7 @@ def _index_anomalies(weight_map: dict[str, str], refs: dict[str, TensorRef], fil
             yield f"{name}: is in {ref.file.name}, the index does not name it"
 
 
-def _extra_files(folder: Path, used: set[Path]) -> tuple[tuple[Path, ...], list[str]]:
+def _extra_files(folder: Path, used: set[Path]) -> tuple[dict[Path, Stamp], list[str]]:
     """Files to carry along, and a note on what is left."""
     carried, left = [], []
     for path in sorted(folder.iterdir()):
@@ -168,4 +190,4 @@ def _extra_files(folder: Path, used: set[Path]) -> tuple[tuple[Path, ...], list[
             left.append(repr(path.name)[1:-1] + ("/" if path.is_dir() else ""))
         else:
             carried.append(inside(folder, path.name, "the folder"))
-    return tuple(carried), [f"not read and not carried along: {', '.join(left)}"] if left else []
+    return {file: Stamp.of(file) for file in carried}, [f"not read and not carried along: {', '.join(left)}"] if left else []

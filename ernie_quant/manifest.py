@@ -1,0 +1,54 @@
+"""The lists that describe a finished result: the manifest, the hashes, the index. No times: the same run, the same text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ernie_quant import views
+from ernie_quant.identity import fingerprint, libraries
+from ernie_quant.plan import Plan, Shard
+
+MANIFEST, SUMS = "ernie-quant.json", "SHA256SUMS"
+
+Entries = Mapping[str, Mapping[str, Any]]
+
+
+def index(shards: Sequence[Shard]) -> dict[str, Any]:
+    """model.safetensors.index.json of the files of one folder."""
+    total = sum(spec.nbytes for shard in shards for spec in shard.specs.values())
+    weight_map = {name: shard.filename.rpartition("/")[2] for shard in shards for name in shard.specs}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def manifest(plan: Plan, files: Entries) -> dict[str, Any]:
+    """`ernie-quant.json`: what was made from what, by which versions; size, hash and sources of every file."""
+    made_from = {shard.filename: {"sources": _sources(plan, shard)} for shard in plan.shards}
+    return {
+        **plan.identity,
+        "tool": "ernie-quant",
+        "libraries": libraries(),
+        "source_name": plan.origin.folder.resolve().name,
+        "fingerprint": fingerprint(plan.identity),
+        "layout": plan.layout,
+        "files": {name: {**entry, **made_from.get(name, {})} for name, entry in files.items()},
+    }
+
+
+def _sources(plan: Plan, shard: Shard) -> list[str]:
+    """Files of the source that a file of the result was made from."""
+    files = {ref.file for step in shard.steps for ref in views.refs(step.view)}
+    found = sorted(plan.source.name_of(file) for file in files)
+    if plan.quantized_by is None:
+        return found
+    return sorted(
+        {s for first in plan.quantized_by.shards if first.filename in found for s in _sources(plan.quantized_by, first)}
+    )
+
+
+def sums(files: Entries, manifest_text: bytes) -> str:
+    """SHA256SUMS, as `sha256sum -c` reads it: every file but itself."""
+    hashes = {name: str(entry["sha256"]) for name, entry in files.items()}
+    hashes[MANIFEST] = hashlib.sha256(manifest_text).hexdigest()
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
