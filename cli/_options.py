@@ -129,7 +129,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
     from ernie_quant.plan import bits_per_weight
 
     return {
-        "bytes_in": plan.source.nbytes,
+        "bytes_in": plan.origin.nbytes,
         "bytes_out": plan.nbytes,
         "disk_bytes": plan.disk_bytes,
         "bits_per_weight": round(bits_per_weight(plan), 4),

@@ -41,6 +41,7 @@ class OutputFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.state = path, path / STATE
+        self.unsplit = self.state / "unsplit"  # a result that is made only to be shared among ranks
 
     @contextmanager
     def begin(self, plan: Plan, *, restart: bool, copies: int = 1) -> Iterator[bool]:
@@ -153,6 +154,8 @@ class OutputFolder:
             _unlink(p for p in found if p.name in own or _is_shard(p) or p.name.endswith(PARTIAL))
             if folder != self.path and not any(folder.iterdir()):  # ranks that the new plan may not have; a loader reads them
                 folder.rmdir()
+        shutil.rmtree(self.unsplit, ignore_errors=True)
+        fsync_folder(self.path)
         _unlink(p for p in self.state.iterdir() if p.name not in ("lock", SWEPT))
         (self.state / SWEPT).unlink(missing_ok=True)
 
@@ -171,9 +174,8 @@ class OutputFolder:
     def _check_space(self, plan: Plan, copies: int) -> None:
         """Room for the result, counting what its files take already or will give back. Raises RetryError."""
         there = next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
-        free = shutil.disk_usage(there).free + sum(
-            p.stat().st_size for f in weight_folders(self.path) for p in f.iterdir() if _is_shard(p)
-        )
+        places = [*weight_folders(self.path), *weight_folders(self.unsplit)]
+        free = shutil.disk_usage(there).free + sum(p.stat().st_size for f in places for p in f.iterdir() if _is_shard(p))
         needed = copies * (plan.disk_bytes + BYTES_PER_TENSOR * len(plan.steps))
         if free < needed:
             missing = (needed - free) / 1e9

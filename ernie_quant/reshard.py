@@ -5,7 +5,6 @@ Every rank's tensors are cuts and joints of the stored ones, so nothing is decod
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import CheckpointError, PlanError
 from ernie_quant.identity import Identity, identity
 from ernie_quant.jsonio import read_object
-from ernie_quant.manifest import MANIFEST
 from ernie_quant.output import README, OutputFolder
 from ernie_quant.plan import SHARD_BYTES, Plan, Shard, Step, files
 from ernie_quant.recipe import KEEP_ALL
@@ -67,24 +65,19 @@ def check_size(plan: Plan, tp: int) -> None:
 
 
 def run_shared(plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress) -> RunResult:
-    """Quantize once and unsplit, in a folder beside `out`, then share among `tp` ranks: what `reshard` would make of it.
+    """Quantize once and unsplit, in the private state of `out`, then share among `tp` ranks as `reshard` would.
 
     Raises PlanError before anything is written if the widths do not fit.
     """
     check_size(plan, tp)
     known = {**plan.identity, "options": {**plan.identity["options"], "tp": tp}}
-    unsplit = out.with_name(f"{out.name}.unsplit")
     folder = OutputFolder(out)
     with folder.begin(replace(plan, identity=known), restart=restart, copies=2) as complete:
         if complete:
-            if (unsplit / MANIFEST).is_file():  # the run was stopped between its last two steps
-                shutil.rmtree(unsplit)
             return RunResult(plan, complete_before=True, reports=())
-        run_plan(plan, unsplit, workers=workers, restart=restart, progress=progress)
-        ranked = make_reshard_plan(Checkpoint.open(unsplit), tp, known=known, shard_bytes=plan.shard_bytes)
-        result = write_all(replace(ranked, quantized_by=plan), folder, workers)
-    shutil.rmtree(unsplit)
-    return result
+        run_plan(plan, folder.unsplit, workers=workers, progress=progress)
+        ranked = make_reshard_plan(Checkpoint.open(folder.unsplit), tp, known=known, shard_bytes=plan.shard_bytes)
+        return write_all(replace(ranked, quantized_by=plan), folder, workers)
 
 
 def _steps(entry: Stored, rank: int, tp: int, dims: ranks.Dims) -> list[Step]:

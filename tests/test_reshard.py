@@ -554,6 +554,18 @@ def test_bits_per_weight_count_weights_not_bytes(folder: Path) -> None:
 def test_a_run_stopped_between_its_last_two_steps_leaves_nothing_in_the_end(folder: Path, tmp_path: Path) -> None:
     out, arguments = tmp_path / "out", ("--runtime", "fastdeploy", "--tp", 2, "--quiet")
     invoke("wint4", folder / "src", out, *arguments)
-    copy(folder / "wint4/1", tmp_path / "out.unsplit")
+    (out / ".ernie-quant").mkdir()
+    copy(folder / "wint4/1", out / ".ernie-quant/unsplit")
     assert "complete" in invoke("wint4", folder / "src", out, *arguments)
-    assert not (tmp_path / "out.unsplit").exists()
+    assert not (out / ".ernie-quant").exists()
+
+
+def test_a_shared_result_names_the_source_and_not_what_was_made_in_between(folder: Path, tmp_path: Path) -> None:
+    invoke("wint4", folder / "src", tmp_path / "out", "--runtime", "fastdeploy", "--tp", 2, "--quiet")
+    found = json.loads((tmp_path / "out/ernie-quant.json").read_text())
+    assert found["source_name"] == "src"
+    assert {s for e in found["files"].values() for s in e.get("sources", ())} == {
+        p.name for p in (folder / "src").glob("*.safetensors")
+    }
+    assert "src, quantized (wint4)" in (tmp_path / "out/README.md").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
