@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
 
-source = click.argument("src", type=FOLDER)
+
+class Source(click.ParamType):
+    """A folder, or an address on a hub: `hf://org/name@revision`."""
+
+    name = "source"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """An address stays text."""
+        return value if isinstance(value, Path) or "://" in value else Path(value)
+
+
+source = click.argument("src", type=Source())
 out = click.argument("out", type=FOLDER)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON result on stdout.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="No progress, no report on the terminal.")
@@ -46,6 +57,7 @@ def write_options(command: F) -> F:
             click.option("--dry-run", is_flag=True, help="Show what would happen to each group of tensors; write nothing."),
             click.option("--restart", is_flag=True, help="Drop what an earlier run left in OUT and begin anew."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: one per processor, at most 8]"),
+            click.option("--disk-budget", type=Size(), help="Bytes of a hub's files on disk at a time.  [default: the least]"),
             click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
             quiet, json_option,
         ]
@@ -88,7 +100,7 @@ class Size(click.ParamType):
 
 
 def execute(
-    src: Path, out: Path, rules: Recipe, runtime: str, *, max_shard_size: int, vl_config: str, copy_code: bool,
+    src: Path | str, out: Path, rules: Recipe, runtime: str, *, max_shard_size: int, vl_config: str, copy_code: bool,
     fixes: tuple[str, ...], unsupported: bool = False, dequantize: bool = False, tp: int = 1, **options: Any,
 ) -> None:  # fmt: skip
     """Plan, then run, then say what happened."""
@@ -103,8 +115,9 @@ def execute(
 
 
 def run(
-    plan: Plan, out: Path, *, dry_run: bool, restart: bool, workers: int | None, quiet: bool, as_json: bool, tp: int = 1
-) -> None:
+    plan: Plan, out: Path, *, dry_run: bool, restart: bool, workers: int | None, quiet: bool, as_json: bool, tp: int = 1,
+    disk_budget: int | None = None,
+) -> None:  # fmt: skip
     """Show a plan, or run it and say what happened."""
     from ernie_quant.reshard import check_size, run_shared
     from ernie_quant.run import run_plan
@@ -118,10 +131,8 @@ def run(
     return_freed_memory()
     total = sum(step.spec.nbytes for step in plan.steps)
     with progress_bar(total, "bytes", quiet) as progress:
-        if tp > 1:
-            result = run_shared(plan, out, tp, workers=workers or 0, restart=restart, progress=progress)
-        else:
-            result = run_plan(plan, out, workers=workers or 0, restart=restart, progress=progress)
+        how: dict[str, Any] = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget, "progress": progress}
+        result = run_shared(plan, out, tp, **how) if tp > 1 else run_plan(plan, out, **how)
     _show_result(result, out, quiet, as_json)
 
 
@@ -206,7 +217,15 @@ unsupported = click.option(
 
 
 def quantize_container(
-    name: str, wint4_layers: int | None, src: Path, out: Path, *, experts_only: bool, scale: str, effort: int, **options: Any
+    name: str,
+    wint4_layers: int | None,
+    src: Path | str,
+    out: Path,
+    *,
+    experts_only: bool,
+    scale: str,
+    effort: int,
+    **options: Any,
 ) -> None:
     """`wint2`, and `wint4` for FastDeploy."""
     from ernie_quant import recipe
@@ -218,14 +237,14 @@ def quantize_container(
     execute(src, out, rules, "fastdeploy", **options)
 
 
-def quantize_integers(bits: int, src: Path, out: Path, *, group_size: str, scale: str, **options: Any) -> None:
+def quantize_integers(bits: int, src: Path | str, out: Path, *, group_size: str, scale: str, **options: Any) -> None:
     """`wint4` and `wint8` for vLLM and transformers."""
     group = int(group_size) if group_size.isdigit() else group_size
     built_in(f"wint{bits}", "rtn", {"bits": bits, "group_size": group, "scale": scale}, src, out, **options)
 
 
 def built_in(
-    name: str, codec: str, settings: dict[str, Any], src: Path, out: Path, *, experts_only: bool, mtp: bool,
+    name: str, codec: str, settings: dict[str, Any], src: Path | str, out: Path, *, experts_only: bool, mtp: bool,
     keep_unfit: bool, runtime: str, **options: Any,
 ) -> None:  # fmt: skip
     """A short command: one codec, and what it is for."""

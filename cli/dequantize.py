@@ -14,7 +14,7 @@ from ernie_quant.cli import _options
 @_options.out
 @_options.to_layout
 @_options.run_options
-def command(src: Path, out: Path, layout: str, **options: Any) -> None:
+def command(src: Path | str, out: Path, layout: str, **options: Any) -> None:
     """Turn a quantized checkpoint back into a plain bf16 one, with the weights that its runtime computes with.
 
     Reads every format that this tool writes, and FastDeploy's published WINT2 files. This is how a 2-bit model is

@@ -14,7 +14,7 @@ from ernie_quant.cli.main import print_json
 @_options.source
 @_options.fix
 @_options.json_option
-def command(src: Path, fixes: tuple[str, ...], as_json: bool) -> None:
+def command(src: Path | str, fixes: tuple[str, ...], as_json: bool) -> None:
     """Show what a checkpoint is, where its bytes are, and what is wrong with it.
 
     Reads headers and config.json only. Exits with 1 if there is any anomaly.

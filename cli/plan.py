@@ -26,7 +26,7 @@ from ernie_quant.cli.main import print_json
 @click.option("--wint4-layers", type=click.IntRange(0, 1000), default=7, show_default=True, help="As in wint2.")
 @_options.json_option
 def command(
-    src: Path, recipe_file: Path | None, gpu_memory: int, utilization: float, reserve: int, max_model_len: int,
+    src: Path | str, recipe_file: Path | None, gpu_memory: int, utilization: float, reserve: int, max_model_len: int,
     max_num_seqs: int, kv_dtype: str, wint4_layers: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Show how many GPUs a checkpoint takes in each format. Reads headers only; the MTP block is not counted.

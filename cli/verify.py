@@ -14,7 +14,7 @@ SAMPLE = 100
 
 @click.command()
 @_options.out
-@click.option("--against", type=_options.FOLDER, help="The source: compare every tensor with it.")
+@click.option("--against", type=_options.Source(), help="The source: compare every tensor with it.")
 @click.option(
     "--sample", type=click.IntRange(1), default=SAMPLE, show_default=True,
     help="About so many tensors' values are checked, of every role and codec its share.",
@@ -22,7 +22,7 @@ SAMPLE = 100
 @click.option("--full", is_flag=True, help="Check the values of all tensors.")
 @_options.quiet
 @_options.json_option
-def command(out: Path, against: Path | None, sample: int, full: bool, quiet: bool, as_json: bool) -> None:
+def command(out: Path, against: Path | str | None, sample: int, full: bool, quiet: bool, as_json: bool) -> None:
     """Read a result back from disk: hashes, index, headers, config and values must agree.
 
     Every file is hashed; a changed byte is reported with the name of its weight. Of a sample, or of all with --full,
@@ -45,7 +45,7 @@ def command(out: Path, against: Path | None, sample: int, full: bool, quiet: boo
     click.echo(f" {_compared(result.sampled, result.tensors, against)}")
 
 
-def _compared(sampled: int, tensors: int, against: Path | None) -> str:
+def _compared(sampled: int, tensors: int, against: Path | str | None) -> str:
     if against is None:
         return "All values are sound." if sampled == tensors else f"The values of {sampled} are sound."
     return f"Every tensor agrees with {against}." if sampled == tensors else f"{sampled} tensors agree with {against}."

@@ -26,7 +26,7 @@ from ernie_quant.cli import _options
 @_options.scale
 @_options.unsupported
 @_options.run_options
-def command(src: Path, out: Path, runtime: str, wint4_layers: int, effort: str, **options: Any) -> None:
+def command(src: Path | str, out: Path, runtime: str, wint4_layers: int, effort: str, **options: Any) -> None:
     """Quantize the experts to 2 bits (CCQ), for FastDeploy.
 
     Paddle layout: experts WINT2 or, in the first layers, WINT4; every other linear WINT8; router, norms, embeddings

@@ -29,7 +29,7 @@ PT_ONLY = ("group_size", "mtp", "keep_unfit")
 @_options.unsupported
 @_options.run_options
 @click.pass_context
-def command(ctx: click.Context, src: Path, out: Path, runtime: str, **options: Any) -> None:
+def command(ctx: click.Context, src: Path | str, out: Path, runtime: str, **options: Any) -> None:
     """Quantize to int4, for vLLM and transformers, or for FastDeploy.
 
     Without --experts-only, shared experts, attention and dense FFN linears are quantized too. Router, norms,

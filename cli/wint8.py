@@ -19,7 +19,7 @@ from ernie_quant.cli import _options
 @_options.mtp
 @_options.keep_unfit
 @_options.run_options
-def command(src: Path, out: Path, **options: Any) -> None:
+def command(src: Path | str, out: Path, **options: Any) -> None:
     """Quantize to int8, for vLLM and transformers.
 
     Without --experts-only, shared experts, attention and dense FFN linears are quantized too. Router, norms,

@@ -21,7 +21,7 @@ def readme(plan: Plan, rows: Sequence[TensorReport], name: str) -> str:
     """Markdown. The commands name the folder as it is called now."""
     quantized = any(r.codec != "kept" for r in rows)
     verb = f"quantized ({plan.recipe.name})" if quantized else f"converted to {plan.layout}"
-    source = plan.origin.folder.resolve().name
+    source = plan.origin.title
     sizes = f"{plan.origin.nbytes / 1e9:.2f} GB became {plan.nbytes / 1e9:.2f} GB, {bits_per_weight(plan):.2f} bits per weight."
     parts = [f"# {name}\n\n{source}, {verb} by ernie-quant {ernie_quant.__version__}. {sizes}"]
     for runtime, command in run_commands(plan, Path(name)):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ernie_quant.errors import CheckpointError
 
@@ -93,6 +94,45 @@ class Rank:
     files: Mapping[Path, Stamp]
 
 
+class Supply(Protocol):
+    """Brings weight files that are not in the folder yet."""
+
+    def stream(self, needs: Sequence[Sequence[Path]], budget: int | None) -> AbstractContextManager[Delivery]:
+        """Bring `needs[0]`, `needs[1]`, … in this order, with at most `budget` bytes of them on disk."""
+        ...
+
+
+class Delivery(Protocol):
+    """Files that are on their way."""
+
+    @property
+    def stamps(self) -> Mapping[Path, Stamp]:
+        """Of files that may change under our feet; none of those that come with a hash."""
+        ...
+
+    def path(self, path: Path) -> Path:
+        """Where the bytes of a file lie; waits for them."""
+        ...
+
+    def done(self, number: int) -> None:
+        """`needs[number]` have been used."""
+        ...
+
+
+@dataclass(frozen=True)
+class Here:
+    """The delivery of a folder, whose files are there."""
+
+    stamps: Mapping[Path, Stamp]
+
+    def path(self, path: Path) -> Path:
+        """The same."""
+        return path
+
+    def done(self, number: int) -> None:
+        """Nothing is dropped."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Headers and config of a checkpoint; `ranks` has one entry unless it was saved per tensor-parallel rank."""
@@ -103,7 +143,18 @@ class Checkpoint:
     anomalies: tuple[str, ...] = ()  # what the files themselves disagree about
     notes: tuple[str, ...] = ()  # worth a line, but no error
     extra_files: Mapping[Path, Stamp] = field(default_factory=dict)  # tokenizer, licence, …: to be carried along
-    revision: str = ""  # commit of the hub repository, where a download client left it
+    revision: str = ""  # commit of the hub repository, if it is one or a download client left a note of it
+    address: str = ""  # of a repository on a hub: hf://org/name
+    supply: Supply | None = None  # brings the files of such a one
+
+    @property
+    def title(self) -> str:
+        """What people call it: the name of the repository or of the folder."""
+        return self.address.rpartition("/")[2] or self.folder.resolve().name
+
+    def deliver(self, needs: Sequence[Sequence[Path]], budget: int | None = None) -> AbstractContextManager[Delivery]:
+        """The weight files `needs[0]`, `needs[1]`, …, in this order. Raises CheckpointError or RetryError."""
+        return nullcontext(Here(self.stamps)) if self.supply is None else self.supply.stream(needs, budget)
 
     def name_of(self, file: Path) -> str:
         """A file of the checkpoint as its config names files: relative, with slashes."""
@@ -126,7 +177,7 @@ class Checkpoint:
 
     @staticmethod
     def open(source: str | Path) -> Checkpoint:
-        """Read the headers of `source`, a folder. Raises CheckpointError or ConfigError."""
-        from ernie_quant.sources import folder
+        """Read the headers of `source`, a folder or `hf://org/name@revision`. Raises CheckpointError or ConfigError."""
+        from ernie_quant import sources
 
-        return folder.open_folder(Path(source))
+        return sources.open_source(source)

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ernie_quant import views
 from ernie_quant.identity import fingerprint, libraries
 from ernie_quant.plan import Plan, Shard
 
@@ -29,7 +28,7 @@ def manifest(plan: Plan, files: Entries) -> dict[str, Any]:
         **plan.identity,
         "tool": "ernie-quant",
         "libraries": libraries(),
-        "source_name": plan.origin.folder.resolve().name,
+        "source_name": plan.origin.title,
         "fingerprint": fingerprint(plan.identity),
         "layout": plan.layout,
         "files": {name: {**entry, **made_from.get(name, {})} for name, entry in files.items()},
@@ -38,8 +37,7 @@ def manifest(plan: Plan, files: Entries) -> dict[str, Any]:
 
 def _sources(plan: Plan, shard: Shard) -> list[str]:
     """Files of the source that a file of the result was made from."""
-    files = {ref.file for step in shard.steps for ref in views.refs(step.view)}
-    found = sorted(plan.source.name_of(file) for file in files)
+    found = sorted(plan.source.name_of(file) for file in shard.needs)
     if plan.quantized_by is None:
         return found
     return sorted(

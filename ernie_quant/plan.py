@@ -68,6 +68,16 @@ class Shard:
     steps: tuple[Step, ...]
     specs: Mapping[str, TensorSpec]
 
+    @property
+    def nbytes_in(self) -> int:
+        """Bytes of the tensors that it is made from."""
+        return sum(step.spec.nbytes for step in self.steps)
+
+    @property
+    def needs(self) -> tuple[Path, ...]:
+        """Files of the source that it is made from, in order of their first use."""
+        return tuple(dict.fromkeys(ref.file for step in self.steps for ref in views.refs(step.view)))
+
 
 @dataclass(frozen=True)
 class Plan:

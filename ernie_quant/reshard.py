@@ -64,7 +64,9 @@ def check_size(plan: Plan, tp: int) -> None:
         )
 
 
-def run_shared(plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress) -> RunResult:
+def run_shared(
+    plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress, disk_budget: int | None = None
+) -> RunResult:
     """Quantize once and unsplit, in the private state of `out`, then share among `tp` ranks as `reshard` would.
 
     Raises PlanError before anything is written if the widths do not fit.
@@ -75,7 +77,7 @@ def run_shared(plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, p
     with folder.begin(replace(plan, identity=known), restart=restart, copies=2) as complete:
         if complete:
             return RunResult(plan, complete_before=True, reports=())
-        run_plan(plan, folder.unsplit, workers=workers, progress=progress)
+        run_plan(plan, folder.unsplit, workers=workers, disk_budget=disk_budget, progress=progress)
         ranked = make_reshard_plan(Checkpoint.open(folder.unsplit), tp, known=known, shard_bytes=plan.shard_bytes)
         return write_all(replace(ranked, quantized_by=plan), folder, workers)
 

@@ -14,9 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ernie_quant import runtimes
+from ernie_quant.checkpoint import Delivery
 from ernie_quant.measure import Difference, compare
 from ernie_quant.output import OutputFolder
 from ernie_quant.plan import Plan, Shard, Step, file_metadata
@@ -62,7 +63,7 @@ class Slab:
     difference: Difference
 
 
-def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Progress) -> ShardResult:
+def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Progress, delivery: Delivery) -> ShardResult:
     """Write one file of the result. Raises CheckpointError; nothing stays under the final name then."""
     runtime = runtimes.find(plan.runtime)
 
@@ -76,7 +77,10 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
 
     sums: dict[str, Difference] = {}
     (folder / shard.filename).parent.mkdir(parents=True, exist_ok=True)
-    with Files(plan.source.stamps) as files, ShardWriter(folder / shard.filename, shard.specs, file_metadata(plan)) as writer:
+    with (
+        Files(delivery.stamps, delivery.path) as files,
+        ShardWriter(folder / shard.filename, shard.specs, file_metadata(plan)) as writer,
+    ):
         for step in shard.steps:
             for name, tensor in runtime.constants(step.name, step.codec, step.spec).items():
                 writer.write(name, tensor)
@@ -114,34 +118,40 @@ def default_workers() -> int:
     return min(8, usable)
 
 
-def run_plan(plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, progress: Progress = lambda _: None) -> RunResult:
-    """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError."""
+def run_plan(
+    plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, disk_budget: int | None = None,
+    progress: Progress = lambda _: None,
+) -> RunResult:  # fmt: skip
+    """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError.
+
+    `disk_budget`: bytes of a hub's files that may lie on disk at a time.
+    """
     folder = OutputFolder(out)
     with folder.begin(plan, restart=restart) as complete:
         if complete:
             return RunResult(plan, complete_before=True, reports=())
-        return write_all(plan, folder, workers, progress)
+        return write_all(plan, folder, workers, disk_budget, progress)
 
 
-def write_all(plan: Plan, folder: OutputFolder, workers: int = 0, progress: Progress = lambda _: None) -> RunResult:
+def write_all(
+    plan: Plan, folder: OutputFolder, workers: int = 0, disk_budget: int | None = None, progress: Progress = lambda _: None
+) -> RunResult:
     """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
-    files: dict[str, dict[str, Any]] = {}
-    rows: list[TensorReport] = []
-    finished = 0
-    with one_torch_thread():
-        for shard in plan.shards:
-            if (known := folder.finished(shard)) is None:
-                result = run_shard(plan, shard, folder.path, workers or default_workers(), progress)
-                known = ({"bytes": result.nbytes, "sha256": result.sha256}, list(result.reports))
-                folder.record(shard, *known)
-            else:
-                finished += 1
-                progress(sum(step.spec.nbytes for step in shard.steps))
-            files[shard.filename] = known[0]
-            rows += known[1]
-    reports = tuple(rows) if plan.reports is None else plan.reports
-    folder.finish(plan, files, reports)
-    return RunResult(plan, complete_before=False, reports=reports, files_before=finished)
+    finished = {shard.filename: known for shard in plan.shards if (known := folder.finished(shard)) is not None}
+    left = [shard for shard in plan.shards if shard.filename not in finished]
+    progress(sum(shard.nbytes_in for shard in plan.shards if shard.filename in finished))
+    written = dict(finished)
+    with one_torch_thread(), plan.source.deliver([shard.needs for shard in left], disk_budget) as delivery:
+        for number, shard in enumerate(left):
+            result = run_shard(plan, shard, folder.path, workers or default_workers(), progress, delivery)
+            delivery.done(number)
+            written[shard.filename] = ({"bytes": result.nbytes, "sha256": result.sha256}, list(result.reports))
+            folder.record(shard, *written[shard.filename])
+    reports = plan.reports
+    if reports is None:
+        reports = tuple(row for shard in plan.shards for row in written[shard.filename][1])
+    folder.finish(plan, {shard.filename: written[shard.filename][0] for shard in plan.shards}, reports)
+    return RunResult(plan, complete_before=False, reports=reports, files_before=len(finished))
 
 
 @contextmanager

@@ -44,7 +44,9 @@ class Verified:
     against: bool
 
 
-def verify(out: Path, against: Path | None = None, progress: Progress = lambda _: None, sample: int | None = None) -> Verified:
+def verify(
+    out: Path, against: Path | str | None = None, progress: Progress = lambda _: None, sample: int | None = None
+) -> Verified:
     """Check the result in `out`, and with `against` its tensors against the source. Raises VerifyError.
 
     Values are checked of `sample` tensors (None: of all): quantized ones must decode to finite numbers whose codes are
@@ -174,49 +176,52 @@ def _against(
     found = {s.name for s in stored}
     problems = [f"{name}: is in the source, not in the result" for name in weights.keys() - found]
     problems += [f"{name}: is in the result, not in the source" for name in found - weights.keys()]
-    for entry in chosen:
-        if entry.name not in weights:
-            continue
-        try:
-            problem = _difference(entry, weights[entry.name], rows.get(entry.name), files)
-        except ErnieQuantError as error:
-            problem = str(error)
-        if problem:
-            problems.append(problem)
+    chosen = [entry for entry in chosen if entry.name in weights]
+    needs = [[ref.file for ref in views.refs(weights[entry.name].view)] for entry in chosen]
+    with source.deliver(needs) as delivery:
+        for number, entry in enumerate(chosen):
+            with Files(delivery.stamps, delivery.path) as originals:
+                try:
+                    problems += _difference(entry, weights[entry.name], rows.get(entry.name), files, originals)
+                except ErnieQuantError as error:
+                    problems.append(str(error))
+            delivery.done(number)
     return problems
 
 
-def _difference(entry: Stored, weight: Weight, row: TensorReport | None, files: Files) -> str | None:
+def _difference(entry: Stored, weight: Weight, row: TensorReport | None, files: Files, originals: Files) -> list[str]:
     import torch
 
     view = oriented(weight, entry.codec, entry.target.LAYOUT)
     if view.shape != entry.shape:
-        return f"{entry.name}: is {entry.shape}, in the source {view.shape}"
+        return [f"{entry.name}: is {entry.shape}, in the source {view.shape}"]
     if row is not None and set(row.sources) != set(weight.sources):
-        return f"{entry.name}: the report says it comes from {', '.join(row.sources)}, it comes from {', '.join(weight.sources)}"
+        said, is_ = ", ".join(row.sources), ", ".join(weight.sources)
+        return [f"{entry.name}: the report says it comes from {said}, it comes from {is_}"]
     total = Difference()
     for span in entry.slabs():
-        original = read(view, files, span)
+        original = read(view, originals, span)
         result = entry.read(files, span)
         if isinstance(entry.codec, Keep):
             if original.dtype != result.dtype or not torch.equal(original.view(torch.uint8), result.view(torch.uint8)):
-                return f"{entry.name}: should be the source's bytes, and is not"
+                return [f"{entry.name}: should be the source's bytes, and is not"]
         else:
             total += compare(entry.name, original, result)
+    return [] if row is None else list(_misreported(entry.name, total, row))
+
+
+def _misreported(name: str, total: Difference, row: TensorReport) -> Iterator[str]:
+    """The first figure of the report that is not what the files give."""
     for what, is_, said in (
-        ()
-        if row is None
-        else (
-            ("relative error", total.rel_error, row.rel_error),
-            ("largest error", total.largest, row.max_abs_error),
-            ("squared error", total.error, row.squared_error),
-            ("squared norm", total.total, row.squared_norm),
-            ("SQNR in dB", total.sqnr_db or 0.0, row.sqnr_db or 0.0),
-        )
+        ("relative error", total.rel_error, row.rel_error),
+        ("largest error", total.largest, row.max_abs_error),
+        ("squared error", total.error, row.squared_error),
+        ("squared norm", total.total, row.squared_norm),
+        ("SQNR in dB", total.sqnr_db or 0.0, row.sqnr_db or 0.0),
     ):
         if abs(is_ - said) > TOLERANCE * max(1.0, abs(said)) or not math.isfinite(is_):
-            return f"{entry.name}: its {what} is {is_:.6g}, the report says {said:.6g}"
-    return None
+            yield f"{name}: its {what} is {is_:.6g}, the report says {said:.6g}"
+            return
 
 
 def as_json(result: Verified) -> dict[str, Any]:

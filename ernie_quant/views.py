@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -121,10 +121,11 @@ class Files:
     """Open files, read at offsets: safe for several threads, closed together.
 
     A file of which there is a stamp must be the one that was stamped, when it is opened and when `check` is called.
+    `locate` tells where the bytes of a file lie, if not there.
     """
 
-    def __init__(self, stamps: Mapping[Path, Stamp] | None = None) -> None:
-        self._stamps = stamps or {}
+    def __init__(self, stamps: Mapping[Path, Stamp] | None = None, locate: Callable[[Path], Path] = lambda path: path) -> None:
+        self._stamps, self._locate = stamps or {}, locate
         self._fds: dict[Path, int] = {}
         self._counts: dict[tuple[Path, Extent], list[int]] = {}
 
@@ -140,7 +141,7 @@ class Files:
         """The descriptor of `path`, opened on first use. Raises CheckpointError."""
         if path not in self._fds:
             try:
-                fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                fd = os.open(self._locate(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             except OSError as error:
                 raise CheckpointError(f"{path}: was there when the run began, and now: {error.strerror}") from None
             if path in self._stamps:

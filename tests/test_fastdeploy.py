@@ -417,13 +417,14 @@ def test_an_edited_quant_end_layer_is_named(end: int, layer: int, folder: Path, 
 
 def test_the_mtp_folder_is_verified_too(folder: Path, tmp_path: Path) -> None:
     out = copy(folder / "one-src", tmp_path / "out")
-    with open(out / "mtp/model.safetensors", "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)[0]
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last ^ 1]))
-    (line,) = refused(out)
-    assert line.startswith("mtp/model.safetensors: its sha256 is ")
+    with open(out / "mtp/model.safetensors", "r+b") as damaged:
+        damaged.seek(-1, os.SEEK_END)
+        last = damaged.read(1)[0]
+        damaged.seek(-1, os.SEEK_END)
+        damaged.write(bytes([last ^ 1]))
+    file, weight = refused(out)
+    assert file.startswith("mtp/model.safetensors: its sha256 is ")
+    assert weight.startswith("ernie.mtp_")
     (line,) = refused(sealed(out), folder / "src")
     assert line.startswith("ernie.mtp_")
 

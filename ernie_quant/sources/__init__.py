@@ -1,1 +1,35 @@
-"""Where checkpoints come from, one file per kind of place."""
+"""Where bytes come from, one file each: a folder, and hubs by the scheme of their address (`hf://org/name@revision`).
+
+The file of a hub is named after its scheme and has `open_source(address, repo, revision) -> Checkpoint`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ernie_quant import plugins
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.errors import CheckpointError
+
+
+def is_address(source: str | Path) -> bool:
+    """Is it on a hub?"""
+    return isinstance(source, str) and "://" in source
+
+
+def open_source(source: str | Path) -> Checkpoint:
+    """Read the headers of a checkpoint. Raises CheckpointError, ConfigError or RetryError."""
+    package = sys.modules[__name__]
+    if not is_address(source):
+        from ernie_quant.sources import folder
+
+        return folder.open_folder(Path(source))
+    from ernie_quant.sources._remote import parse
+
+    scheme, repo, revision = parse(str(source))
+    hubs = [name for name in plugins.names(package) if name != "folder"]
+    if scheme not in hubs:
+        raise CheckpointError(f"{source}: there is no {scheme}://; there is {', '.join(f'{hub}://' for hub in hubs)}")
+    found: Checkpoint = plugins.load(package, scheme).open_source(f"{scheme}://{repo}", repo, revision)
+    return found

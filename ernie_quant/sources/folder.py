@@ -79,11 +79,7 @@ def inside(folder: Path, name: str, who: str) -> Path:
 
     A link may point to the `blobs` of the download cache whose snapshot the folder is; nowhere else.
     """
-    parts = PurePosixPath(name).parts
-    plain = name and parts == PureWindowsPath(name).parts and not PureWindowsPath(name).drive and name.isprintable()
-    if not plain or ".." in parts or name.startswith("/") or any(":" in p for p in parts):
-        raise CheckpointError(f"{who} names the file {name[:200]!r}, which is not a plain name in the folder")
-    path = folder / name
+    path = folder / plain(name, who)
     try:
         real, root = path.resolve(), folder.resolve()
         exists, regular = path.exists(), path.is_file()
@@ -95,6 +91,15 @@ def inside(folder: Path, name: str, who: str) -> Path:
     if not regular:
         raise CheckpointError(f"{name}: named by {who}, but {'is no regular file' if exists else 'is not there'}")
     return path
+
+
+def plain(name: str, who: str) -> PurePosixPath:
+    """A relative name, without tricks on any system. Raises CheckpointError."""
+    parts = PurePosixPath(name).parts
+    good = name and parts == PureWindowsPath(name).parts and not PureWindowsPath(name).drive and name.isprintable()
+    if not good or ".." in parts or name.startswith("/") or any(":" in p for p in parts):
+        raise CheckpointError(f"{who} names the file {name[:200]!r}, which is not a plain name in the folder")
+    return PurePosixPath(name)
 
 
 def _ranks(folder: Path) -> list[tuple[Path, re.Pattern[str] | None]]:

@@ -1,0 +1,124 @@
+"""The Hugging Face hub: `hf://org/name@revision`. Token and endpoint are those of huggingface_hub (HF_TOKEN, HF_ENDPOINT)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.errors import CheckpointError
+from ernie_quant.sources._remote import CHUNK, Listing, RemoteFile, Transient
+from ernie_quant.sources._supply import open_remote
+
+PASSING = (408, 429, 500, 502, 503, 504)
+TIMEOUT = 30.0  # seconds without a byte
+
+
+def open_source(address: str, repo: str, revision: str) -> Checkpoint:
+    """A repository as a checkpoint. Raises CheckpointError, ConfigError or RetryError."""
+    return open_remote(HuggingFace(), address, repo, revision)
+
+
+class HuggingFace:
+    """A hub that speaks Hugging Face's protocol."""
+
+    def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
+        self.endpoint, self.token = endpoint, token
+
+    def listing(self, repo: str, revision: str) -> Listing:
+        """The files of a revision, with sizes and hashes. Raises Transient or CheckpointError."""
+        from huggingface_hub import HfApi
+
+        with _errors(repo):
+            info = HfApi(self.endpoint, token=self.token).model_info(repo, revision=revision or None, files_metadata=True)
+        files = {
+            s.rfilename: RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else "", s.blob_id or "")
+            for s in info.siblings or []
+        }
+        return Listing(f"hf://{repo}", repo, str(info.sha), files)
+
+    @contextmanager
+    def read(self, listing: Listing, name: str, start: int, stop: int | None) -> Iterator[Iterator[bytes]]:
+        """Bytes of a file, from whatever host the hub sends us to; the token does not go there."""
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        url = hf_hub_url(listing.repo, name, revision=listing.commit, endpoint=self.endpoint)
+        headers = build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"}
+        if start or stop is not None:
+            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        with ExitStack() as stack:
+            with _errors(f"{listing.repo}: {name}"):
+                stream = get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True)
+                response = stack.enter_context(stream)
+                _check(response)
+            skip = start if response.status_code == 200 else 0  # a server that knows no ranges sends all of it
+            chunks = _from(response.iter_raw(CHUNK), skip, None if stop is None else stop - start)
+            yield _guarded(chunks, f"{listing.repo}: {name}")
+
+
+def _guarded(chunks: Iterator[bytes], what: str) -> Iterator[bytes]:
+    with _errors(what):
+        yield from chunks
+
+
+def _from(chunks: Iterator[bytes], skip: int, count: int | None) -> Iterator[bytes]:
+    for chunk in chunks:
+        if skip:
+            chunk, skip = chunk[skip:], max(0, skip - len(chunk))
+        if count is not None:
+            chunk = chunk[:count]
+            count -= len(chunk)
+        if chunk:
+            yield chunk
+        if count == 0:
+            return
+
+
+def _check(response: Any) -> None:
+    if response.status_code in PASSING:
+        raise Transient(f"the hub answers {response.status_code}", _retry_after(response))
+    if response.status_code not in (200, 206):
+        response.read()
+        response.raise_for_status()
+        raise Transient(f"the hub answers {response.status_code}")
+
+
+def _retry_after(response: Any) -> float | None:
+    try:
+        return max(0.0, float(response.headers["Retry-After"]))
+    except (KeyError, ValueError):
+        return None
+
+
+@contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """The client's errors as ours: what passes as Transient, the rest as CheckpointError."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (Transient, CheckpointError):
+        raise
+    except OfflineModeIsEnabled:
+        raise CheckpointError(f"{what}: cannot be reached: HF_HUB_OFFLINE is set") from None
+    except HFValidationError as error:
+        raise CheckpointError(f"{what}: {error}") from None
+    except HfHubHTTPError as error:
+        response = error.response
+        if response is not None and response.status_code in PASSING:
+            raise Transient(f"the hub answers {response.status_code}", _retry_after(response)) from None
+        raise CheckpointError(f"{what}: {_one_line(error)}") from None
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if not package.startswith(("httpx", "httpcore")) and not isinstance(error, OSError):
+            raise
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            raise CheckpointError(f"{what}: the hub answers {status}") from None
+        raise Transient(f"{type(error).__name__}: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
