@@ -1,14 +1,23 @@
-"""README.md of a result: what it is, how to run it, what it lost."""
+"""README.md of a result, a model card: what it is, how to run it, what it lost, what it was made from.
+
+It is written from the manifest and the report alone, so that `publish` can write it again under the repository's name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import ernie_quant
 from ernie_quant import report, runtimes
-from ernie_quant.plan import Plan, bits_per_weight
+from ernie_quant.plan import Plan
 from ernie_quant.report import TensorReport
+
+GPUS = (("80GiB", 80), ("141GiB", 141))  # memory that people have
+FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
+FIELD = re.compile(r"^(license|license_name|license_link|pipeline_tag): *([\w.:/+-]+) *$", re.MULTILINE)
+FRONT_BYTES = 1 << 16
 
 
 def run_commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
@@ -17,21 +26,59 @@ def run_commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
     return found
 
 
-def readme(plan: Plan, rows: Sequence[TensorReport], name: str) -> str:
-    """Markdown. The commands name the folder as it is called now."""
-    quantized = any(r.codec != "kept" for r in rows)
-    verb = f"quantized ({plan.recipe.name})" if quantized else f"converted to {plan.layout}"
-    source = plan.origin.title
-    sizes = f"{plan.origin.nbytes / 1e9:.2f} GB became {plan.nbytes / 1e9:.2f} GB, {bits_per_weight(plan):.2f} bits per weight."
-    parts = [f"# {name}\n\n{source}, {verb} by ernie-quant {ernie_quant.__version__}. {sizes}"]
-    for runtime, command in run_commands(plan, Path(name)):
+def front_matter(readme: Path | None) -> dict[str, str]:
+    """Licence and task as the source's card states them; nothing for a source without one."""
+    if readme is None:
+        return {}
+    with open(readme, encoding="utf-8", errors="replace") as file:
+        found = FRONT.search(file.read(FRONT_BYTES))
+    return dict(FIELD.findall(found[1])) if found else {}
+
+
+def readme(made: Mapping[str, Any], config: Mapping[str, Any], rows: Sequence[TensorReport], name: str) -> str:
+    """Markdown. `made`: the manifest, with or without its files; `name`: what the commands call the result."""
+    facts = made["summary"]
+    parts = [_yaml(made), f"# {name.rpartition('/')[2]}\n\n{_headline(made, rows)}"]
+    for runtime, command in runtimes.find(made["runtime"]).commands(Path(name), config, facts["tp_sizes"]):
         parts.append(f"## {runtime}\n\n```\n{command}\n```")
-    if plan.tp_sizes:
-        parts.append(f"Tensor-parallel sizes that its widths, heads and groups allow: {', '.join(map(str, plan.tp_sizes))}.")
-    if quantized:
+    if facts["tp_sizes"]:
+        parts.append(f"Tensor-parallel sizes that its widths, heads and groups allow: {', '.join(map(str, facts['tp_sizes']))}.")
+    if facts["gpus"]:
+        needed = ", ".join(f"{count} x {memory}" for memory, count in facts["gpus"].items())
+        parts.append(f"GPUs for its weights and the KV cache of one sequence of 32768 tokens: {needed}.")
+    if any(r.codec != "kept" for r in rows):
         parts.append(
             f"## Error\n\nrel. error = ||W - W'||^2 / ||W||^2; every tensor is in report.json.\n\n```\n{report.tables(rows)}\n```"
         )
-    if plan.notes:
-        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in plan.notes))
+    parts.append(_provenance(made))
+    if facts["notes"]:
+        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in facts["notes"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _yaml(made: Mapping[str, Any]) -> str:
+    """The front matter that hubs read."""
+    _, _, repo = made["source_address"].partition("://")
+    lines = [f"base_model: {repo}", "base_model_relation: quantized"] if repo else []
+    lines += [f"{key}: {value}" for key, value in sorted(made["summary"]["front_matter"].items())]
+    lines += ["tags:", "- ernie4.5", "- ernie-quant", f"- {made['recipe']['name']}"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _headline(made: Mapping[str, Any], rows: Sequence[TensorReport]) -> str:
+    facts = made["summary"]
+    quantized = any(r.codec != "kept" for r in rows)
+    verb = f"quantized ({made['recipe']['name']})" if quantized else f"converted to {made['layout']}"
+    before, after, bits = facts["bytes_in"] / 1e9, facts["bytes_out"] / 1e9, facts["bits_per_weight"]
+    sizes = f"{before:.2f} GB became {after:.2f} GB, {bits:.2f} bits per weight."
+    return f"{made['source_name']}, {verb} by ernie-quant {made['version']}. {sizes}"
+
+
+def _provenance(made: Mapping[str, Any]) -> str:
+    revision = made["source"]["revision"]
+    lines = [f"- source: {made['source_address'] or made['source_name']}{f', commit {revision}' if revision else ''}"]
+    lines += [f"- {rule['applies_to'] or 'every linear'}: {rule['codec']}" for rule in made["recipe"]["rules"]]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(made["libraries"].items()))
+    lines += [f"- ernie-quant {made['version']}, {versions}", f"- fingerprint {made['fingerprint']}"]
+    lines.append("- hashes of all files: `sha256sum -c SHA256SUMS`; everything else: `ernie-quant verify`")
+    return "## Made from\n\n" + "\n".join(lines)

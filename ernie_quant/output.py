@@ -21,7 +21,7 @@ from ernie_quant import card, report
 from ernie_quant.errors import CheckpointError, OutputError, RetryError
 from ernie_quant.identity import changes, libraries
 from ernie_quant.jsonio import dumps, read_object
-from ernie_quant.manifest import MANIFEST, SUMS, index, manifest, sums
+from ernie_quant.manifest import MANIFEST, SUMS, describe, index, manifest, sums
 from ernie_quant.plan import Plan, Shard
 from ernie_quant.report import TensorReport
 from ernie_quant.sources.folder import MTP_FOLDER, RANK_FOLDER, inside
@@ -223,8 +223,9 @@ class OutputFolder:
         if rows:
             header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
             put(report.FILENAME, report.to_json(rows, header).encode())
-        put(README, card.readme(plan, rows, self.path.name).encode())
-        text = dumps(manifest(plan, entries)).encode()
+        described = describe(plan)
+        put(README, card.readme(described, plan.config, rows, self.path.name).encode())
+        text = dumps(manifest(described, plan, entries)).encode()
         write_file(self.path / SUMS, sums(entries, text).encode())
         write_file(self.path / MANIFEST, text)
         self._drop_state()
