@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli.main import print_json, return_freed_memory
+
+from ernie_quant.sizes import parse_size
 
 if TYPE_CHECKING:
     from ernie_quant.plan import Plan
@@ -82,21 +84,13 @@ class Size(click.ParamType):
     """Bytes: `5GB`, `500MB`, `2GiB` or a plain number."""
 
     name = "size"
-    UNITS: ClassVar = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse."""
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().upper()
-        unit = next(u for u in self.UNITS if text.endswith(u))
         try:
-            size = int(float(text.removesuffix(unit)) * self.UNITS[unit])
-        except (ValueError, OverflowError):
-            size = 0
-        if size < 1:
-            self.fail(f"{value!r} is not a size such as 5GB or 500MB", param, ctx)
-        return size
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def execute(

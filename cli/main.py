@@ -16,7 +16,10 @@ import click
 import ernie_quant
 from ernie_quant.errors import ErnieQuantError
 
-COMMANDS = ("inspect", "plan", "convert", "wint4", "wint8", "fp8", "wint2", "quantize", "dequantize", "reshard", "verify")
+COMMANDS = (
+    "inspect", "plan", "convert", "wint4", "wint8", "fp8", "wint2", "quantize", "dequantize", "reshard", "verify", "report",
+    "publish", "nightly",
+)  # fmt: skip
 RETRY, INTERRUPTED, TERMINATED = 75, 130, 143
 FULL = {errno.ENOSPC, errno.EDQUOT}
 

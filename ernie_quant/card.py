@@ -35,7 +35,9 @@ def front_matter(readme: Path | None) -> dict[str, str]:
     return dict(FIELD.findall(found[1])) if found else {}
 
 
-def readme(made: Mapping[str, Any], config: Mapping[str, Any], rows: Sequence[TensorReport], name: str) -> str:
+def readme(
+    made: Mapping[str, Any], config: Mapping[str, Any], rows: Sequence[TensorReport], name: str, pictures: Sequence[str] = ()
+) -> str:
     """Markdown. `made`: the manifest, with or without its files; `name`: what the commands call the result."""
     facts = made["summary"]
     parts = [_yaml(made), f"# {name.rpartition('/')[2]}\n\n{_headline(made, rows)}"]
@@ -50,6 +52,7 @@ def readme(made: Mapping[str, Any], config: Mapping[str, Any], rows: Sequence[Te
         parts.append(
             f"## Error\n\nrel. error = ||W - W'||^2 / ||W||^2; every tensor is in report.json.\n\n```\n{report.tables(rows)}\n```"
         )
+    parts += [f"![{picture.rpartition('/')[2].removesuffix('.png').replace('-', ' ')}]({picture})" for picture in pictures]
     parts.append(_provenance(made))
     if facts["notes"]:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in facts["notes"]))

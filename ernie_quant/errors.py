@@ -5,6 +5,8 @@ ErnieQuantError             exit code 1, one line for the user
 ├── ConfigError             config.json lacks or contradicts something
 ├── PlanError               what is asked for does not fit this checkpoint; holds every problem found
 ├── OutputError             the output folder is not ours, not finished, or cannot be written
+│   └── AnotherPlanError    it holds the result, or the beginning, of another plan
+├── HubError                a hub refuses, or holds something else than it should
 ├── VerifyError             what lies on disk is not what the report says
 └── RetryError              exit code 75: the same command may work later (disk full, another run at work)
 """
@@ -13,11 +15,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MAX_LINE, MAX_LINES = 500, 50  # what is shown of an error: names come from strangers, and may be millions
+
+
+def line_of(text: str) -> str:
+    """`text` on one line: what does not print is escaped, and the middle of a long one left out."""
+    text = _cut(text)  # first: escaping a million characters takes a while
+    return text if text.isprintable() else _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - 203]} … {text[-200:]}"
+
 
 class ErnieQuantError(Exception):
     """Base of every error that is shown to a user as one line."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(line_of(message))
 
 
 class CheckpointError(ErnieQuantError):
@@ -29,12 +46,17 @@ class ConfigError(ErnieQuantError):
 
 
 class ProblemsError(ErnieQuantError):
-    """Several problems found together; `problems` has one line each."""
+    """Several problems found together; `problems` has one line each, the text at most `MAX_LINES` of them."""
 
     def __init__(self, headline: str, problems: Sequence[str]) -> None:
+        super().__init__(headline)
         self.headline = headline
         self.problems = list(problems)
-        super().__init__("\n".join([headline, *(f"  {p}" for p in self.problems)]) if self.problems else headline)
+
+    def __str__(self) -> str:
+        lines = [f"  {line_of(problem)}" for problem in self.problems[:MAX_LINES]]
+        more = len(self.problems) - len(lines)
+        return "\n".join([super().__str__(), *lines, *([f"  … and {more} more"] if more else [])])
 
 
 class PlanError(ProblemsError):
@@ -43,6 +65,14 @@ class PlanError(ProblemsError):
 
 class OutputError(ErnieQuantError):
     """The output folder is not ours, not finished, or cannot be written."""
+
+
+class AnotherPlanError(OutputError):
+    """The output folder holds the result, or the beginning, of another plan."""
+
+
+class HubError(ErnieQuantError):
+    """A hub refuses, or holds something else than it should."""
 
 
 class VerifyError(ProblemsError):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant import card, report
-from ernie_quant.errors import CheckpointError, OutputError, RetryError
+from ernie_quant.errors import AnotherPlanError, CheckpointError, OutputError, RetryError
 from ernie_quant.identity import changes, libraries
 from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.manifest import MANIFEST, SUMS, describe, index, manifest, sums
@@ -122,7 +122,7 @@ class OutputFolder:
 
     def _refuse(self, what: str, before: Any, now: Any) -> None:
         if differ := changes(before, now):
-            raise OutputError(
+            raise AnotherPlanError(
                 f"{self.path}: {what} ({'; '.join(differ)}); choose another folder, or --restart to begin anew here"
             )
 
@@ -149,12 +149,13 @@ class OutputFolder:
         if self._is_complete():
             os.replace(self.path / MANIFEST, self.state / SWEPT)
             fsync_folder(self.path)
-        own = {MANIFEST, SUMS, INDEX, report.FILENAME, CONFIG, README, SOURCE_README, *self._copied()}
+        own = {MANIFEST, SUMS, INDEX, report.FILENAME, report.PAGE, CONFIG, README, SOURCE_README, *self._copied()}
         for folder in weight_folders(self.path):
             found = [p for p in folder.iterdir() if p.is_symlink() or p.is_file()]
             _unlink(p for p in found if p.name in own or _is_shard(p) or p.name.endswith(PARTIAL))
             if folder != self.path and not any(folder.iterdir()):  # ranks that the new plan may not have; a loader reads them
                 folder.rmdir()
+        _unlink(p for name in report.PLOTS if (p := self.path / report.PLOTS_FOLDER / name).is_file())
         shutil.rmtree(self.unsplit, ignore_errors=True)
         fsync_folder(self.path)
         _unlink(p for p in self.state.iterdir() if p.name not in ("lock", SWEPT))

@@ -113,9 +113,17 @@ def read(path: Path, *, keep_unfit: bool = False) -> Recipe:
     except ValueError as error:
         raise PlanError(f"{path}: is not valid TOML: {error}", []) from None
     entries = table.pop("rule", [])
-    problems = [f"{key}: unknown; a recipe has [[rule]] tables only" for key in table]
+    unknown = [f"{key}: unknown; a recipe has [[rule]] tables only" for key in table]
+    return of_rules(path.stem, entries, keep_unfit=keep_unfit, where=str(path), problems=unknown)
+
+
+def of_rules(
+    name: str, entries: object, *, keep_unfit: bool = False, where: str = "rule", problems: Sequence[str] = ()
+) -> Recipe:
+    """The recipe of [[rule]] tables. Raises PlanError with every mistake in them, after `problems`."""
+    problems = list(problems)
     if not isinstance(entries, list) or not entries:
-        raise PlanError(f"{path}: has no [[rule]]", problems)
+        raise PlanError(f"{where}: has no [[rule]]", problems)
     rules = []
     for number, entry in enumerate(entries, 1):
         try:
@@ -123,8 +131,8 @@ def read(path: Path, *, keep_unfit: bool = False) -> Recipe:
         except (PlanError, ValueError, TypeError) as error:
             problems.append(f"rule {number}: {error}")
     if problems:
-        raise PlanError(f"{path}: {len(problems)} mistake(s)", problems)
-    return Recipe(path.stem, tuple(rules), keep_unfit)
+        raise PlanError(f"{where}: {len(problems)} mistake(s)", problems)
+    return Recipe(name, tuple(rules), keep_unfit)
 
 
 def _rule(entry: dict[str, Any]) -> RecipeRule:

@@ -13,7 +13,8 @@ from ernie_quant.measure import Difference
 if TYPE_CHECKING:
     from ernie_quant.plan import Step
 
-FILENAME = "report.json"
+FILENAME, PAGE = "report.json", "report.html"
+PLOTS_FOLDER, PLOTS = "plots", ("error-heatmap.png", "error-histogram.png", "bytes-by-role.png")  # beside the page
 WORST = 5
 LAYERS_SHOWN = 8
 

@@ -64,6 +64,11 @@ def check_size(plan: Plan, tp: int) -> None:
         )
 
 
+def shared_identity(plan: Plan, tp: int) -> Identity:
+    """The identity of the result of `plan`, shared among `tp` ranks."""
+    return plan.identity if tp == 1 else {**plan.identity, "options": {**plan.identity["options"], "tp": tp}}
+
+
 def run_shared(
     plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress, disk_budget: int | None = None
 ) -> RunResult:
@@ -72,7 +77,7 @@ def run_shared(
     Raises PlanError before anything is written if the widths do not fit.
     """
     check_size(plan, tp)
-    known = {**plan.identity, "options": {**plan.identity["options"], "tp": tp}}
+    known = shared_identity(plan, tp)
     folder = OutputFolder(out)
     with folder.begin(replace(plan, identity=known), restart=restart, copies=2) as complete:
         if complete:

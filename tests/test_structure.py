@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "numba", "numpy", "scipy", "transformers", "safetensors", "huggingface_hub", "ray"}
+HEAVY = {"torch", "numba", "numpy", "scipy", "transformers", "safetensors", "huggingface_hub", "ray", "matplotlib"}
 MAX_LINES = 350
 
 

@@ -6,10 +6,12 @@ one that holds its header only, so that it is opened like any folder; in `files/
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -26,7 +28,7 @@ SMALL_BYTES = 256 << 20  # of a file that is no weight file
 AT_ONCE = 8  # headers and small files
 TRIES, HASH_TRIES = 8, 3
 LONGEST_WAIT = 300.0  # seconds
-PARTIAL = ".partial"
+PARTIAL, HEADERS_LOCK = ".partial", "headers.lock"
 PICKLES = (".bin", ".pt", ".pdparams")
 
 
@@ -110,17 +112,24 @@ def place_headers(
     patiently(lambda: found.append(hub.listing(repo, revision)), f"{address}@{revision}", pause)
     listing = replace(found[0], address=address)
     root = (cache or cache_folder()) / address.replace("://", "--").replace("/", "--") / listing.commit
-    headers = root / "headers"
-    wanted = _wanted(listing)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for _ in pool.map(lambda file: _place(hub, listing, file, headers, pause), wanted):
-            pass
+    headers, incoming = root / "headers", root / "incoming"
+    wanted = [file for file in _wanted(listing) if not _is_placed(headers / file.name, file)]
+    if wanted:
+        headers.mkdir(parents=True, exist_ok=True)
+        # one process at a time; what a killed one left is not taken for a file of the checkpoint, as it lies elsewhere
+        with open(root / HEADERS_LOCK, "w") as lock, ThreadPoolExecutor(AT_ONCE) as pool:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for _ in pool.map(lambda file: _place(hub, listing, file, headers, incoming, pause), wanted):
+                pass
+            shutil.rmtree(incoming, ignore_errors=True)
     return listing, headers
 
 
 def _wanted(listing: Listing) -> list[RemoteFile]:
     """Config, index, tokenizer and the like, and the safetensors files. Raises CheckpointError."""
-    names = [plain(name, listing.address).as_posix() for name in listing.files]
+    names = list(listing.files)
+    if odd := next((name for name in names if plain(name, listing.address).as_posix() != name), None):
+        raise CheckpointError(f"{listing.address} names the file {odd[:200]!r}, which is not a plain name")
     places = [n for n in names if all(_is_place(part) for part in PurePosixPath(n).parts[:-1])]
     weights = [n for n in places if n.endswith(".safetensors")]
     if not weights:
@@ -141,30 +150,32 @@ def _is_place(folder: str) -> bool:
     return folder == MTP_FOLDER or RANK_FOLDER.fullmatch(folder) is not None
 
 
-def _place(hub: Hub, listing: Listing, file: RemoteFile, folder: Path, pause: Pause) -> None:
-    target = folder / file.name
-    if target.is_file() and target.stat().st_size == file.nbytes:
+def _is_placed(target: Path, file: RemoteFile) -> bool:
+    return target.is_file() and target.stat().st_size == file.nbytes
+
+
+def _place(hub: Hub, listing: Listing, file: RemoteFile, headers: Path, incoming: Path, pause: Pause) -> None:
+    target, own = headers / file.name, incoming / file.name
+    if _is_placed(target, file):  # by another process, while this one waited
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (target.parent, own.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     if file.name.endswith(".safetensors"):
-        _place_header(hub, listing, file, target, pause)
+        _place_header(hub, listing, file, own, pause)
     else:
-        own = target.with_name(f"{target.name}.{os.getpid()}")  # another process may be at the same file
         fetch(hub, listing, file, own, pause)
-        os.replace(own, target)
+    os.replace(own, target)
 
 
-def _place_header(hub: Hub, listing: Listing, file: RemoteFile, target: Path, pause: Pause) -> None:
+def _place_header(hub: Hub, listing: Listing, file: RemoteFile, own: Path, pause: Pause) -> None:
     """A sparse file of the right size, with the first bytes only; `Supply` compares them with what arrives later."""
     head = _range(hub, listing, file, min(HEAD, file.nbytes), pause)
     length = 8 + int.from_bytes(head[:8], "little")
     if len(head) < length <= min(file.nbytes, 8 + (100 << 20)):  # a longer one is refused when it is read
         head = _range(hub, listing, file, length, pause)
-    partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")
-    with open(partial, "wb") as out:
+    with open(own, "wb") as out:
         out.write(head)
         out.truncate(file.nbytes)
-    os.replace(partial, target)
 
 
 def _range(hub: Hub, listing: Listing, file: RemoteFile, stop: int, pause: Pause) -> bytes:
@@ -193,10 +204,13 @@ def fetch(hub: Hub, listing: Listing, file: RemoteFile, target: Path, pause: Pau
                 nonlocal at
                 with hub.read(listing, file.name, at, None) as chunks:
                     for chunk in chunks:
+                        chunk = chunk[: file.nbytes + 1 - at]  # one byte too many is wrong enough, and fills no disk
                         out.write(chunk)
                         digest.update(chunk)
                         at += len(chunk)
                         pause(0)
+                        if at > file.nbytes:
+                            return
                 if at < file.nbytes:
                     raise Transient(f"the connection ended after {at} of {file.nbytes} bytes")
 

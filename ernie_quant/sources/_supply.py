@@ -8,21 +8,29 @@ import shutil
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from ernie_quant.checkpoint import Checkpoint, Stamp
 from ernie_quant.errors import CheckpointError, RetryError
-from ernie_quant.sources._remote import PARTIAL, Hub, Listing, fetch, place_headers
+from ernie_quant.sources._remote import HEADERS_LOCK, PARTIAL, Hub, Listing, fetch, place_headers
 from ernie_quant.sources.folder import open_folder
 
 
 def open_remote(hub: Hub, address: str, repo: str, revision: str, cache: Path | None = None) -> Checkpoint:
     """A repository as a checkpoint whose files come when they are needed. Raises CheckpointError, ConfigError or RetryError."""
     listing, headers = place_headers(hub, address, repo, revision, time.sleep, cache)
+    _sweep_others(headers.parent)
     supply = Supply(hub, listing, headers, headers.with_name("files"))
-    return replace(open_folder(headers), address=address, revision=listing.commit, supply=supply)
+    try:
+        found = open_folder(headers)
+    except CheckpointError:  # headers come without a hash: what was damaged on its way must not be refused for ever
+        for path in headers.rglob("*.safetensors"):
+            path.unlink()
+        raise
+    return replace(found, address=address, revision=listing.commit, supply=supply)
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,16 @@ class Supply:
         budget = at_once + largest if budget is None else budget
         if budget < at_once:
             raise CheckpointError(
-                f"{self.listing.address}: {at_once / 1e9:.2f} GB of it are needed at once, more than the budget of"
-                f" {budget / 1e9:.2f} GB; a smaller --max-shard-size needs less"
+                f"{self.listing.address}: {at_once} bytes ({at_once / 1e9:.2f} GB) of it are needed at once, more than the"
+                f" disk budget of {budget} bytes; a smaller --max-shard-size needs less"
             )
         self.files.mkdir(parents=True, exist_ok=True)
         with _lock(self.files.parent, self.listing.address):
-            used = {self._place(path) for group in needs for path in group}
+            order = list(dict.fromkeys(path for group in needs for path in group))
+            ends = accumulate(map(self._nbytes, order))
+            soon = {self._place(path) for path, end in zip(order, ends, strict=True) if end <= budget}
             for path in [p for p in self.files.rglob("*") if p.is_file()]:
-                if path.with_name(path.name.removesuffix(PARTIAL)) not in used:
+                if path.with_name(path.name.removesuffix(PARTIAL)) not in soon:  # of another run, or one that got further
                     path.unlink()
             download = Download(self, needs, budget)
             try:
@@ -78,9 +88,16 @@ class Supply:
         return self.files / path.relative_to(self.headers)
 
 
+def _sweep_others(commit: Path) -> None:
+    """What is left of other revisions, unless a run is at work with one."""
+    for other in [p for p in commit.parent.iterdir() if p != commit and p.is_dir()]:
+        with suppress(RetryError, OSError), _lock(other, ""), _lock(other, "", HEADERS_LOCK):
+            shutil.rmtree(other)
+
+
 @contextmanager
-def _lock(folder: Path, address: str) -> Iterator[None]:
-    with open(folder / "lock", "w") as file:
+def _lock(folder: Path, address: str, name: str = "lock") -> Iterator[None]:
+    with open(folder / name, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -176,11 +193,15 @@ class Download:
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_file():  # a stopped run left it: it is as good as a part of a download
             os.replace(place, place.with_name(place.name + PARTIAL))
-        fetch(supply.hub, supply.listing, file, place, self._pause)
+        try:
+            fetch(supply.hub, supply.listing, file, place, self._pause)
+        except OSError as error:  # of our disk; those of the network are Transient
+            raise OSError(error.errno, error.strerror, error.filename or str(place)) from None
         with open(place, "rb") as arrived, open(path, "rb") as planned:
             length = 8 + int.from_bytes(planned.read(8), "little")
             planned.seek(0)
             if arrived.read(length) != planned.read(length):
-                raise CheckpointError(
+                path.unlink()  # the next run reads it again
+                raise RetryError(
                     f"{supply.listing.address}: {file.name}: its header is not the one that was planned with; run again"
                 )

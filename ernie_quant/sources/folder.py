@@ -26,7 +26,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 DOWNLOADS = ".cache/huggingface/download"
 OF_COUNT = re.compile(r"-of-(\d{5})\.")
 # never carried along: what is written anew, other weights, and what a version control or download client left
-OWN_FILES = {"config.json", "ernie-quant.json", "report.json", "SHA256SUMS", *INDEXES}
+OWN_FILES = {"config.json", "ernie-quant.json", "report.json", "report.html", "SHA256SUMS", *INDEXES}
 OTHER_WEIGHTS = {".gguf", ".pt", ".pth", ".onnx", ".msgpack", ".h5", ".npz", ".pdiparams", ".pdopt"}
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.errors import CheckpointError
+from ernie_quant.errors import ErnieQuantError, HubError
 from ernie_quant.sources._remote import CHUNK, Listing, RemoteFile, Transient
 from ernie_quant.sources._supply import open_remote
 
@@ -16,7 +17,7 @@ TIMEOUT = 30.0  # seconds without a byte
 
 
 def open_source(address: str, repo: str, revision: str) -> Checkpoint:
-    """A repository as a checkpoint. Raises CheckpointError, ConfigError or RetryError."""
+    """A repository as a checkpoint. Raises HubError, CheckpointError, ConfigError or RetryError."""
     return open_remote(HuggingFace(), address, repo, revision)
 
 
@@ -27,10 +28,10 @@ class HuggingFace:
         self.endpoint, self.token = endpoint, token
 
     def listing(self, repo: str, revision: str) -> Listing:
-        """The files of a revision, with sizes and hashes. Raises Transient or CheckpointError."""
+        """The files of a revision, with sizes and hashes. Raises Transient or HubError."""
         from huggingface_hub import HfApi
 
-        with _errors(repo):
+        with client_errors(f"{repo}@{revision}" if revision else repo):
             info = HfApi(self.endpoint, token=self.token).model_info(repo, revision=revision or None, files_metadata=True)
         files = {
             s.rfilename: RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else "", s.blob_id or "")
@@ -49,7 +50,7 @@ class HuggingFace:
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         with ExitStack() as stack:
-            with _errors(f"{listing.repo}: {name}"):
+            with client_errors(f"{listing.repo}: {name}"):
                 stream = get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True)
                 response = stack.enter_context(stream)
                 _check(response)
@@ -59,7 +60,7 @@ class HuggingFace:
 
 
 def _guarded(chunks: Iterator[bytes], what: str) -> Iterator[bytes]:
-    with _errors(what):
+    with client_errors(what):
         yield from chunks
 
 
@@ -80,8 +81,10 @@ def _check(response: Any) -> None:
     if response.status_code in PASSING:
         raise Transient(f"the hub answers {response.status_code}", _retry_after(response))
     if response.status_code not in (200, 206):
+        from huggingface_hub.utils import hf_raise_for_status
+
         response.read()
-        response.raise_for_status()
+        hf_raise_for_status(response)
         raise Transient(f"the hub answers {response.status_code}")
 
 
@@ -93,32 +96,61 @@ def _retry_after(response: Any) -> float | None:
 
 
 @contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """The client's errors as ours: what passes as Transient, the rest as CheckpointError."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+def client_errors(what: str) -> Iterator[None]:
+    """The client's errors as ours: what passes as Transient, the rest as HubError."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         yield
-    except (Transient, CheckpointError):
+    except (Transient, ErnieQuantError):
         raise
     except OfflineModeIsEnabled:
-        raise CheckpointError(f"{what}: cannot be reached: HF_HUB_OFFLINE is set") from None
+        raise HubError(f"{what}: cannot be reached: HF_HUB_OFFLINE is set") from None
     except HFValidationError as error:
-        raise CheckpointError(f"{what}: {error}") from None
+        raise HubError(f"{what}: {error}") from None
+    except GatedRepoError:
+        raise HubError(f"{what}: is gated: accept its terms on the hub, and log in (`hf auth login` or HF_TOKEN)") from None
+    except RepositoryNotFoundError:
+        raise HubError(
+            f"{what}: there is no such repository, or the token may not see it (`hf auth login` or HF_TOKEN)"
+        ) from None
+    except RevisionNotFoundError:
+        raise HubError(f"{what}: there is no such revision") from None
+    except EntryNotFoundError:
+        raise HubError(f"{what}: there is no such file") from None
     except HfHubHTTPError as error:
         response = error.response
         if response is not None and response.status_code in PASSING:
             raise Transient(f"the hub answers {response.status_code}", _retry_after(response)) from None
-        raise CheckpointError(f"{what}: {_one_line(error)}") from None
+        raise HubError(f"{what}: {_one_line(error)}") from None
+    except UnicodeEncodeError:  # says what it cannot encode: the token
+        raise HubError(f"{what}: the token (HF_TOKEN) is none: it has letters that no token has") from None
+    except RuntimeError as error:  # of the client's uploads
+        if not isinstance(error.__cause__, Exception):
+            raise
+        with client_errors(what):
+            raise error.__cause__ from None
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
         if not package.startswith(("httpx", "httpcore")) and not isinstance(error, OSError):
             raise
+        if type(error).__name__ == "LocalProtocolError":  # shows the header that it refuses: the token
+            raise HubError(f"{what}: the request cannot be sent; is there a space or line end in the token (HF_TOKEN)?") from None
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
-            raise CheckpointError(f"{what}: the hub answers {status}") from None
+            raise HubError(f"{what}: the hub answers {status}") from None
         raise Transient(f"{type(error).__name__}: {_one_line(error)}") from None
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    """Without what looks like a token or the signature of an address."""
+    text = re.sub(r"hf_\w+", "hf_…", " ".join(str(error).split()))
+    return re.sub(r"(https?://[^\s?']*\?)[^\s']*", r"\1…", text)[:300]

@@ -1,0 +1,47 @@
+"""`ernie-quant publish`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from ernie_quant.cli import _options
+from ernie_quant.cli._progress import progress_bar
+from ernie_quant.cli.main import print_json
+
+
+@click.command()
+@_options.out
+@click.argument("repo")
+@click.option("--private/--public", default=None, help="Of a new repository.  [default: private]")
+@click.option("--revision", default="main", show_default=True, help="Branch; made if there is none.")
+@click.option("--pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
+@click.option("--tag", default="", help="Name the commit so.")
+@click.option("--delete-as-published", is_flag=True, help="Delete each weight file here as soon as it is uploaded.")
+@_options.quiet
+@_options.json_option
+def command(
+    out: Path, repo: str, private: bool | None, revision: str, pr: bool, tag: str, delete_as_published: bool, quiet: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Publish a finished result to a hub repository, ORG/NAME on Hugging Face.
+
+    Files are uploaded one by one and committed together; what the hub then reports (names, sizes, hashes) must be what
+    is here. An interrupted publish goes on with the same command. A new repository is private unless --public is given;
+    the visibility of one that exists is never changed. The token is that of `hf auth login` or HF_TOKEN.
+
+    \b
+    ernie-quant publish out my-org/ERNIE-4.5-21B-A3B-WINT4 --tag v1
+    """
+    from ernie_quant import publish, publishers
+
+    scheme, _, name = repo.rpartition("://")
+    target = publish.Target(name, revision, private, pr, tag, delete_as_published)
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
+    with progress_bar(size, "bytes", quiet) as progress:
+        result = publish.publish(out, publishers.connect(scheme or "hf"), target, progress)
+    if as_json:
+        print_json(publish.as_json(result))
+        return
+    done = f"{result.uploaded} files, {result.bytes_uploaded / 1e9:.2f} GB uploaded" if result.uploaded else "nothing to upload"
+    click.echo(f"{result.repo}: {result.status}: {done}; commit {result.commit}{f', tag {result.tag}' if result.tag else ''}")

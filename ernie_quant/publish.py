@@ -1,0 +1,238 @@
+"""Publish a finished result: every file by hash, one commit, and nothing believed that the hub does not report itself."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ernie_quant import card, page
+from ernie_quant.errors import HubError, OutputError, RetryError, VerifyError
+from ernie_quant.integrity import read_manifest
+from ernie_quant.jsonio import dumps, read_object
+from ernie_quant.manifest import MANIFEST, SUMS, sums
+from ernie_quant.output import README
+from ernie_quant.publishers import Conflict, Head, LocalFile, Publisher
+from ernie_quant.report import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
+from ernie_quant.sources._remote import RemoteFile
+from ernie_quant.sources.folder import inside
+from ernie_quant.writer import write_file
+
+UPLOADED = ".ernie-quant-published.json"  # what was uploaded and deleted here, for a publish that is interrupted
+RACES = 5  # lost ones before we give up
+NEUTRAL = (".gitattributes", README, "LICENSE", ".gitignore")  # a repository that holds no more is as good as empty
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to: `private` None leaves a repository as it is and makes a new one private."""
+
+    repo: str
+    revision: str = "main"
+    private: bool | None = None
+    pr: bool = False
+    tag: str = ""
+    delete: bool = False  # weight files, as soon as they are uploaded
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the hub reports now."""
+
+    status: str  # published or up-to-date
+    repo: str
+    commit: str
+    tag: str
+    uploaded: int
+    bytes_uploaded: int
+    dropped: int
+
+
+def publish(out: Path, hub: Publisher, target: Target, progress: Progress = lambda _: None) -> Published:
+    """Make the repository hold what `out` holds. Raises HubError, OutputError, VerifyError or RetryError."""
+    manifest = _entitled(out, target.repo)
+    files = _files(out, manifest, target)
+    _open_repository(hub, target)
+    sent: dict[str, LocalFile] = {}
+    tagged = hub.head(target.repo, target.tag) if target.tag and not target.pr else None
+    for _ in range(RACES):
+        head = _head(hub, target)
+        drop = _left_behind(hub, target, head, files)
+        missing = [file for file in files if not _is_there(file, head.files.get(file.name))]
+        if tagged and (missing or drop or tagged.commit != head.commit):
+            raise HubError(f"{target.repo}: the tag {target.tag} names commit {tagged.commit[:12]} already; choose another")
+        if not missing and not drop:  # or the answer to our commit was lost, not the commit
+            return _done(hub, target, head.commit, "published" if sent else "up-to-date", list(sent.values()), drop)
+        for file in (f for f in missing if f.name not in sent):
+            hub.upload(target.repo, target.revision, file)
+            sent[file.name] = file
+            _delete(out, target, file)
+            progress(file.nbytes)
+        message = f"{manifest['recipe']['name']} of {manifest['source_name']}, ernie-quant {manifest['version']}"
+        try:
+            commit = hub.commit(target.repo, target.revision, head.commit, missing, drop, message, target.pr)
+        except (Conflict, RetryError) as error:
+            if isinstance(error, RetryError) and _is_published(hub, target, files):
+                continue
+            if isinstance(error, RetryError):
+                raise
+            continue
+        _verify(hub, target, commit, files)
+        return _done(hub, target, commit, "published", missing, drop)
+    raise RetryError(f"{target.repo}: others committed {RACES} times while this was at work")
+
+
+def _entitled(out: Path, repo: str) -> dict[str, Any]:
+    """The manifest, after card, page and pictures were made under the repository's name and entered in it."""
+    manifest = read_manifest(out)
+    if README not in manifest["files"]:
+        return manifest
+    config = read_object(inside(out, "config.json", MANIFEST))
+    rows: list[TensorReport] = []
+    made: dict[str, bytes] = {}
+    if FILENAME in manifest["files"]:
+        found = replace(page.read(out), name=repo.rpartition("/")[2])
+        rows = list(found.rows)
+        made[PAGE] = page.render(found)
+        made |= {f"{PLOTS_FOLDER}/{name}": data for name, data in _pictures(found).items()}
+    made[README] = card.readme(manifest, config, rows, repo, [name for name in made if name != PAGE]).encode()
+    entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in made.items()}
+    if any(manifest["files"].get(name) != entry for name, entry in entries.items()):
+        for name, data in made.items():
+            (out / name).parent.mkdir(exist_ok=True)
+            write_file(out / name, data)
+        manifest["files"] |= entries
+        text = dumps(manifest).encode()
+        write_file(out / SUMS, sums(manifest["files"], text).encode())
+        write_file(out / MANIFEST, text)
+    return manifest
+
+
+def _pictures(found: page.Report) -> dict[str, bytes]:
+    """The plots of the card, if matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return {}
+    from ernie_quant.plots import draw
+
+    return draw(found)
+
+
+def _files(out: Path, manifest: Mapping[str, Any], target: Target) -> list[LocalFile]:
+    """Every file of the result, the manifest last. Raises OutputError for one that is neither here nor uploaded."""
+    uploaded = _uploaded(out, target)
+    found = []
+    for name, entry in manifest["files"].items():
+        if (out / name).exists() or name not in uploaded or uploaded[name] != entry["sha256"]:
+            path = inside(out, name, MANIFEST)
+            if (nbytes := path.stat().st_size) != entry["bytes"]:
+                raise OutputError(f"{path}: has {nbytes} bytes, the manifest says {entry['bytes']}; `verify` tells more")
+            found.append(LocalFile(name, entry["bytes"], entry["sha256"], path))
+        else:
+            found.append(LocalFile(name, entry["bytes"], entry["sha256"], None))
+    for name in (SUMS, MANIFEST):
+        data = inside(out, name, "the result").read_bytes()
+        found.append(LocalFile(name, len(data), hashlib.sha256(data).hexdigest(), out / name))
+    return found
+
+
+def _uploaded(out: Path, target: Target) -> dict[str, str]:
+    """File -> sha256 of what was uploaded to this repository and deleted."""
+    if not (out / UPLOADED).is_file():
+        return {}
+    table = read_object(out / UPLOADED)
+    return {str(k): str(v) for k, v in table.get("files", {}).items()} if table.get("repo") == target.repo else {}
+
+
+def _delete(out: Path, target: Target, file: LocalFile) -> None:
+    """Delete a weight file that is uploaded; first remember that it is."""
+    if not target.delete or file.path is None or file.path.suffix != ".safetensors":
+        return
+    table = {"repo": target.repo, "files": _uploaded(out, target) | {file.name: file.sha256}}
+    write_file(out / UPLOADED, dumps(table).encode())
+    file.path.unlink()
+
+
+def _open_repository(hub: Publisher, target: Target) -> None:
+    """Make it if there is none, private if nobody says otherwise; the visibility of one that is there is left alone."""
+    if target.repo.count("/") != 1:  # a hub would make it in the namespace of the token's owner
+        raise HubError(f"{target.repo}: is not ORG/NAME")
+    private = hub.is_private(target.repo)
+    if private is None:
+        hub.create(target.repo, private=target.private is not False)
+    elif target.private is not None and private != target.private:
+        is_, asked = ("private", "--public") if private else ("public", "--private")
+        raise HubError(f"{target.repo}: is {is_}, and {asked} was asked for; change it on the hub, or leave {asked} out")
+
+
+def _head(hub: Publisher, target: Target) -> Head:
+    head = hub.head(target.repo, target.revision)
+    if head is None:
+        hub.branch(target.repo, target.revision)
+        head = hub.head(target.repo, target.revision)
+    if head is None:
+        raise HubError(f"{target.repo}: has no branch {target.revision}, and none could be made")
+    return head
+
+
+def _left_behind(hub: Publisher, target: Target, head: Head, files: list[LocalFile]) -> list[str]:
+    """Files of an earlier result that this one has no more. Raises HubError for a repository that is not ours."""
+    now = {file.name for file in files}
+    if MANIFEST not in head.files:
+        if others := sorted(set(head.files) - set(NEUTRAL)):
+            shown = ", ".join(others[:3])
+            raise HubError(f"{target.repo}: holds {shown} and was not made by ernie-quant; choose another repository or branch")
+        return []
+    try:
+        before = json.loads(hub.fetch(target.repo, head.commit, MANIFEST))["files"]
+        return sorted(name for name in head.files if name in before and name not in now)
+    except (ValueError, KeyError, TypeError):
+        raise HubError(f"{target.repo}: its {MANIFEST} cannot be read; choose another repository or branch") from None
+
+
+def _is_there(file: LocalFile, remote: RemoteFile | None) -> bool:
+    """Does the hub report this very file?"""
+    if remote is None or remote.nbytes != file.nbytes:
+        return False
+    if remote.sha256:
+        return remote.sha256 == file.sha256
+    if file.path is None:
+        return False
+    digest = remote.hasher()
+    digest.update(file.path.read_bytes())
+    return digest.hexdigest() == remote.digest
+
+
+def _is_published(hub: Publisher, target: Target, files: list[LocalFile]) -> bool:
+    head = hub.head(target.repo, target.revision)
+    return head is not None and all(_is_there(file, head.files.get(file.name)) for file in files)
+
+
+def _verify(hub: Publisher, target: Target, commit: str, files: list[LocalFile]) -> None:
+    """Names, sizes and hashes as the hub reports them after the commit. Raises VerifyError."""
+    head = hub.head(target.repo, commit)
+    there = head.files if head else {}
+    wrong = [
+        f"{f.name}: {'is not there' if f.name not in there else 'has another size or hash'}"
+        for f in files
+        if not _is_there(f, there.get(f.name))
+    ]
+    if wrong:
+        raise VerifyError(f"{target.repo}@{commit[:12]}: {len(wrong)} file(s) are not on the hub as they are here", wrong)
+
+
+def _done(hub: Publisher, target: Target, commit: str, status: str, uploaded: list[LocalFile], dropped: list[str]) -> Published:
+    if target.tag and not target.pr:
+        hub.tag(target.repo, target.tag, commit)
+    nbytes = sum(file.nbytes for file in uploaded)
+    return Published(status, target.repo, commit, "" if target.pr else target.tag, len(uploaded), nbytes, len(dropped))
+
+
+def as_json(result: Published) -> dict[str, Any]:
+    """For --json."""
+    return asdict(result)
