@@ -28,6 +28,12 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - 203]} … {text[-200:]}"
 
 
+def shown(lines: Sequence[str]) -> list[str]:
+    """The first of `lines`, and how many more there are."""
+    more = len(lines) - MAX_LINES
+    return [line_of(line) for line in lines[:MAX_LINES]] + ([f"… and {more} more"] if more > 0 else [])
+
+
 class ErnieQuantError(Exception):
     """Base of every error that is shown to a user as one line."""
 
@@ -54,9 +60,7 @@ class ProblemsError(ErnieQuantError):
         self.problems = list(problems)
 
     def __str__(self) -> str:
-        lines = [f"  {line_of(problem)}" for problem in self.problems[:MAX_LINES]]
-        more = len(self.problems) - len(lines)
-        return "\n".join([super().__str__(), *lines, *([f"  … and {more} more"] if more else [])])
+        return "\n".join([super().__str__(), *(f"  {line}" for line in shown(self.problems))])
 
 
 class PlanError(ProblemsError):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ernie_quant import names, report
 from ernie_quant.checkpoint import Checkpoint, TensorSpec
+from ernie_quant.errors import shown
 from ernie_quant.resolve import Table, resolve
 
 LAYOUT_NAMES = {names.PADDLE: "Paddle", names.PT: "PT", names.PADDLEFORMERS: "paddleformers (third layout)"}
@@ -81,7 +82,7 @@ def as_text(found: Inspection) -> str:
         ),
     ]
     lines += [f"note: {note}" for note in found.notes]
-    lines += [f"anomaly: {anomaly}" for anomaly in found.anomalies]
+    lines += shown([f"anomaly: {anomaly}" for anomaly in found.anomalies])
     return "\n".join(lines if found.anomalies else [*lines, "", "no anomalies"])
 
 

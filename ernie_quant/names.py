@@ -174,7 +174,7 @@ def size_of(symbol: str, dims: Dims) -> int:
 
 def natural(name: str) -> list[str | int]:
     """A sort key that puts layer 10 after layer 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def folded(name: str) -> str:
@@ -204,12 +204,17 @@ class NameMap:
         """How many rows there are."""
         return sum(math.prod(len(self.ids[i]) for i in rule.ids) for rule in self.rules)
 
+    def disbelieved(self, stored: int) -> str:
+        """Why the table is not expanded for a checkpoint of `stored` tensors; empty if it may be."""
+        if self.size <= MOST_MISSING * (stored + 1000):
+            return ""
+        return f"config.json promises about {self.size} tensors, the files hold {stored}; is it the config of another model?"
+
     def resolve(self, checkpoint: Checkpoint, fixes: frozenset[str] = frozenset()) -> tuple[list[Weight], list[str]]:
         """All tensors in canonical form, in natural order of their PT names, and every disagreement found."""
         layout = layout_of(list(checkpoint.refs))
-        if self.size > MOST_MISSING * (len(checkpoint.refs) + 1000):
-            promised = f"config.json promises about {self.size} tensors, the files hold {len(checkpoint.refs)}"
-            return [], [f"{promised}; is it the config of another model?"]
+        if problem := self.disbelieved(len(checkpoint.refs)):
+            return [], [problem]
         reader = _Reader(self, layout, [dict(_aliased(rank.refs)) for rank in checkpoint.ranks], fixes)
         weights = [weight for row in self.rows() for weight in reader.weights(row)]
         reader.report_unknown()

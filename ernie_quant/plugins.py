@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
 from types import ModuleType
 
 
-def names(package: ModuleType) -> list[str]:
+@cache
+def names(package: ModuleType) -> tuple[str, ...]:
     """The plug-ins of a package; files with a leading underscore are shared parts, not plug-ins."""
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")))
 
 
 def load(package: ModuleType, name: str) -> ModuleType:

@@ -86,6 +86,8 @@ def table_of(checkpoint: Checkpoint, target: ModuleType) -> NameMap:
 def open_stored(checkpoint: Checkpoint, target: ModuleType) -> tuple[list[Stored], list[str]]:
     """Every weight that the table expects, and every disagreement. Raises ConfigError."""
     table = table_of(checkpoint, target)
+    if problem := table.disbelieved(len(checkpoint.refs)):
+        return [], [problem]
     groups: dict[str, dict[str, list[TensorRef]]] = {}
     problems: list[str] = []
     for name in dict.fromkeys(name for rank in checkpoint.ranks for name in rank.refs):

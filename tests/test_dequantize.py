@@ -19,6 +19,7 @@ from test_fastdeploy import PUBLISHED, WIDTHS, decode_all, invoke, read_folder, 
 
 from ernie_quant import names, views
 from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.errors import PlanError
 from ernie_quant.plan import make_plan
 from ernie_quant.run import run_plan
 from ernie_quant.verify import verify
@@ -242,3 +243,11 @@ def test_a_layout_must_be_given(folder: Path, command: Command, tmp_path: Path) 
     code, _, err = command("dequantize", folder / "int4", tmp_path / "out")
     assert code == 2
     assert "Missing option '--to'" in err
+
+
+def test_a_config_that_promises_millions_of_tensors_is_not_expanded(folder: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(folder / "int4", tmp_path / "int4"))
+    config = json.loads((broken / "config.json").read_text()) | {"moe_num_experts": 2**24}
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match="is it the config of another model"):
+        make_plan(Checkpoint.open(broken), runtime="vllm", dequantize=True)

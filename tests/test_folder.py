@@ -10,7 +10,7 @@ from synthetic import exact, golden, write_bin, write_index, write_model, write_
 
 from ernie_quant import views
 from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.errors import CheckpointError
+from ernie_quant.errors import CheckpointError, shown
 from ernie_quant.plan import make_plan
 from ernie_quant.sources.folder import inside
 from ernie_quant.views import Files
@@ -277,3 +277,24 @@ def test_safetensors_are_preferred_to_pickles(tmp_path: Path) -> None:
 def test_another_file_that_is_a_link_out_of_the_folder_is_refused(sharded: Path) -> None:
     (sharded / "tokenizer.model").symlink_to("/etc/passwd")
     assert "tokenizer.model: is a link to /etc/passwd, outside the folder" in refusal(sharded)
+
+
+def test_links_to_one_file_do_not_multiply_the_work(sharded: Path) -> None:
+    (sharded / FILES[1]).unlink()
+    (sharded / FILES[1]).symlink_to(FILES[0])
+    assert refusal(sharded) == f"{FILES[1]}: is the same file as {FILES[0]}"
+
+
+def test_more_tensors_than_any_model_has_are_refused(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ernie_quant.sources.folder.MAX_TENSORS", 1)
+    assert "names 2 tensors, more than any such model has" in refusal(sharded)
+    (sharded / "model.safetensors.index.json").unlink()
+    assert "holds more than 1 tensors, which no such model has" in refusal(sharded)
+
+
+def test_a_thousand_anomalies_are_fifty_and_a_number(sharded: Path) -> None:
+    index = {"weight_map": {f"t{i}": FILES[0] for i in range(1000)}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint.open(sharded)
+    assert len(checkpoint.anomalies) > 1000
+    assert shown(checkpoint.anomalies)[50:] == [f"… and {len(checkpoint.anomalies) - 50} more"]

@@ -428,3 +428,7 @@ def test_a_text_expert_of_vision_width_is_refused(tmp_path: Path) -> None:
         f"{name.format(0)}: (16, 256) is not M x H = (32, 256)",
         f"{name.format(4)}: (32, 256) is not M1 x H = (16, 256)",
     ]
+
+
+def test_digits_that_are_no_numbers_are_letters() -> None:
+    assert names.natural("a1²3.10") == ["a", 1, "²", 3, ".", 10, ""]

@@ -5,7 +5,11 @@ import os
 import pickle
 import pickletools
 import struct
+import subprocess
+import sys
+import tracemalloc
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import GOLDEN, exact, quick, read_file, write_bin, write_pdparams, write_raw_safetensors, write_safetensors
+from synthetic import (
+    GOLDEN,
+    exact,
+    quick,
+    read_file,
+    tiny,
+    write_bin,
+    write_index,
+    write_model,
+    write_pdparams,
+    write_raw_safetensors,
+    write_safetensors,
+)  # fmt: skip
 
-from ernie_quant import views
-from ernie_quant.errors import CheckpointError
-from ernie_quant.readers import _pickle, read_header
+from ernie_quant import archs, jsonio, views
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.errors import CheckpointError, ConfigError, PlanError
+from ernie_quant.readers import _pickle, read_header, torch_bin
 
 BF16 = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -0.125]], dtype=torch.bfloat16)
 FORMATS = {"safetensors": write_safetensors, "pdparams": write_pdparams, "bin": write_bin}
@@ -89,10 +106,17 @@ LIES = {
     "no JSON": (b"{", "header is not valid JSON"),
     "duplicate": (b'{"a": 1, "a": 2}', "duplicate key 'a'"),
     "not UTF-8": (b'{"\xff": 1}', "header is not valid JSON: 'utf-8'"),
-    "lone surrogate": (b'{"\\ud800": 1}', r"unprintable name '\ud800'"),
+    "lone surrogate": (b'{"\\ud800": 1}', r"can't encode character '\ud800'"),
     "two lines": (b'{"a\\nerror: b": 1}', r"unprintable name 'a\nerror: b'"),
-    "deep": (b'{"a":' + b"[" * 100_000, "header is not valid JSON: nested too deep"),
+    "deep": (b'{"a":' + b"[" * 100_000, "header is nested too deep"),
+    "deep and closed": (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "header is nested too deep"),
     "long number": (b'{"a":' + b"9" * 10_000 + b"}", "header is not valid JSON"),
+    "NaN": (b'{"__metadata__": {"a": NaN}}', "header is not valid JSON: NaN is no JSON number"),
+    "infinity": (b'{"__metadata__": {"a": -Infinity}}', "-Infinity is no JSON number"),
+    "a number that is infinite": (b'{"__metadata__": {"a": 1e999}}', "1e999 is no JSON number"),
+    "duplicate in the metadata": (b'{"__metadata__": {"a": "1", "a": "2"}}', "duplicate key 'a'"),
+    "long name": ({"a" * 501: entry()}, "holds a tensor whose name has 501 characters: 'aaa"),
+    "ten million names": (b'{"a":0,' + b'"b":0,' * 1_250_000, "header is too large: 1250002 values, 1250000 are allowed"),
 }
 
 
@@ -108,6 +132,12 @@ def test_a_header_length_beyond_the_file_is_refused(tmp_path: Path, length: int)
     assert f"header length {length} does not fit a file of 10 bytes" in refusal(path)
 
 
+def test_a_large_header_is_not_even_read(tmp_path: Path) -> None:
+    path = write_raw_safetensors(tmp_path / "m.safetensors", b"{}", length=(32 << 20) + 1)
+    os.truncate(path, 1 << 40)  # a hole
+    assert "header is too large: 33554433 bytes, 33554432 are allowed" in refusal(path)
+
+
 @pytest.mark.parametrize("data", [b"", b"\2\0\0", b"\0" * 8])
 def test_a_file_without_a_header_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m.safetensors").write_bytes(data)
@@ -120,6 +150,60 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path
     os.truncate(path, path.stat().st_size - 1)
     with views.Files() as files, pytest.raises(CheckpointError, match=r"m\.safetensors: w: the file ended while it was read"):
         views.read(views.leaf(ref), files)
+
+
+def test_150_000_tensors_are_few_enough() -> None:
+    one = (
+        b'"model.layers.%d.mlp.experts.%d.up_gate_proj.weight_packed":{"dtype":"I32","shape":[8192,3584],"data_offsets":[%d,%d]}'
+    )
+    header = [one % (i, i, i, i) for i in range(1000)]
+    bytes_each = len(b",".join(header)) / 1000
+    values_each = sum(map(b",".join(header).count, (b",", b"[", b"{"))) / 1000
+    assert 150_000 * bytes_each < jsonio.MAX_BYTES
+    assert 150_000 * values_each < jsonio.MAX_VALUES
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[]", "is not a JSON object"),
+        (b'{"a": 1, "b": 2, "a": 3}', "is not valid JSON: duplicate key 'a'"),
+        (b'{"x": {"a": 1, "a": 1}}', "is not valid JSON: duplicate key 'a'"),
+        (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "is nested too deep"),
+        (b'{"a": ' * 100_000, "is nested too deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
+        (b'{"a": Infinity}', "is not valid JSON: Infinity is no JSON number"),
+        (b'{"a": 1E400}', "is not valid JSON: 1E400 is no JSON number"),
+        (b'{"\\udc00": 1}', "is not valid JSON: 'utf-8' codec can't encode"),
+        (b'{"a": ["\\ud800"]}', "is not valid JSON: 'utf-8' codec can't encode"),
+        (b"\xff", "is not valid JSON: 'utf-8' codec can't decode"),
+        (b"[" + b"{}," * 625_000 + b"{}]", "is too large: 1250002 values, 1250000 are allowed"),
+        (b'"' + b"x" * (32 << 20), "is too large: more than 33554432 bytes"),
+    ],
+)  # fmt: skip
+def test_json_of_strangers_is_refused(tmp_path: Path, text: bytes, reason: str) -> None:
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(CheckpointError) as error:
+        jsonio.read_object(tmp_path / "a.json")
+    assert reason in str(error.value)
+    assert len(str(error.value)) < 200
+
+
+def test_json_that_is_refused_for_nothing() -> None:
+    assert jsonio.parse(b'{"a": ' + b"[" * 62 + b"]" * 62 + b"}")  # 63 levels and the number of the last one
+    assert jsonio.parse(b'{"a": {"b": 1}, "b": {"b": [1.5, -0.0, null, true, "\\ud83d\\ude00"]}}')["b"]["b"][4] == "😀"
+    assert jsonio.parse(b"9" * 4000) == int("9" * 4000)
+
+
+@pytest.mark.parametrize("total", [2**70, -1, 1e300, None, "x", [], {}])
+def test_the_total_size_of_an_index_is_not_believed(tmp_path: Path, total: Any) -> None:
+    folder = write_model(tmp_path / "m", {}, {"a": BF16, "b": BF16}, shards=2)
+    write_index(folder, {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}, total)
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.nbytes, checkpoint.anomalies) == (24, ())
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -325,6 +409,55 @@ def test_a_tuple_of_a_tuple_of_a_tuple_is_refused_and_not_unfolded(tmp_path: Pat
     assert "w: is not an array" in refusal(tmp_path / "m.pdparams")
 
 
+@pytest.mark.parametrize("piece", [b"\x8c\x01a", b"C\0", b"X\x00\x02\0\0" + b"a" * 512, b"X\x01\x02\0\0" + b"a" * 513])
+def test_texts_and_payloads_have_a_budget_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: bytes) -> None:
+    monkeypatch.setattr(_pickle, "MAX_STRING_BYTES", 100_000)
+    (tmp_path / "m.pdparams").write_bytes(piece * 1000)
+    assert "texts and payloads that take more than 100000 bytes of memory" in refusal(tmp_path / "m.pdparams")
+
+
+def test_the_budget_of_texts_is_what_they_take(tmp_path: Path) -> None:
+    """Emoji and text of one emoji take four bytes a character."""
+    for text in (b"a" * 500, "ä".encode() * 250, "😀".encode() * 125, b"a" * 496 + "😀".encode()):
+        with open(tmp_path / "m.pdparams", "wb") as file:
+            file.write((b"X\xf4\x01\0\0" + text) * 4000 + b".")
+        tracemalloc.start()
+        with open(tmp_path / "m.pdparams", "rb") as file:
+            machine = _pickle._Machine(file, "m.pdparams", 1 << 30, {})
+            for _ in range(4000):
+                machine.take(1)
+                machine.stack.append(machine.string(machine.integer(4), True))
+            used = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert machine.string_bytes * 0.8 < used < machine.string_bytes * 1.1 + 100_000
+
+
+@pytest.mark.parametrize("form", ["bin", "pdparams 2", "pdparams 3", "pdparams 4"])
+def test_100_000_tensors_in_a_pickle_are_few_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr(_pickle, "MAX_OPCODES", _pickle.MAX_OPCODES // 500)
+    monkeypatch.setattr(_pickle, "MAX_STRING_BYTES", _pickle.MAX_STRING_BYTES // 500)
+    kind, _, protocol = form.partition(" ")
+    names = [f"ernie.layers.{i}.mlp.experts.{i}.up_gate_proj.weight" for i in range(100, 300)]
+    state = dict.fromkeys(names, BF16) if kind == "pdparams" else {name: BF16.clone() for name in names}
+    path = FORMATS[kind](tmp_path / f"m.{kind}", state, *([int(protocol)] if protocol else []))
+    assert len(read_header(path)) == 200
+
+
+@pytest.mark.parametrize(
+    "nested", [b"N" + b"Q" * 100_000, b"N" + b"\x85" * 100_000, b"]" * 100_000 + b"a" * 99_999, b"(" * 100_000]
+)
+def test_what_is_nested_without_end_is_thrown_away_without_recursion(tmp_path: Path, nested: bytes) -> None:
+    (tmp_path / "m.pdparams").write_bytes(nested + b".")
+    assert "pickle ends with a stack" in refusal(tmp_path / "m.pdparams") or "holds no dict" in refusal(tmp_path / "m.pdparams")
+
+
+@pytest.mark.parametrize("form", ["bin", "pdparams", "safetensors"])
+def test_a_name_of_many_characters_is_refused(tmp_path: Path, form: str) -> None:
+    path = FORMATS[form](tmp_path / f"m.{form}", {"x" * 501: BF16})
+    assert "holds a tensor whose name has 501 characters: 'xxx" in refusal(path)
+    assert read_file(FORMATS[form](path, {"x" * 500: BF16}))
+
+
 @pytest.mark.parametrize("cut", [1, 40, 200, 1000])
 def test_a_truncated_pdparams_is_refused(tmp_path: Path, cut: int) -> None:
     path = write_pdparams(tmp_path / "m.pdparams", STATE)
@@ -415,6 +548,111 @@ def test_a_changed_archive_is_refused(tmp_path: Path, member: str, data: bytes |
     assert reason in refusal(path)
 
 
+def archive(*members: tuple[str, bytes], wide: bool = False, count: int | None = None, comment: bytes = b"") -> bytes:
+    """A stored archive by hand; `wide` puts sizes and places into extra fields as zip64 does."""
+    data, directory = b"", b""
+    for name, content in members:
+        raw, offset = name.encode(), len(data)
+        data += b"PK\3\4" + bytes(22) + struct.pack("<HH", len(raw), 0) + raw + content
+        sizes = (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF) if wide else (len(content), len(content), offset)
+        extra = b"xy\1\0z" + struct.pack("<2H3Q", 1, 24, len(content), len(content), offset) if wide else b""
+        directory += b"PK\1\2" + bytes(16) + struct.pack("<2L3H8xL", *sizes[:2], len(raw), len(extra), 0, sizes[2]) + raw + extra
+    entries = len(members) if count is None else count
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, entries, entries, len(directory), len(data), len(comment))
+    return data + directory + end + comment
+
+
+PICKLED = (
+    b"\x80\2}X\1\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\n"
+    b"X\1\0\0\x000X\3\0\0\0cpuK\1tQK\0K\1\x85K\1\x85\x89NtRs."
+)
+WHOLE = (("x/data.pkl", PICKLED), ("x/data/0", struct.pack("<f", 2.5)))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_an_archive_by_hand(tmp_path: Path, wide: bool) -> None:
+    (tmp_path / "m.bin").write_bytes(archive(*WHOLE, wide=wide))
+    assert read_file(tmp_path / "m.bin")["w"].tolist() == [2.5]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc/passwd", "/x/data/1", "../x", "x/../../y", "x/data/..", "..", "C:/x", "c:x", "C:\\x", "\\\\host\\x", "x\\..\\y",
+        "a\nb", "a\0b",
+    ],
+)  # fmt: skip
+def test_a_member_whose_name_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "m.bin").write_bytes(archive(*WHOLE, (name, b"")))
+    assert f"has the member {name!r}, which is not a plain name" in refusal(tmp_path / "m.bin")
+
+
+@pytest.mark.parametrize("key", ["../data.pkl", "/etc/passwd", "..", "", "x\n", "0/", "../../../../../../etc/passwd"])
+def test_a_storage_is_a_member_of_the_archive_and_nothing_else(tmp_path: Path, key: str) -> None:
+    raw = key.encode()
+    pickled = PICKLED.replace(b"X\1\0\0\x000", b"X" + struct.pack("<L", len(raw)) + raw)
+    (tmp_path / "m.bin").write_bytes(archive(("x/data.pkl", pickled), WHOLE[1]))
+    assert f"has no data/{key.encode('unicode_escape').decode()}" in refusal(tmp_path / "m.bin")
+
+
+BOMB = archive(("x/data.pkl", b"}."), ("x/data/0", b"\0" * 1000))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (archive(*WHOLE, WHOLE[1]), "has the member 'x/data/0' twice"),
+        (archive(*WHOLE, ("y/data.pkl", b"}.")), "has more than one data.pkl"),
+        (archive(WHOLE[1]), "has no data.pkl"),
+        (archive(("x/a/data.pkl", PICKLED)), "has no data.pkl"),
+        (archive(), "has no data.pkl"),
+        (archive(("x/data.pkl", BOMB)), "pickle uses the opcode b'P'"),  # an archive in an archive
+        (archive(*WHOLE, count=3), "its directory has 2 of 3 members"),
+        (archive(*WHOLE, comment=b"hello"), "it does not end with a directory"),
+        (b"MZ" + archive(*WHOLE), "its directory does not reach its end"),
+        (archive(*WHOLE).replace(b"x/data/0", b"x/data/1", 1), "data/0: its place in the archive holds something else"),
+        (archive(("x/data.pkl", PICKLED), ("x/data/0", b"\0\0\0")), "w: ends at byte 4 of a storage of 3"),
+        (
+            archive(*WHOLE).replace(struct.pack("<2L", 4, 4), struct.pack("<2L", 999, 999)),
+            "data/0: ends at 1185, the file has 322 bytes",
+        ),
+        (archive(*WHOLE).replace(b"PK\1\2", b"PK\1\3"), "its directory is broken"),
+        (archive(*WHOLE)[:-30] + archive(*WHOLE)[-22:], "its directory does not reach its end"),
+    ],
+)
+def test_an_archive_that_lies_is_refused(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "m.bin").write_bytes(data)
+    assert reason in refusal(tmp_path / "m.bin")
+
+
+def test_a_pickle_of_any_size_is_not_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_bin, "MAX_PICKLE_BYTES", len(PICKLED) - 1)
+    (tmp_path / "m.bin").write_bytes(archive(*WHOLE))
+    assert f"data.pkl has {len(PICKLED)} bytes, more than any state dict" in refusal(tmp_path / "m.bin")
+
+
+def test_a_zip_bomb_is_refused_and_not_unpacked(tmp_path: Path) -> None:
+    for member in ("x/data.pkl", "x/data/0", "x/byteorder"):
+        with zipfile.ZipFile(tmp_path / "m.bin", "w") as new:
+            for name, content in (*WHOLE, ("x/byteorder", b"little")):
+                bomb = name == member
+                new.writestr(name, b"\0" * 20_000_000 if bomb else content, zipfile.ZIP_DEFLATED if bomb else zipfile.ZIP_STORED)
+        assert (tmp_path / "m.bin").stat().st_size < 40_000
+        assert f"{member[2:]} is compressed or encrypted" in refusal(tmp_path / "m.bin")
+
+
+def test_a_directory_of_any_size_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.bin"
+    nbytes = (16 << 20) + 1
+    with open(path, "wb") as file:
+        file.seek(nbytes)
+        end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 9, 9, nbytes, 0)
+        file.write(
+            end64 + struct.pack("<4sLQL", b"PK\6\7", 0, nbytes, 1) + struct.pack("<4s4H2LH", b"PK\5\6", *[0xFFFF] * 4, 0, 0, 0)
+        )
+    assert "a directory of 16777217 bytes is too large, 16777216 are allowed" in refusal(path)
+
+
 def test_a_global_outside_the_list_is_refused_by_name(tmp_path: Path) -> None:
     torch.save({"w": Evil()}, tmp_path / "m.bin")
     assert "asks for 'posix.system'" in refusal(tmp_path / "m.bin")
@@ -443,6 +681,95 @@ def test_strides_that_unfold_without_end_are_refused(tmp_path: Path) -> None:
     assert strides in pickled
     rezip(path, {"data.pkl": pickled.replace(strides, b")" + b"q\xffh\xff\x86" * 60)})
     assert "w: shape, strides or offset are not at most 8 sizes" in refusal(path)
+
+
+# --- whatever a file claims ------------------------------------------------------------------------------------------
+
+# the costliest files that are known for each bound, built with as much of everything as it allows
+COSTLY = {
+    "names.safetensors": lambda: b"{" + b",".join('"%016d😀":0'.encode() % i for i in range(1_249_000)) + b"}",
+    "objects.safetensors": lambda: b"{" + b",".join(b'"%010d":{"a":0}' % i for i in range(624_000)) + b"}",
+    "text.safetensors": lambda: '{"a":"😀'.encode() + b"x" * ((32 << 20) - 100) + b'"}',
+    "dicts.pdparams": lambda: b"}\x94" * 1_800_000,
+    "tuples.pdparams": lambda: b"N" + b"\x85" * 3_600_000,
+    "memo.pdparams": lambda: b"N" + b"\x94" * 3_600_000,
+    "calls.pdparams": lambda: b"N" + b"Q" * 3_600_000,
+    "payloads.pdparams": lambda: b"C\0\x94" * 1_200_000 + b"}\x94" * 600_000,
+    "texts.pdparams": lambda: (b"X\xfc\1\0\0" + b"x" * 504 + "😀".encode()) * 73_000 + b"}" * 3_300_000,
+    "keys.pdparams": lambda: b"X\xfe\1\0\0" + b"a" * 510 + b"q\0" + b"}h\0Ns" * 900_000,
+    "members.bin": lambda: directory(b"PK\1\2" + bytes(24) + b"\5" + bytes(17) + b"%05x" % i for i in range(320_000)),
+}  # fmt: skip
+
+
+def directory(entries: Iterable[bytes]) -> bytes:
+    """An archive that is nothing but a directory."""
+    data = b"".join(entries)
+    return data + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, len(data), 0, 0)
+
+
+READ = """
+import sys, time
+from pathlib import Path
+from ernie_quant.errors import CheckpointError
+from ernie_quant.readers import read_header
+peak_kb = lambda: int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+before, start = peak_kb(), time.process_time()
+try:
+    read_header(Path(sys.argv[1]))
+except CheckpointError as error:
+    print((peak_kb() - before) // 1000, time.process_time() - start, len(str(error)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("name", COSTLY)
+def test_memory_and_time_are_bounded_whatever_a_file_claims(tmp_path: Path, name: str) -> None:
+    data = COSTLY[name]()
+    (tmp_path / name).write_bytes(len(data).to_bytes(8, "little") + data if name.endswith(".safetensors") else data)
+    done = subprocess.run([sys.executable, "-c", READ, tmp_path / name], capture_output=True, text=True, check=True)
+    megabytes, seconds, letters = map(float, done.stdout.split())
+    print(f"{name}: {megabytes:.0f} MB, {seconds:.1f} s")
+    assert megabytes < 600
+    assert seconds < 20
+    assert letters < 600
+
+
+# --- errors and config.json --------------------------------------------------------------------------------------------
+
+
+def test_an_error_of_a_million_problems_shows_50() -> None:
+    error = PlanError("m: 1000000 problem(s)", [f"t{i}: is unknown" for i in range(1_000_000)])
+    lines = str(error).split("\n")
+    assert lines[:2] == ["m: 1000000 problem(s)", "  t0: is unknown"]
+    assert lines[50:] == ["  t49: is unknown", "  … and 999950 more"]
+    assert len(error.problems) == 1_000_000
+    assert len(str(PlanError("m", ["x"] * 50)).split("\n")) == 51
+
+
+def test_a_line_of_an_error_is_one_line_and_not_a_long_one() -> None:
+    assert str(CheckpointError("a\nb\x1b[31m\ud800ü")) == r"a\nb\x1b[31m\ud800ü"
+    long = "name " + "x" * 10_000_000 + ": is missing"
+    for shown in (str(CheckpointError(long)), str(PlanError("m", [long])).split("\n")[1].strip()):
+        assert len(shown) == 500
+        assert shown.startswith("name xxx")
+        assert " … xxx" in shown
+        assert shown.endswith("xxx: is missing")
+    assert len(str(CheckpointError("\n" * 10_000))) == 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_hidden_layers": 2**24}, "num_hidden_layers is 16777216, not a whole number from 1 to 4096"),
+        ({"mlp_layer_types": [{}, []]}, "mlp_layer_types is not a list of 2 times 'dense' or 'sparse'"),
+    ],
+)
+def test_a_config_of_unusual_values_is_refused(changes: dict[str, Any], reason: str) -> None:
+    config, tensors = tiny(**{"num_hidden_layers": 2, **changes})
+    with pytest.raises(ConfigError) as error:
+        archs.find(config).name_map(config, list(tensors))
+    assert str(error.value) == f"config.json: {reason}"
 
 
 # --- properties ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from ernie_quant.errors import ConfigError
 
 Config = Mapping[str, Any]
 MAX_COUNT = 1 << 24  # far above every size of these models; a larger number in a config is an attack or an accident
+MOST = {"num_hidden_layers": 4096}  # layers are listed one by one; the 424B has 54
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ def whole(config: Config, key: str, least: int = 1, default: int | None = None) 
     value = config.get(key)
     if value is None and default is not None:
         return default
-    if type(value) is not int or not least <= value <= MAX_COUNT:
+    most = MOST.get(key, MAX_COUNT)
+    if type(value) is not int or not least <= value <= most:
         shown = "missing" if key not in config else repr(value)[:80]
-        raise ConfigError(f"config.json: {key} is {shown}, not a whole number from {least} to {MAX_COUNT}")
+        raise ConfigError(f"config.json: {key} is {shown}, not a whole number from {least} to {most}")
     return value
 
 
@@ -90,7 +92,7 @@ def moe_layers(config: Config, start: int, end: int) -> list[int]:
     layers = whole(config, "num_hidden_layers")
     kinds = config.get("mlp_layer_types")
     if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}:
+        if not isinstance(kinds, list) or len(kinds) != layers or not all(k in ("dense", "sparse") for k in kinds):
             raise ConfigError(f"config.json: mlp_layer_types is not a list of {layers} times 'dense' or 'sparse'")
         return [i for i, kind in enumerate(kinds) if kind == "sparse"]
     interval = whole(config, "moe_layer_interval", default=1)

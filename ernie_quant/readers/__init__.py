@@ -15,6 +15,8 @@ from ernie_quant import plugins
 from ernie_quant.checkpoint import TensorRef
 from ernie_quant.errors import CheckpointError
 
+MAX_NAME = 500  # characters; those of the models have less than 100
+
 
 @cache
 def by_suffix() -> dict[str, ModuleType]:
@@ -31,4 +33,6 @@ def read_header(path: Path) -> list[TensorRef]:
         refs: list[TensorRef] = reader.read_header(path)
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from error
+    if long := next((ref for ref in refs if len(ref.name) > MAX_NAME), None):
+        raise CheckpointError(f"{path.name}: holds a tensor whose name has {len(long.name)} characters: {long.name[:200]!r}")
     return refs

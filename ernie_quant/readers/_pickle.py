@@ -10,22 +10,27 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from sys import getsizeof
 from typing import IO, Any
 
 from ernie_quant.errors import CheckpointError
 
-MAX_OPCODES = 20_000_000
-INLINE_BYTES = 4096  # a longer text is a payload: it stays in the file
+# Of a state dict a tensor takes about 34 opcodes and 3 strings: room for 100,000 in one file (the 424B has 13,836 in all).
+# Together they keep a walk below 10 s and 0.5 GB, whatever the file holds.
+MAX_OPCODES = 3_500_000
+MAX_STRING_BYTES = 160_000_000  # in memory: texts, and what is noted of payloads
+NUMBERS_BYTES = 64  # the two numbers of a payload
+INLINE_BYTES = 512  # a longer text is a payload: it stays in the file
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that the pickle wants imported; it is compared with a list, never imported."""
+    """A name that the pickle wants imported; it is one of a list, and never imported."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: there may be millions, and that takes twice the time
 class Payload:
     """Bytes (or, for `text`, UTF-8) that stay in the file at `start`."""
 
@@ -37,6 +42,7 @@ class Payload:
 class Text(str):
     """A short text that remembers where it stands: protocol 2 stores the data of small arrays as text."""
 
+    __slots__ = ("payload",)
     payload: Payload
 
 
@@ -54,7 +60,8 @@ class _Machine:
     file: IO[bytes]
     name: str
     size: int
-    allowed: frozenset[str]
+    allowed: dict[str, Global]
+    string_bytes: int = 0  # in memory
     stack: list[Any] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
@@ -102,19 +109,26 @@ class _Machine:
         payload = Payload(start, count, text)
         if not text or count > INLINE_BYTES:
             self.file.seek(count, 1)
+            self.charge(payload)
             return payload
         try:
             short = Text(self.take(count).decode("utf-8"))
         except UnicodeDecodeError:
             raise self.fail("pickle holds a name that is not UTF-8") from None
         short.payload = payload
+        self.charge(payload, short)
         return short
+
+    def charge(self, *kept: object) -> None:
+        self.string_bytes += NUMBERS_BYTES + sum(map(getsizeof, kept))
+        if self.string_bytes > MAX_STRING_BYTES:
+            raise self.fail(f"pickle holds texts and payloads that take more than {MAX_STRING_BYTES} bytes of memory")
 
     def named(self, module: Any, name: Any) -> Global:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a computed name"
         if full not in self.allowed:
             raise self.fail(f"pickle asks for {full[:200]!r}, which is not on the list of harmless names")
-        return Global(full)
+        return self.allowed[full]
 
     def call(self, function: Any, args: Any) -> Call:
         if not isinstance(function, Global) or not isinstance(args, tuple):
@@ -247,7 +261,7 @@ OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
 
 def walk(file: IO[bytes], name: str, size: int, allowed: frozenset[str]) -> Any:
     """The one object that the pickle at the file's position describes. Raises CheckpointError."""
-    m = _Machine(file, name, size, allowed)
+    m = _Machine(file, name, size, {known: Global(known) for known in allowed})
     for _ in range(MAX_OPCODES):
         opcode = m.take(1)
         if opcode == b".":

@@ -5,17 +5,16 @@ Format: https://github.com/huggingface/safetensors (8 bytes little-endian header
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from ernie_quant import jsonio
 from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef, TensorSpec
 from ernie_quant.errors import CheckpointError
 
 SUFFIXES = (".safetensors",)
-MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 MAX_DIMS = 8
 
 
@@ -32,14 +31,15 @@ def read_header(path: Path) -> list[TensorRef]:
 def _read_json(path: Path, file_bytes: int) -> tuple[dict[str, Any], int]:
     with open(path, "rb", opener=_no_follow_fifo) as file:
         length = int.from_bytes(file.read(8), "little")
-        if file_bytes < 8 or length > min(file_bytes - 8, MAX_HEADER_BYTES):
+        if file_bytes < 8 or length > file_bytes - 8:
             raise CheckpointError(f"{path.name}: header length {length} does not fit a file of {file_bytes} bytes")
+        if length > jsonio.MAX_BYTES:  # before it is read
+            raise CheckpointError(f"{path.name}: header is too large: {length} bytes, {jsonio.MAX_BYTES} are allowed")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise CheckpointError(f"{path.name}: header is not valid JSON: {reason}") from None
+        header = jsonio.parse(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: header is {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name}: header is not a JSON object")
     return header, 8 + length
@@ -48,15 +48,6 @@ def _read_json(path: Path, file_bytes: int) -> tuple[dict[str, Any], int]:
 def _no_follow_fifo(path: str, flags: int) -> int:
     """Open without blocking, so that a named pipe in a stranger's folder cannot hang us."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in table:
-            raise ValueError(f"duplicate key {name[:200]!r}")
-        table[name] = value
-    return table
 
 
 def _ref(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:

@@ -5,13 +5,12 @@ Format: pytorch/pytorch, caffe2/serialize/inline_container.h and torch/serializa
 
 from __future__ import annotations
 
-import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef, TensorSpec
 from ernie_quant.errors import CheckpointError
+from ernie_quant.readers import _zip
 from ernie_quant.readers._pickle import Call, Global, walk
 
 SUFFIXES = (".bin", ".pt")
@@ -24,25 +23,17 @@ STORAGES = {
 REBUILD, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 ALLOWED = frozenset({REBUILD, PARAMETER, "collections.OrderedDict", *STORAGES})
 MAX_PICKLE_BYTES = 1 << 28
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, …, lengths of name and extra field
 
 
 def read_header(path: Path) -> list[TensorRef]:
     """The tensors of one file, in file order."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise CheckpointError(
-            f"{path.name}: not a zip archive as torch.save writes it since version 1.6 ({error}); save it again"
-        ) from None
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        if "byteorder" in members:
-            file.seek(_stored(path, file, members, "byteorder", size).start)
+        archive = _zip.open_archive(file, path.name, path.stat().st_size)
+        if f"{archive.root}/byteorder" in archive.members:
+            file.seek(archive.stored("byteorder").start)
             if file.read(6) != b"little":
                 raise CheckpointError(f"{path.name}: was saved on a big-endian machine; save it again on another")
-        pickled = _stored(path, file, members, "data.pkl", size)
+        pickled = archive.stored("data.pkl")
         if pickled.nbytes > MAX_PICKLE_BYTES:
             raise CheckpointError(f"{path.name}: data.pkl has {pickled.nbytes} bytes, more than any state dict")
         file.seek(pickled.start)
@@ -52,31 +43,10 @@ def read_header(path: Path) -> list[TensorRef]:
         if not isinstance(table, dict):
             raise CheckpointError(f"{path.name}: holds no dict of tensors")
         storages: dict[str, Extent] = {}
-        return [_tensor(path, file, members, storages, name, value, size) for name, value in table.items()]
+        return [_tensor(path, archive, storages, name, value) for name, value in table.items()]
 
 
-def _stored(path: Path, file: Any, members: dict[str, zipfile.ZipInfo], name: str, size: int) -> Extent:
-    """Where the bytes of an uncompressed member lie."""
-    info = members.get(name)
-    if info is None:
-        raise CheckpointError(f"{path.name}: has no {name}")
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-        raise CheckpointError(f"{path.name}: {name} is compressed or encrypted; torch.save stores it as it is")
-    inside = 0 <= info.header_offset < size
-    file.seek(info.header_offset if inside else size)
-    raw = file.read(LOCAL_HEADER.size)
-    if len(raw) != LOCAL_HEADER.size or raw[:4] != b"PK\3\4":
-        raise CheckpointError(f"{path.name}: {name}: its place in the archive holds something else")
-    _, name_bytes, extra_bytes = LOCAL_HEADER.unpack(raw)
-    start = info.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
-    if start + info.file_size > size:
-        raise CheckpointError(f"{path.name}: {name}: ends at {start + info.file_size}, the file has {size} bytes")
-    return Extent(start, info.file_size)
-
-
-def _tensor(
-    path: Path, file: Any, members: dict[str, zipfile.ZipInfo], storages: dict[str, Extent], name: str, value: Any, size: int
-) -> TensorRef:
+def _tensor(path: Path, archive: _zip.Archive, storages: dict[str, Extent], name: str, value: Any) -> TensorRef:
     """A ref from `_rebuild_tensor_v2(persistent storage, offset, shape, stride, …)`."""
     if isinstance(value, Call) and value.function == PARAMETER and value.args:
         value = value.args[0]
@@ -98,7 +68,7 @@ def _tensor(
     if not fortran and not _is_row_major(spec.shape, stride):
         raise CheckpointError(f"{path.name}: {name}: strides {stride} of shape {spec.shape}: save it contiguous")
     if key not in storages:
-        storages[key] = _stored(path, file, members, f"data/{key}", size)
+        storages[key] = archive.stored(f"data/{key}")
     start, total = offset * ITEMSIZE[spec.dtype], storages[key].nbytes
     if start + spec.nbytes > total:
         raise CheckpointError(f"{path.name}: {name}: ends at byte {start + spec.nbytes} of a storage of {total}")

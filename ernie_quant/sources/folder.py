@@ -24,6 +24,7 @@ RANK_FOLDER = re.compile(r"rank(\d+)")
 RANK_PICKLE = re.compile(r"model_state\.tp(\d+)\.pdparams")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DOWNLOADS = ".cache/huggingface/download"
+MAX_TENSORS = 500_000  # the 300B in 2 bits has 120,000
 OF_COUNT = re.compile(r"-of-(\d{5})\.")
 # never carried along: what is written anew, other weights, and what a version control or download client left
 OWN_FILES = {"config.json", "ernie-quant.json", "report.json", "report.html", "SHA256SUMS", *INDEXES}
@@ -128,6 +129,7 @@ def _read_rank(root: Path, where: tuple[Path, re.Pattern[str] | None], anomalies
     names = sorted(set(weight_map.values())) if weight_map is not None else _weight_files(folder, pattern, anomalies)
     refs: dict[str, TensorRef] = {}
     files: dict[Path, Stamp] = {}
+    seen: dict[tuple[int, int], Path] = {}  # links would multiply the work without multiplying the bytes
     for name in names:
         try:
             path = inside(folder, name, index.name if index else "the folder")
@@ -137,10 +139,14 @@ def _read_rank(root: Path, where: tuple[Path, re.Pattern[str] | None], anomalies
             anomalies.append(str(error))
             continue
         files[path] = Stamp.of(path)
+        if (twin := seen.setdefault((path.stat().st_dev, path.stat().st_ino), path)) != path:
+            raise CheckpointError(f"{name}: is the same file as {twin.name}")
         for ref in read_header(path):
             if ref.name in refs:
                 anomalies.append(f"{ref.name}: stands in {refs[ref.name].file.name} and again in {path.name}")
             refs[ref.name] = ref
+        if len(refs) > MAX_TENSORS:
+            raise CheckpointError(f"{folder.name or folder}: holds more than {MAX_TENSORS} tensors, which no such model has")
     if weight_map is not None:
         anomalies.extend(_index_anomalies(weight_map, refs, {f.name for f in files}))
     return Rank(refs, files)
@@ -150,6 +156,8 @@ def _weight_map(folder: Path, index: Path) -> dict[str, str]:
     table = read_object(inside(folder, index.name, "the folder")).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
         raise CheckpointError(f"{index.name}: has no weight_map of names to file names")
+    if len(table) > MAX_TENSORS:
+        raise CheckpointError(f"{index.name}: names {len(table)} tensors, more than any such model has")
     for name, file in table.items():
         if not name.isprintable():
             raise CheckpointError(f"{index.name}: names a tensor {name[:200]!r}, which is not printable")

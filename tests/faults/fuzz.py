@@ -1,0 +1,395 @@
+"""Feed the readers, inspect, the plan and the run with files that a stranger changed; report everything but an answer.
+
+python tests/faults/fuzz.py --mutations 100000 --seed 0
+python tests/faults/fuzz.py --seed 0 --only 4711       # one mutation again, with everything that is known of it
+
+An answer is success, or an ErnieQuantError of a few short lines. Another exception, a warning, more than `SECONDS`,
+much memory, an open outside of the folder, a result of a refused source: a finding. Mutation N depends on the seed and N alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from models import random_model
+from safetensors.torch import load_file
+from synthetic import write_bin, write_model, write_pdparams, write_safetensors
+
+from ernie_quant import codecs, names, recipe
+from ernie_quant import inspect as inspection
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.errors import MAX_LINE, MAX_LINES, ErnieQuantError
+from ernie_quant.plan import Plan, make_plan, summary
+from ernie_quant.run import run_plan
+from faults._mutations import BULKS, Archive, boundaries, changed_archive, changed_json, changed_pickle, changed_safetensors
+from faults._watch import watching
+
+SECONDS = 5.0
+MEMORY_MB = 700
+RUN_BYTES, RUN_EVERY = 4 << 20, 10  # which plans are run too: small ones, one in so many
+DENSE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8,
+         "num_hidden_layers": 1}  # fmt: skip
+MOE = DENSE | {"moe_intermediate_size": 32, "moe_num_experts": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 0,
+               "moe_num_shared_experts": 1, "head_dim": 16}  # fmt: skip
+KINDS = ("header", "index", "config", "pdparams", "bin")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A good checkpoint, and how one of its files is changed; a quantized one is dequantized, as `dequantize` does."""
+
+    kind: str
+    folder: Path
+    file: str
+    original: bytes
+    change: Callable[[random.Random], bytes]
+    dequantize: bool = False
+
+
+@dataclass
+class Row:
+    """What became of one kind of file."""
+
+    mutations: int = 0
+    accepted: int = 0
+    refused: int = 0
+    findings: int = 0
+    slowest_s: float = 0.0
+
+
+@dataclass
+class Summary:
+    """What became of all."""
+
+    rows: dict[str, Row] = field(default_factory=lambda: {kind: Row() for kind in KINDS})
+    findings: list[str] = field(default_factory=list)
+    runs: int = 0
+    seconds: float = 0.0
+    growth_mb: float = 0.0  # of peak memory, by the worst single mutation
+    peak_mb: float = 0.0
+
+    @property
+    def all(self) -> Row:
+        """The sum."""
+        rows = self.rows.values()
+        counts = (sum(getattr(r, name) for r in rows) for name in ("mutations", "accepted", "refused", "findings"))
+        return Row(*counts, max(r.slowest_s for r in rows))
+
+    def table(self) -> str:
+        """For people."""
+        head = f"{'kind':10} {'mutations':>10} {'accepted':>10} {'refused':>10} {'findings':>10} {'slowest, s':>10}"
+        rows = [
+            f"{kind:10} {r.mutations:10} {r.accepted:10} {r.refused:10} {r.findings:10} {r.slowest_s:10.3f}"
+            for kind, r in [*self.rows.items(), ("all", self.all)]
+        ]
+        memory = f"memory {self.peak_mb:.0f} MB, at most {self.growth_mb:.0f} MB more by one mutation"
+        return "\n".join([head, *rows, f"{self.runs} were run too; {self.seconds:.0f} s; {memory}"])
+
+
+# --- good checkpoints ------------------------------------------------------------------------------------------------
+
+
+class Sandbox:
+    """Small checkpoints of every kind in a scratch folder, with links that lead out of them, and a canary outside."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.results = root, root / "results"
+        self.results.mkdir()
+        self.canary = root / "canary.safetensors"
+        write_safetensors(self.canary, {"model.norm.weight": torch.ones(32)})
+        (root / "canary").mkdir()
+        shutil.copy(self.canary, root / "canary" / "model.safetensors")
+        dense, moe = self.model("dense", names.PADDLE, DENSE), self.model("moe", names.PT, MOE)
+        mtp, vl = self.model("moe_mtp", names.PADDLE, MOE), self.model("vl", names.PADDLE, VL)
+        self.variants: dict[str, list[Variant]] = {kind: [] for kind in KINDS}
+        for i, (config, tensors) in enumerate((dense, moe)):
+            sharded = write_model(root / f"sharded{i}", config, tensors, 2, "U16")
+            single = write_model(root / f"single{i}", config, tensors)
+            self.add("header", sharded, "model-00001-of-00002.safetensors")
+            self.add("header", single, "model.safetensors")
+            self.add("index", sharded, "model.safetensors.index.json")
+            self.add("config", single, "config.json")
+        for i, (config, tensors) in enumerate((mtp, vl)):
+            self.add("config", write_model(root / f"other{i}", config, tensors), "config.json")
+        out = root / "wint4"
+        run_plan(make_plan(Checkpoint.open(root / "single1"), runtime="vllm", recipe=wint4()), out, workers=1)
+        self.add("config", out, "config.json", dequantize=True)
+        for i, (protocol, split) in enumerate(((2, None), (3, 500), (4, None))):
+            folder = self.folder(f"pdparams{i}", mtp[0])
+            write_pdparams(folder / "model_state.pdparams", mtp[1], protocol, split)
+            self.add("pdparams", folder, "model_state.pdparams")
+        shared = torch.cat([t.flatten().view(torch.uint8) for t in moe[1].values()])  # one storage for all
+        for i, tensors in enumerate((moe[1], _views(shared, moe[1]))):
+            folder = self.folder(f"bin{i}", moe[0])
+            write_bin(folder / "pytorch_model.bin", tensors)
+            self.add("bin", folder, "pytorch_model.bin")
+        for variants in self.variants.values():
+            for variant in variants:
+                self.hostile(variant.folder)
+
+    def model(self, family: str, layout: str, changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """config.json and random tensors."""
+        folder = random_model(self.root / f"random-{family}", layout, family, **changes)
+        return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+    def folder(self, name: str, config: dict[str, Any]) -> Path:
+        """A folder with a config.json."""
+        (self.root / name).mkdir()
+        (self.root / name / "config.json").write_text(json.dumps(config))
+        return self.root / name
+
+    def hostile(self, folder: Path) -> None:
+        """Links and pipes that only a changed index or directory would name."""
+        links = {"link.safetensors": "../canary.safetensors", "link.pdparams": "../canary.safetensors", "linkdir": "../canary",
+                 "loop.safetensors": "loop.safetensors", "absolute.bin": str(self.canary)}  # fmt: skip
+        for name, target in links.items():
+            if not (folder / name).is_symlink():
+                (folder / name).symlink_to(target)
+        if not (folder / "pipe.safetensors").exists():
+            os.mkfifo(folder / "pipe.safetensors")
+
+    def add(self, kind: str, folder: Path, file: str, dequantize: bool = False) -> None:
+        """One more variant of a kind."""
+        data, canary = (folder / file).read_bytes(), str(self.canary)
+        archive = Archive.of(data) if kind == "bin" else None
+        starts = boundaries(data) if kind == "pdparams" else []
+
+        def change(rng: random.Random) -> bytes:
+            if rng.random() < 0.001:
+                return bulk(rng, kind)
+            if archive is not None:
+                return changed_archive(rng, archive)
+            if kind == "pdparams":
+                return changed_pickle(rng, data, starts)
+            return (changed_safetensors if kind == "header" else changed_json)(rng, data, canary)
+
+        self.variants[kind].append(Variant(kind, folder, file, data, change, dequantize))
+
+
+VL = {
+    **MOE, "moe_num_experts": [2, 2], "moe_intermediate_size": [32, 32], "moe_layer_start_index": [0, 0],
+    "moe_layer_end_index": [0, 0],
+}  # fmt: skip
+
+
+def _views(storage: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors as parts of one storage (each its dtype: torch.save keeps a storage per dtype)."""
+    found, at = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bfloat16:
+            found[name] = storage[at : at + tensor.nbytes].view(torch.bfloat16).view(tensor.shape)
+        else:
+            found[name] = tensor
+        at += tensor.nbytes
+    return found
+
+
+def bulk(rng: random.Random, kind: str) -> bytes:
+    """Much of one thing; the hardest bounds have tests of their own."""
+    form = {"header": "header", "pdparams": "pickle", "bin": "pickle"}.get(kind, "json")
+    data = rng.choice(BULKS[form])(rng.choice((1000, 10_000, 300_000)))
+    return len(data).to_bytes(8, "little") + data if kind == "header" else data
+
+
+def wint4() -> recipe.Recipe:
+    """4 bits for every linear."""
+    codec = codecs.make("rtn", {"bits": 4, "group_size": 32, "scale": "absmax"})
+    return recipe.built_in("wint4", codec, experts_only=False, mtp=False, keep_unfit=False)
+
+
+# --- one mutation ----------------------------------------------------------------------------------------------------
+
+
+class Hang(BaseException):
+    """A mutation took too long."""
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Raises Hang."""
+
+    def stop(*_: object) -> NoReturn:
+        raise Hang(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def look_and_plan(variant: Variant, rng: random.Random) -> list[Plan]:
+    """What `inspect`, `convert --dry-run` and `wint4 --dry-run` do. Raises what they raise."""
+    found = inspection.inspect(variant.folder)
+    shown = inspection.as_text(found) + json.dumps(inspection.as_json(found), ensure_ascii=False)
+    shown.encode()
+    assert all(line.isprintable() for line in (*found.anomalies, *found.notes)), "inspect shows what does not print"
+    checkpoint = Checkpoint.open(variant.folder)
+    if variant.dequantize:
+        return [make_plan(checkpoint, runtime=rng.choice(("vllm", "fastdeploy")), dequantize=True)]
+    wanted = [("vllm", recipe.KEEP_ALL), ("fastdeploy", recipe.KEEP_ALL), ("vllm", wint4())]
+    plans = []
+    for runtime, rules in wanted if rng.random() < 0.2 else [rng.choice(wanted)]:
+        plan = make_plan(checkpoint, runtime=runtime, recipe=rules, vl_config=rng.choice(("flat", "transformers")))
+        summary(plan)
+        json.dumps(dict(plan.config), allow_nan=False).encode()
+        assert plan.disk_bytes >= plan.nbytes >= 0
+        plans.append(plan)
+    return plans
+
+
+def check_words(error: ErnieQuantError) -> None:
+    """An error is a few lines that can be printed."""
+    text = str(error)
+    text.encode()
+    lines = text.split("\n")
+    assert lines[0], "an error without words"
+    assert len(lines) <= MAX_LINES + 2, f"an error of {len(lines)} lines"
+    assert all(len(line) <= MAX_LINE + 2 and line.isprintable() for line in lines), f"an error line of {max(map(len, lines))}"
+    assert "Traceback" not in text
+
+
+def attempt(sandbox: Sandbox, variant: Variant, rng: random.Random, total: Summary) -> tuple[str, list[str]]:
+    """What became of it, "accepted" or "refused", and everything that is neither."""
+    out, findings, plans, outcome = sandbox.results / "out", [], [], "refused"
+    try:
+        with watching(variant.folder, sandbox.results) as escapes, time_limit():
+            try:
+                plans = look_and_plan(variant, rng)
+                outcome = "accepted"
+            except ErnieQuantError as error:
+                check_words(error)
+    except (Exception, Hang) as error:
+        findings.append(told(error))
+    findings += [f"escape: {e}" for e in escapes]
+    if plans and not findings and rng.randrange(RUN_EVERY) == 0 and plans[-1].nbytes < RUN_BYTES:
+        total.runs += 1
+        try:
+            with watching(variant.folder, sandbox.results, code=False) as escapes, time_limit():
+                try:
+                    run_plan(plans[-1], out, workers=1)
+                except ErnieQuantError as error:
+                    check_words(error)
+                    assert not (out / "ernie-quant.json").exists(), "a refused source has a finished result"
+        except (Exception, Hang) as error:
+            findings.append(told(error))
+        findings += [f"escape while running: {e}" for e in escapes]
+        shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        findings.append("a dry run left something")
+        shutil.rmtree(out)
+    return outcome, findings
+
+
+def told(error: BaseException) -> str:
+    """What was raised, and where."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "ernie_quant" in f.filename]
+    where = " <- ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-4:]))
+    return f"{type(error).__name__}: {str(error)[:300]!r} at {where}"
+
+
+def peak_mb() -> float:
+    """Of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def one(sandbox: Sandbox, seed: int, number: int, total: Summary, show: bool = False) -> None:
+    """Mutation `number` of `seed`."""
+    rng = random.Random(f"{seed}-{number}")
+    variant = rng.choice(sandbox.variants[rng.choice(KINDS)])
+    path = variant.folder / variant.file
+    data = variant.change(rng)
+    row, memory, start = total.rows[variant.kind], peak_mb(), time.monotonic()
+    path.write_bytes(data)
+    try:
+        outcome, findings = attempt(sandbox, variant, rng, total)
+    finally:
+        path.write_bytes(variant.original)
+    row.slowest_s = max(row.slowest_s, time.monotonic() - start)
+    total.peak_mb = peak_mb()
+    total.growth_mb = max(total.growth_mb, total.peak_mb - memory)
+    if total.peak_mb - memory > MEMORY_MB:
+        findings.append(f"memory: {total.peak_mb - memory:.0f} MB more")
+    row.mutations += 1
+    row.accepted += outcome == "accepted" and not findings
+    row.refused += outcome == "refused" and not findings
+    row.findings += bool(findings)
+    lines = list(dict.fromkeys(findings))[:3]
+    total.findings += [f"--seed {seed} --only {number}: {variant.kind} of {variant.folder.name}: {line}" for line in lines]
+    if show:
+        kept = Path(tempfile.gettempdir()) / f"fuzz-{seed}-{number}-{variant.file}"
+        kept.write_bytes(data)
+        print(f"{outcome}; the changed file is {kept}")
+
+
+@contextmanager
+def sandbox() -> Iterator[Sandbox]:
+    """In memory, where there is such a place: nothing waits for a disk then."""
+    memory = Path("/dev/shm")
+    where = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=where) as root, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built = Sandbox(Path(root).resolve())
+        for variants in built.variants.values():
+            for variant in variants:  # everything is imported and compiled now, and good before it is changed
+                for draw in range(8):
+                    plans = look_and_plan(variant, random.Random(draw))
+                run_plan(plans[-1], built.results / "out", workers=1)
+                shutil.rmtree(built.results / "out")
+        yield built
+
+
+def fuzz(mutations: int, seed: int, first: int = 0, within: Sandbox | None = None) -> Summary:
+    """`mutations` changed files, from number `first` on."""
+    if within is None:
+        with sandbox() as built:
+            return fuzz(mutations, seed, first, built)
+    total, start = Summary(), time.monotonic()
+    for number in range(first, first + mutations):
+        one(within, seed, number, total)
+    total.seconds = time.monotonic() - start
+    return total
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--mutations", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
+    parser.add_argument("--only", type=int, help="this one mutation, and keep the changed file")
+    arguments = parser.parse_args()
+    if arguments.only is None:
+        total = fuzz(arguments.mutations, arguments.seed, arguments.first)
+    else:
+        total = Summary()
+        with sandbox() as built:
+            one(built, arguments.seed, arguments.only, total, show=True)
+    print("\n".join([*total.findings[:200], total.table()]))
+    return 1 if total.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
