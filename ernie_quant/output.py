@@ -170,7 +170,15 @@ class OutputFolder:
         return {name for name in found if "/" not in name}
 
     def _drop_state(self) -> None:
-        shutil.rmtree(self.state)
+        """The lock last: another run may come at any moment, and may finish what this one begins here."""
+        for path in [p for p in self.state.iterdir() if p.name != "lock"]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        with suppress(OSError):
+            (self.state / "lock").unlink()
+            self.state.rmdir()
         fsync_folder(self.path)
 
     def _check_space(self, plan: Plan, copies: int) -> None:

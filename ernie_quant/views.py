@@ -176,7 +176,10 @@ class Files:
             return
         done = 0
         while done < len(buffer):
-            got = os.preadv(fd, [buffer[done:]], extent.start + at + done)
+            try:
+                got = os.preadv(fd, [buffer[done:]], extent.start + at + done)
+            except OSError as error:
+                raise CheckpointError(f"{ref.file}: {ref.name}: cannot be read: {error.strerror}") from None
             if got == 0:
                 raise CheckpointError(f"{ref.file.name}: {ref.name}: the file ended while it was read; it has changed")
             done += got

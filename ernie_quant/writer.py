@@ -10,7 +10,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,10 +60,21 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of a descriptor says the name of its file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_file(path: Path, data: bytes) -> str:
     """Write a small file through a partial one; its sha256."""
     partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
+    with naming(path), open(partial, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -142,9 +154,10 @@ class ShardWriter:
         self._catch_up()
 
     def _put(self, data: memoryview, at: int) -> None:
-        while data:
-            done = os.pwrite(self._fd, data, at)
-            data, at = data[done:], at + done
+        with naming(self.path):
+            while data:
+                done = os.pwrite(self._fd, data, at)
+                data, at = data[done:], at + done
 
     def _digest(self, name: str, data: bytes | memoryview) -> None:
         self._hash.update(data)
@@ -169,7 +182,8 @@ class ShardWriter:
         unwritten = [name for name, left in self._missing.items() if left]
         assert not unwritten, f"{self.path.name}: not written: {unwritten[:3]}"
         assert self._hashed == self.nbytes, f"{self.path.name}: {self._hashed} of {self.nbytes} bytes hashed"
-        os.fsync(self._fd)
+        with naming(self.path):
+            os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
         os.replace(self.partial, self.path)
