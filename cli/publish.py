@@ -14,7 +14,7 @@ from ernie_quant.cli.main import print_json
 @_options.out
 @click.argument("repo")
 @click.option("--private/--public", default=None, help="Of a new repository.  [default: private]")
-@click.option("--revision", default="main", show_default=True, help="Branch; made if there is none.")
+@click.option("--revision", default="", help="Branch; made if there is none.  [default: the hub's]")
 @click.option("--pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
 @click.option("--tag", default="", help="Name the commit so.")
 @click.option("--delete-as-published", is_flag=True, help="Delete each weight file here as soon as it is uploaded.")
@@ -24,7 +24,7 @@ def command(
     out: Path, repo: str, private: bool | None, revision: str, pr: bool, tag: str, delete_as_published: bool, quiet: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Publish a finished result to a hub repository, ORG/NAME on Hugging Face.
+    """Publish a finished result to a hub repository: ORG/NAME on Hugging Face, modelscope://ORG/NAME or aistudio://ORG/NAME.
 
     Files are uploaded one by one and committed together; what the hub then reports (names, sizes, hashes) must be what
     is here. An interrupted publish goes on with the same command. A new repository is private unless --public is given;

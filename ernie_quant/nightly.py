@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,16 +21,20 @@ from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import AnotherPlanError, ErnieQuantError, RetryError
 from ernie_quant.identity import fingerprint
 from ernie_quant.job import Job, JobTarget
+from ernie_quant.jsonio import read_object
 from ernie_quant.manifest import MANIFEST
+from ernie_quant.output import FULL
 from ernie_quant.plan import Plan, make_plan
-from ernie_quant.publish import Target, publish
+from ernie_quant.publish import Target, publish, repair
 from ernie_quant.publishers import Publisher
-from ernie_quant.report import total
+from ernie_quant.report import FILENAME, TensorReport, total
 from ernie_quant.reshard import check_size, run_shared, shared_identity
 from ernie_quant.run import run_plan
+from ernie_quant.sources._supply import Supply
 from ernie_quant.verify import verify
 
 SAMPLE = 100  # tensors whose values are checked before they are published
+DROPPED = ".dropped"  # in the work folder: what is being deleted
 
 Log = Callable[..., None]
 
@@ -66,22 +71,26 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
     work.mkdir(parents=True, exist_ok=True)
     hours = max_hours or job.max_hours
     deadline = time.monotonic() + 3600 * hours if hours else None
-    with _lock(work):
+    with _logged(log), _lock(work):
+        shutil.rmtree(work / DROPPED, ignore_errors=True)
         source = Checkpoint.open(job.source)
         log(event="source", source=job.source, commit=source.revision, bytes=source.nbytes)
-        plans = [_plan(source, target) for target in job.targets]  # every refusal comes before any work
+        plans = [_plan(source, target, job.disk_budget) for target in job.targets]  # every refusal comes before any work
         hubs = {t.scheme: publishers.connect(t.scheme) for t in job.targets}
         found = tuple(
             _attempt(target, plan, job, work, hubs[target.scheme], deadline, log)
             for target, plan in zip(job.targets, plans, strict=True)
         )
+        log(event="end", status=_worst(found))
     return JobResult(_worst(found), job.source, source.revision, found)
 
 
-def _plan(source: Checkpoint, target: JobTarget) -> Plan:
+def _plan(source: Checkpoint, target: JobTarget, disk_budget: int | None) -> Plan:
     plan = make_plan(source, runtime=target.runtime, recipe=target.recipe, shard_bytes=target.shard_bytes)
     if target.tp > 1:
         check_size(plan, target.tp)
+    if disk_budget is not None and isinstance(source.supply, Supply):
+        source.supply.check_budget([shard.needs for shard in plan.shards], disk_budget)
     return plan
 
 
@@ -95,6 +104,9 @@ def _attempt(
     except ErnieQuantError as error:
         status = "retry" if isinstance(error, RetryError) else "failed"
         result = TargetResult(target.repo, status, error=str(error))
+    except OSError as error:
+        status = "retry" if error.errno in FULL else "failed"
+        result = TargetResult(target.repo, status, error=f"{error.filename or 'input/output'}: {error.strerror}")
     log(event="result", **asdict(result))
     return result
 
@@ -104,14 +116,17 @@ def _target(
 ) -> TargetResult:
     out = work / target.folder
     wanted = fingerprint(shared_identity(plan, target.tp))
+    tag = f"{plan.source.revision[:12] or 'local'}-{wanted[:12]}" if target.tag else ""
     if (commit := _published(hub, target, wanted)) is not None:
+        _tag(hub, target, tag, commit)  # a run may have been killed just before it
         _forget(out)
         return TargetResult(target.repo, "up-to-date", commit)
+    repair(out, target.repo)  # the last run may have been killed while it wrote the card
     report = _make(target, plan, job, out, deadline, log)
     checked = verify(out, sample=SAMPLE)
     log(event="verified", repo=target.repo, files=checked.files, tensors=checked.tensors, sampled=checked.sampled)
-    tag = f"{plan.source.revision[:12] or 'local'}-{wanted[:12]}" if target.tag else ""
-    done = publish(out, hub, Target(target.repo, target.revision, target.private, tag=tag))
+    done = publish(out, hub, Target(target.repo, target.revision, target.private), _until(deadline))
+    _tag(hub, target, tag, done.commit)
     _forget(out)
     return replace(report, status=done.status, commit=done.commit)
 
@@ -125,19 +140,26 @@ def _published(hub: Publisher, target: JobTarget, wanted: str) -> str | None:
         return None
     try:
         found = json.loads(hub.fetch(target.repo, head.commit, MANIFEST))
-    except ValueError:
+        same = found["fingerprint"] == wanted and all(
+            (there := head.files.get(name)) is not None
+            and there.nbytes == entry["bytes"]
+            and there.sha256 in ("", entry["sha256"])
+            for name, entry in found["files"].items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a manifest of ours, or damaged
         return None
-    whole = isinstance(found, dict) and all(name in head.files for name in found.get("files", ()))
-    return head.commit if whole and found.get("fingerprint") == wanted else None
+    return head.commit if same else None
+
+
+def _tag(hub: Publisher, target: JobTarget, tag: str, commit: str) -> None:
+    """Name a commit after source and recipe; one that has the name already holds the same files."""
+    if tag and hub.head(target.repo, tag) is None:
+        hub.tag(target.repo, tag, commit)
 
 
 def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | None, log: Log) -> TargetResult:
     """Go on with what was begun for this very plan, begin anew otherwise."""
-
-    def progress(_: int) -> None:
-        if deadline is not None and time.monotonic() > deadline:
-            raise RetryError("max_hours have passed; the next run goes on where this one stopped")
-
+    progress = _until(deadline)
     progress(0)
     how: dict[str, Any] = {"disk_budget": job.disk_budget, "progress": progress, "workers": 0}
 
@@ -151,16 +173,28 @@ def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | 
     except AnotherPlanError as error:  # of a night that never ended, for a source or recipe of then
         log(event="restart", repo=target.repo, why=str(error))
         result = run(restart=True)
-    changed = total([r for r in result.reports if r.codec != "kept"])
+    rows = result.reports or [TensorReport.from_json(row) for row in read_object(out / FILENAME)["tensors"]]
+    changed = total([r for r in rows if r.codec != "kept"])
     log(event="made", repo=target.repo, bytes=result.plan.nbytes, files_before=result.files_before, rel_error=changed.rel_error)
     return TargetResult(target.repo, "", bytes=result.plan.nbytes, rel_error=changed.rel_error)
 
 
+def _until(deadline: float | None) -> Callable[[int], None]:
+    """A progress that raises RetryError once the time is up."""
+
+    def progress(_: int) -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            raise RetryError("max_hours have passed; the next run goes on where this one stopped")
+
+    return progress
+
+
 def _forget(out: Path) -> None:
-    """A published result needs no files here. The manifest goes first, so that half of it is not taken for the whole."""
+    """A published result needs no files here. It goes at once, so that half of it is not taken for something else."""
     if out.is_dir():
-        (out / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(out)
+        (out.parent / DROPPED).mkdir(exist_ok=True)
+        os.replace(out, out.parent / DROPPED / out.name)
+        shutil.rmtree(out.parent / DROPPED)
 
 
 @contextmanager
@@ -171,6 +205,16 @@ def _lock(work: Path) -> Iterator[None]:
         except OSError:
             raise RetryError(f"{work}: another run of a job is at work here") from None
         yield
+
+
+@contextmanager
+def _logged(log: Log) -> Iterator[None]:
+    """What ends the whole job is in its log too."""
+    try:
+        yield
+    except ErnieQuantError as error:
+        log(event="error", error=str(error), exit_code=error.exit_code)
+        raise
 
 
 def _worst(results: tuple[TargetResult, ...]) -> str:

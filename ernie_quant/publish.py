@@ -6,12 +6,13 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ernie_quant import card, page
-from ernie_quant.errors import HubError, OutputError, RetryError, VerifyError
+from ernie_quant.errors import ErnieQuantError, HubError, OutputError, RetryError, VerifyError
 from ernie_quant.integrity import read_manifest
 from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.manifest import MANIFEST, SUMS, sums
@@ -24,7 +25,8 @@ from ernie_quant.writer import write_file
 
 UPLOADED = ".ernie-quant-published.json"  # what was uploaded and deleted here, for a publish that is interrupted
 RACES = 5  # lost ones before we give up
-NEUTRAL = (".gitattributes", README, "LICENSE", ".gitignore")  # a repository that holds no more is as good as empty
+# a repository that holds no more is as good as empty
+NEUTRAL = (".gitattributes", README, "LICENSE", ".gitignore", "configuration.json")
 
 Progress = Callable[[int], None]
 
@@ -34,7 +36,7 @@ class Target:
     """Where to: `private` None leaves a repository as it is and makes a new one private."""
 
     repo: str
-    revision: str = "main"
+    revision: str = ""  # the hub's default branch
     private: bool | None = None
     pr: bool = False
     tag: str = ""
@@ -56,6 +58,9 @@ class Published:
 
 def publish(out: Path, hub: Publisher, target: Target, progress: Progress = lambda _: None) -> Published:
     """Make the repository hold what `out` holds. Raises HubError, OutputError, VerifyError or RetryError."""
+    target = replace(target, revision=target.revision or hub.default_branch)
+    if target.pr and not hub.pull_requests:
+        raise HubError(f"{target.repo}: this hub has no pull requests that a program could open; leave --pr out")
     manifest = _entitled(out, target.repo)
     files = _files(out, manifest, target)
     _open_repository(hub, target)
@@ -68,11 +73,13 @@ def publish(out: Path, hub: Publisher, target: Target, progress: Progress = lamb
         if tagged and (missing or drop or tagged.commit != head.commit):
             raise HubError(f"{target.repo}: the tag {target.tag} names commit {tagged.commit[:12]} already; choose another")
         if not missing and not drop:  # or the answer to our commit was lost, not the commit
-            return _done(hub, target, head.commit, "published" if sent else "up-to-date", list(sent.values()), drop)
+            status = "published" if sent else "up-to-date"
+            return _done(hub, target, head.commit, status, list(sent.values()), drop, tagged is not None)
         for file in (f for f in missing if f.name not in sent):
-            hub.upload(target.repo, target.revision, file)
+            stored = hub.upload(target.repo, target.revision, file)
             sent[file.name] = file
-            _delete(out, target, file)
+            if stored:
+                _delete(out, target, file)
             progress(file.nbytes)
         message = f"{manifest['recipe']['name']} of {manifest['source_name']}, ernie-quant {manifest['version']}"
         try:
@@ -112,6 +119,13 @@ def _entitled(out: Path, repo: str) -> dict[str, Any]:
         write_file(out / SUMS, sums(manifest["files"], text).encode())
         write_file(out / MANIFEST, text)
     return manifest
+
+
+def repair(out: Path, repo: str) -> None:
+    """Finish what a publish to `repo` was killed in: card, page, hashes and manifest follow from the other files."""
+    if (out / MANIFEST).is_file():
+        with suppress(ErnieQuantError, KeyError, TypeError):  # what else is wrong is found by whoever reads it next
+            _entitled(out, repo)
 
 
 def _pictures(found: page.Report) -> dict[str, bytes]:
@@ -226,8 +240,10 @@ def _verify(hub: Publisher, target: Target, commit: str, files: list[LocalFile])
         raise VerifyError(f"{target.repo}@{commit[:12]}: {len(wrong)} file(s) are not on the hub as they are here", wrong)
 
 
-def _done(hub: Publisher, target: Target, commit: str, status: str, uploaded: list[LocalFile], dropped: list[str]) -> Published:
-    if target.tag and not target.pr:
+def _done(
+    hub: Publisher, target: Target, commit: str, status: str, uploaded: list[LocalFile], dropped: list[str], tagged: bool = False
+) -> Published:
+    if target.tag and not target.pr and not tagged:
         hub.tag(target.repo, target.tag, commit)
     nbytes = sum(file.nbytes for file in uploaded)
     return Published(status, target.repo, commit, "" if target.pr else target.tag, len(uploaded), nbytes, len(dropped))

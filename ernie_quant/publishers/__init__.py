@@ -1,6 +1,6 @@
 """Hubs that a result can be published to, one file each, named after the scheme of their addresses (`hf://org/name`).
 
-The file has `connect() -> Publisher`.
+The file has `connect() -> Publisher` and `DEFAULT_BRANCH`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class Head:
 class Publisher(Protocol):
     """What a hub must offer. All raise HubError, or RetryError once patience has ended."""
 
+    default_branch: str
+    pull_requests: bool  # can it open them?
+
     def is_private(self, repo: str) -> bool | None:
         """None if there is no such repository."""
         ...
@@ -63,8 +66,8 @@ class Publisher(Protocol):
         """A small file."""
         ...
 
-    def upload(self, repo: str, revision: str, file: LocalFile) -> None:
-        """Bring the bytes of a file to the hub, for a commit that follows."""
+    def upload(self, repo: str, revision: str, file: LocalFile) -> bool:
+        """Bring the bytes of a file to the hub, for a commit that follows. False: they travel with the commit itself."""
         ...
 
     def commit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 CONFLICT = 412
+DEFAULT_BRANCH = "main"
 
 
 def connect(endpoint: str | None = None, token: str | None = None) -> HuggingFacePublisher:
@@ -26,13 +28,20 @@ def connect(endpoint: str | None = None, token: str | None = None) -> HuggingFac
 class HuggingFacePublisher:
     """A `Publisher`."""
 
+    default_branch = DEFAULT_BRANCH
+    pull_requests = True
+
     def __init__(self, endpoint: str | None = None, token: str | None = None) -> None:
         self.endpoint, self.token = endpoint, token
         self._uploaded: dict[str, Any] = {}  # operations of the client, which know what is there
 
     def _api(self) -> HfApi:
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
 
+        disable_progress_bars()  # the command has its own
+        if "HF_HUB_VERBOSITY" not in os.environ:
+            logging.set_verbosity_error()  # type: ignore[no-untyped-call] # its warnings of retries show signed addresses
         return HfApi(self.endpoint, token=self.token)
 
     def _call(self, what: str, work: Callable[[HfApi], Result]) -> Result:
@@ -94,7 +103,7 @@ class HuggingFacePublisher:
         patiently(once, f"{repo}: {name}", time.sleep)
         return bytes(found)
 
-    def upload(self, repo: str, revision: str, file: LocalFile) -> None:
+    def upload(self, repo: str, revision: str, file: LocalFile) -> bool:
         """To the hub's large file storage; a small file travels with the commit. Hashed here, whatever the manifest says."""
         from huggingface_hub import CommitOperationAdd
         from huggingface_hub.lfs import UploadInfo
@@ -112,6 +121,7 @@ class HuggingFacePublisher:
                 lambda api: api.preupload_lfs_files(repo, [operation], revision=revision, free_memory=False),
             )
         self._uploaded[file.name] = operation
+        return bool(operation._is_uploaded)
 
     def commit(
         self, repo: str, revision: str, parent: str, files: Sequence[LocalFile], drop: Sequence[str], message: str, pr: bool

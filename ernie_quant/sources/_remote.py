@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -28,7 +28,7 @@ SMALL_BYTES = 256 << 20  # of a file that is no weight file
 AT_ONCE = 8  # headers and small files
 TRIES, HASH_TRIES = 8, 3
 LONGEST_WAIT = 300.0  # seconds
-PARTIAL, HEADERS_LOCK = ".partial", "headers.lock"
+PARTIAL, HEADERS_LOCK, IN_USE = ".partial", "headers.lock", "in-use"
 PICKLES = (".bin", ".pt", ".pdparams")
 
 
@@ -104,16 +104,38 @@ def patiently(work: Callable[[], object], what: str, pause: Pause) -> None:
             pause(min(wait, LONGEST_WAIT))
 
 
+class Use:
+    """A shared lock on the folder of a commit: nobody sweeps it while this object lives."""
+
+    def __init__(self, root: Path) -> None:
+        self._fd = -1
+        while self._fd < 0 or not self._is_there(root):  # swept between our two steps
+            self.__del__()
+            root.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                self._fd = os.open(root / IN_USE, os.O_RDWR | os.O_CREAT, 0o644)
+                fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+    def _is_there(self, root: Path) -> bool:
+        place = root / IN_USE
+        return place.exists() and os.path.samestat(os.fstat(self._fd), place.stat())
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
 def place_headers(
     hub: Hub, address: str, repo: str, revision: str, pause: Pause, cache: Path | None = None
-) -> tuple[Listing, Path]:
+) -> tuple[Listing, Path, Use]:
     """All headers and small files of a repository, in a folder. Raises CheckpointError or RetryError."""
     found: list[Listing] = []
     patiently(lambda: found.append(hub.listing(repo, revision)), f"{address}@{revision}", pause)
     listing = replace(found[0], address=address)
     root = (cache or cache_folder()) / address.replace("://", "--").replace("/", "--") / listing.commit
     headers, incoming = root / "headers", root / "incoming"
-    wanted = [file for file in _wanted(listing) if not _is_placed(headers / file.name, file)]
+    files, use = _wanted(listing), Use(root)
+    wanted = [file for file in files if not _is_placed(headers / file.name, file)]
     if wanted:
         headers.mkdir(parents=True, exist_ok=True)
         # one process at a time; what a killed one left is not taken for a file of the checkpoint, as it lies elsewhere
@@ -122,7 +144,7 @@ def place_headers(
             for _ in pool.map(lambda file: _place(hub, listing, file, headers, incoming, pause), wanted):
                 pass
             shutil.rmtree(incoming, ignore_errors=True)
-    return listing, headers
+    return listing, headers, use
 
 
 def _wanted(listing: Listing) -> list[RemoteFile]:
@@ -144,6 +166,13 @@ def _wanted(listing: Listing) -> list[RemoteFile]:
             f"{listing.address}: {big}: {listing.files[big].nbytes} bytes are too many for what is no weight file"
         )
     return [listing.files[n] for n in (*others, *weights)]
+
+
+def left_behind(listing: Listing) -> list[str]:
+    """Files and folders that nobody fetches, as `open_folder` would name those that it does not read."""
+    wanted = {file.name for file in _wanted(listing)}
+    first = [PurePosixPath(name).parts for name in listing.files if name not in wanted and not name.startswith(".")]
+    return sorted({parts[0] + "/" * (len(parts) > 1) for parts in first if len(parts) == 1 or not _is_place(parts[0])})
 
 
 def _is_place(folder: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -15,22 +16,24 @@ from pathlib import Path
 
 from ernie_quant.checkpoint import Checkpoint, Stamp
 from ernie_quant.errors import CheckpointError, RetryError
-from ernie_quant.sources._remote import HEADERS_LOCK, PARTIAL, Hub, Listing, fetch, place_headers
+from ernie_quant.sources._remote import IN_USE, PARTIAL, Hub, Listing, Use, fetch, left_behind, place_headers
 from ernie_quant.sources.folder import open_folder
 
 
 def open_remote(hub: Hub, address: str, repo: str, revision: str, cache: Path | None = None) -> Checkpoint:
     """A repository as a checkpoint whose files come when they are needed. Raises CheckpointError, ConfigError or RetryError."""
-    listing, headers = place_headers(hub, address, repo, revision, time.sleep, cache)
+    listing, headers, use = place_headers(hub, address, repo, revision, time.sleep, cache)
     _sweep_others(headers.parent)
-    supply = Supply(hub, listing, headers, headers.with_name("files"))
+    supply = Supply(hub, listing, headers, headers.with_name("files"), use)
     try:
         found = open_folder(headers)
     except CheckpointError:  # headers come without a hash: what was damaged on its way must not be refused for ever
         for path in headers.rglob("*.safetensors"):
             path.unlink()
         raise
-    return replace(found, address=address, revision=listing.commit, supply=supply)
+    left = left_behind(listing)
+    notes = [f"not read and not carried along: {', '.join(left)}"] if left else []
+    return replace(found, address=address, revision=listing.commit, supply=supply, notes=(*found.notes, *notes))
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Supply:
     listing: Listing
     headers: Path
     files: Path
+    use: Use
 
     def needed_at_once(self, needs: Sequence[Collection[Path]]) -> int:
         """Bytes that must lie on disk together: a file stays from its first use to its last."""
@@ -53,6 +57,14 @@ class Supply:
             alive -= sum(self._nbytes(p) for p in {*group} if last[p] == number)
         return most
 
+    def check_budget(self, needs: Sequence[Collection[Path]], budget: int) -> None:
+        """Is it enough for what must lie on disk together? Raises CheckpointError."""
+        if budget < (at_once := self.needed_at_once(needs)):
+            raise CheckpointError(
+                f"{self.listing.address}: {at_once} bytes ({at_once / 1e9:.2f} GB) of it are needed at once, more than the"
+                f" disk budget of {budget} bytes; a smaller max-shard-size needs less"
+            )
+
     def _nbytes(self, path: Path) -> int:
         return self.listing.files[path.relative_to(self.headers).as_posix()].nbytes
 
@@ -62,11 +74,7 @@ class Supply:
         largest = max((self._nbytes(p) for group in needs for p in group), default=0)
         at_once = self.needed_at_once(needs)
         budget = at_once + largest if budget is None else budget
-        if budget < at_once:
-            raise CheckpointError(
-                f"{self.listing.address}: {at_once} bytes ({at_once / 1e9:.2f} GB) of it are needed at once, more than the"
-                f" disk budget of {budget} bytes; a smaller --max-shard-size needs less"
-            )
+        self.check_budget(needs, budget)
         self.files.mkdir(parents=True, exist_ok=True)
         with _lock(self.files.parent, self.listing.address):
             order = list(dict.fromkeys(path for group in needs for path in group))
@@ -91,7 +99,7 @@ class Supply:
 def _sweep_others(commit: Path) -> None:
     """What is left of other revisions, unless a run is at work with one."""
     for other in [p for p in commit.parent.iterdir() if p != commit and p.is_dir()]:
-        with suppress(RetryError, OSError), _lock(other, ""), _lock(other, "", HEADERS_LOCK):
+        with suppress(RetryError, OSError), _lock(other, "", IN_USE):
             shutil.rmtree(other)
 
 
@@ -150,9 +158,9 @@ class Download:
         if path not in self._last:
             return path
         with self._changed:
-            self._changed.wait_for(lambda: path in self._arrived or self._error is not None)
-            if path not in self._arrived and self._error is not None:
-                raise self._error
+            self._changed.wait_for(lambda: path in self._arrived or self._error is not None or self._stop.is_set())
+            if path not in self._arrived:
+                raise self._error or Stopped
         return self._supply._place(path)
 
     def done(self, number: int) -> None:
@@ -190,13 +198,16 @@ class Download:
     def _bring(self, path: Path) -> None:
         supply, place = self._supply, self._supply._place(path)
         file = supply.listing.files[path.relative_to(supply.headers).as_posix()]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.is_file():  # a stopped run left it: it is as good as a part of a download
-            os.replace(place, place.with_name(place.name + PARTIAL))
         try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.is_file():  # a stopped run left it: it is as good as a part of a download
+                os.replace(place, place.with_name(place.name + PARTIAL))
             fetch(supply.hub, supply.listing, file, place, self._pause)
         except OSError as error:  # of our disk; those of the network are Transient
-            raise OSError(error.errno, error.strerror, error.filename or str(place)) from None
+            what = f"{place}: cannot be written: {error.strerror}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RetryError(f"{what}; the same command goes on where it stopped") from None
+            raise CheckpointError(what) from None
         with open(place, "rb") as arrived, open(path, "rb") as planned:
             length = 8 + int.from_bytes(planned.read(8), "little")
             planned.seek(0)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import ErnieQuantError, HubError
+from ernie_quant.sources._answers import PASSING, TIMEOUT, one_line, part_of, retry_after
 from ernie_quant.sources._remote import CHUNK, Listing, RemoteFile, Transient
 from ernie_quant.sources._supply import open_remote
-
-PASSING = (408, 429, 500, 502, 503, 504)
-TIMEOUT = 30.0  # seconds without a byte
 
 
 def open_source(address: str, repo: str, revision: str) -> Checkpoint:
@@ -55,7 +52,7 @@ class HuggingFace:
                 response = stack.enter_context(stream)
                 _check(response)
             skip = start if response.status_code == 200 else 0  # a server that knows no ranges sends all of it
-            chunks = _from(response.iter_raw(CHUNK), skip, None if stop is None else stop - start)
+            chunks = part_of(response.iter_raw(CHUNK), skip, None if stop is None else stop - start)
             yield _guarded(chunks, f"{listing.repo}: {name}")
 
 
@@ -64,35 +61,15 @@ def _guarded(chunks: Iterator[bytes], what: str) -> Iterator[bytes]:
         yield from chunks
 
 
-def _from(chunks: Iterator[bytes], skip: int, count: int | None) -> Iterator[bytes]:
-    for chunk in chunks:
-        if skip:
-            chunk, skip = chunk[skip:], max(0, skip - len(chunk))
-        if count is not None:
-            chunk = chunk[:count]
-            count -= len(chunk)
-        if chunk:
-            yield chunk
-        if count == 0:
-            return
-
-
 def _check(response: Any) -> None:
     if response.status_code in PASSING:
-        raise Transient(f"the hub answers {response.status_code}", _retry_after(response))
+        raise Transient(f"the hub answers {response.status_code}", retry_after(response))
     if response.status_code not in (200, 206):
-        from huggingface_hub.utils import hf_raise_for_status
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         response.read()
         hf_raise_for_status(response)
         raise Transient(f"the hub answers {response.status_code}")
-
-
-def _retry_after(response: Any) -> float | None:
-    try:
-        return max(0.0, float(response.headers["Retry-After"]))
-    except (KeyError, ValueError):
-        return None
 
 
 @contextmanager
@@ -129,8 +106,8 @@ def client_errors(what: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         response = error.response
         if response is not None and response.status_code in PASSING:
-            raise Transient(f"the hub answers {response.status_code}", _retry_after(response)) from None
-        raise HubError(f"{what}: {_one_line(error)}") from None
+            raise Transient(f"the hub answers {response.status_code}", retry_after(response)) from None
+        raise HubError(f"{what}: {one_line(str(error))}") from None
     except UnicodeEncodeError:  # says what it cannot encode: the token
         raise HubError(f"{what}: the token (HF_TOKEN) is none: it has letters that no token has") from None
     except RuntimeError as error:  # of the client's uploads
@@ -147,10 +124,4 @@ def client_errors(what: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
             raise HubError(f"{what}: the hub answers {status}") from None
-        raise Transient(f"{type(error).__name__}: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    """Without what looks like a token or the signature of an address."""
-    text = re.sub(r"hf_\w+", "hf_…", " ".join(str(error).split()))
-    return re.sub(r"(https?://[^\s?']*\?)[^\s']*", r"\1…", text)[:300]
+        raise Transient(f"{type(error).__name__}: {one_line(str(error))}") from None
