@@ -118,6 +118,10 @@ class Delivery(Protocol):
         """`needs[number]` have been used."""
         ...
 
+    def stop(self) -> None:
+        """Nothing more is wanted; who waits for a file waits no more."""
+        ...
+
 
 @dataclass(frozen=True)
 class Here:
@@ -131,6 +135,9 @@ class Here:
 
     def done(self, number: int) -> None:
         """Nothing is dropped."""
+
+    def stop(self) -> None:
+        """Nobody waits."""
 
 
 @dataclass(frozen=True)

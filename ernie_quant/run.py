@@ -85,7 +85,7 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
             for name, tensor in runtime.constants(step.name, step.codec, step.spec).items():
                 writer.write(name, tensor)
         slabs = [(step, rows) for step in shard.steps for rows in step.slabs()]
-        for slab in _ordered(work, slabs, workers):
+        for slab in _ordered(work, slabs, workers, delivery.stop):
             for name, tensor in slab.parts.items():
                 writer.write(name, tensor, slab.rows[0], of=max((1, *slab.step.spec.shape[:1])))
             sums[slab.step.name] = sums.get(slab.step.name, Difference()) + slab.difference
@@ -96,8 +96,13 @@ def run_shard(plan: Plan, shard: Shard, folder: Path, workers: int, progress: Pr
     return ShardResult(shard.filename, writer.nbytes, sha256, reports)
 
 
-def _ordered(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`map` on threads, in order, with at most one finished result waiting per worker: memory stays bounded."""
+def _ordered(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int, stop: Callable[[], object] = lambda: None
+) -> Iterator[Result]:
+    """`map` on threads, in order, with at most one finished result waiting per worker: memory stays bounded.
+
+    `stop` is called when no more results are wanted, and must wake whoever waits in `work`.
+    """
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[Future[Result]] = deque()
         try:
@@ -107,6 +112,9 @@ def _ordered(work: Callable[[Item], Result], items: Iterable[Item], workers: int
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+        except BaseException:
+            stop()
+            raise
         finally:
             for future in ahead:
                 future.cancel()

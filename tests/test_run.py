@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,25 @@ def test_threads_work_ahead_by_one_result_each() -> None:
     assert next(results) == 0
     assert len(begun) <= 4
     assert list(results) == list(range(1, 100))
+
+
+def test_an_interrupt_does_not_wait_for_what_is_on_its_way() -> None:
+    """Workers wait for a download that may take minutes; `stop` wakes them."""
+    wanted_no_more, woken = threading.Event(), []
+    results = run._ordered(lambda _: woken.append(wanted_no_more.wait(20)), range(10), 2, wanted_no_more.set)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert woken
+    assert all(woken)
 
 
 def test_two_runs_make_identical_folders(tmp_path: Path) -> None:

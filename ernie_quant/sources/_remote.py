@@ -22,7 +22,7 @@ from typing import Protocol
 from ernie_quant.errors import CheckpointError, RetryError
 from ernie_quant.sources.folder import MTP_FOLDER, OTHER_WEIGHTS, RANK_FOLDER, plain
 
-CHUNK = 1 << 20
+CHUNK = 1 << 17  # small enough that a slow download can be stopped between two
 HEAD = 1 << 18  # bytes of a weight file that are asked for first; a header is rarely longer
 SMALL_BYTES = 256 << 20  # of a file that is no weight file
 AT_ONCE = 8  # headers and small files

@@ -19,6 +19,8 @@ from ernie_quant.errors import CheckpointError, RetryError
 from ernie_quant.sources._remote import IN_USE, PARTIAL, Hub, Listing, Use, fetch, left_behind, place_headers
 from ernie_quant.sources.folder import open_folder
 
+STALLED = 5.0  # seconds that the end of a run waits for a connection on which nothing comes
+
 
 def open_remote(hub: Hub, address: str, repo: str, revision: str, cache: Path | None = None) -> Checkpoint:
     """A repository as a checkpoint whose files come when they are needed. Raises CheckpointError, ConfigError or RetryError."""
@@ -146,12 +148,12 @@ class Download:
         self._thread.start()
 
     def stop(self) -> None:
-        """End, also in the middle of a file; what has arrived of it is kept for the next run."""
+        """End, also in the middle of a file; what has arrived of it is kept for the next run. A stalled one is left."""
         self._stop.set()
         with self._changed:
             self._changed.notify_all()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(STALLED)
 
     def path(self, path: Path) -> Path:
         """Where the bytes of a file lie; waits for one that was ordered. Raises what the download raised."""

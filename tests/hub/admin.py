@@ -25,8 +25,8 @@ def call(wire: Wire, name: str) -> None:
     return wire.answer(200, CALLS[name](wire, **arguments))
 
 
-def _put(wire: Wire, repo: str, folder: str, revision: str = "main", private: bool = False) -> str:
-    return wire.hub.put(repo, Path(folder), revision=revision, private=private)
+def _put(wire: Wire, repo: str, folder: str, revision: str = "main", private: bool = False) -> dict[str, str]:
+    return {"commit": wire.hub.put(repo, Path(folder), revision=revision, private=private)}
 
 
 def _repo(wire: Wire, repo: str, revision: str = "main") -> dict[str, Any]:
