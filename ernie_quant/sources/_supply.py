@@ -92,6 +92,7 @@ class Supply:
                 yield download
             finally:
                 download.stop()
+                download.join()
             shutil.rmtree(self.files, ignore_errors=True)
 
     def _place(self, path: Path) -> Path:
@@ -148,10 +149,13 @@ class Download:
         self._thread.start()
 
     def stop(self) -> None:
-        """End, also in the middle of a file; what has arrived of it is kept for the next run. A stalled one is left."""
+        """Nothing more is wanted, not even the rest of a file; what has arrived of it is kept for the next run."""
         self._stop.set()
         with self._changed:
             self._changed.notify_all()
+
+    def join(self) -> None:
+        """After `stop`, wait for the thread; not for long, if it stalls."""
         if self._thread.is_alive():
             self._thread.join(STALLED)
 
