@@ -17,7 +17,6 @@ max_hours = 8
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +69,7 @@ class Job:
 
 def read_job(path: Path) -> Job:
     """The job in a TOML file. Raises PlanError with every mistake in it."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"{path}: cannot be read: {error.strerror}", []) from None
-    except ValueError as error:
-        raise PlanError(f"{path}: is not valid TOML: {error}", []) from None
+    table = recipe.read_toml(path)
     problems: list[str] = []
     source = _source(Table("[source]", table.pop("source", None), problems))
     entries = table.pop("target", [])

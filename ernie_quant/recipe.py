@@ -104,14 +104,19 @@ def container(name: str, wint4_layers: int | None, *, scale: str = "mse", effort
     return Recipe(name, (*experts, RecipeRule(wint8, others)))
 
 
-def read(path: Path, *, keep_unfit: bool = False) -> Recipe:
-    """The recipe in a TOML file. Raises PlanError with every mistake in it."""
+def read_toml(path: Path) -> dict[str, Any]:
+    """A file that a user wrote. Raises PlanError."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"{path}: cannot be read: {error.strerror}", []) from None
     except ValueError as error:
         raise PlanError(f"{path}: is not valid TOML: {error}", []) from None
+
+
+def read(path: Path, *, keep_unfit: bool = False) -> Recipe:
+    """The recipe in a TOML file. Raises PlanError with every mistake in it."""
+    table = read_toml(path)
     entries = table.pop("rule", [])
     unknown = [f"{key}: unknown; a recipe has [[rule]] tables only" for key in table]
     return of_rules(path.stem, entries, keep_unfit=keep_unfit, where=str(path), problems=unknown)
