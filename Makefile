@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer and make. Everything is installed in .venv; nothing else is touched.
 #   make demo    build a small real model, quantize it to 4 bits, verify it, let it speak
 #   make test    lint and tests        make lint    lint alone        make test-slow    what takes minutes
+#   make faults  every way to break a run, at length
 # Another Python or another PyTorch build:
 #   make test PYTHON=python3.12 TORCH="torch==2.9.1"
 #   make test VENV=/path/to/an/environment TORCH=     # takes the PyTorch that is installed there
@@ -12,7 +13,7 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint faults clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -50,6 +51,14 @@ test: lint
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# half an hour of killed runs, full disks and broken files; the figures of docs/reliability.md
+faults: $(VENV)/.test
+	$(BIN)/python tests/faults/kills.py
+	$(BIN)/python tests/faults/full_disk.py
+	$(BIN)/python tests/faults/full_disk.py --inject
+	$(BIN)/python tests/faults/nightly.py --kills 50
+	$(BIN)/python tests/faults/fuzz.py --mutations 100000 --seed 0
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
