@@ -23,7 +23,7 @@ from models import GOLDEN, tensors
 from synthetic import golden, write_ranks, write_raw_safetensors, write_safetensors
 
 from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.errors import CheckpointError, ErnieQuantError, RetryError
+from ernie_quant.errors import CheckpointError, ErnieQuantError, HubError, RetryError
 from ernie_quant.names import natural
 from ernie_quant.plan import Plan, make_plan
 from ernie_quant.run import RunResult, run_plan
@@ -673,3 +673,40 @@ def test_a_token_that_is_none_is_not_shown(
         err = refusal(command, "inspect", ADDRESS)
         assert not any(part in err for part in ("Wrong", "cret", "\x01"))
     assert waits == []
+
+
+# --- mirrors ---------------------------------------------------------------------------------------------------------
+
+
+def without_hashes(monkeypatch: pytest.MonkeyPatch, *methods: str) -> None:
+    """As mirrors answer that leave them out of a model's description, or of the tree too."""
+    import huggingface_hub
+
+    for method in methods:
+        original = getattr(huggingface_hub.HfApi, method)
+
+        def bare(self: object, *args: object, original: Any = original, **kwargs: object) -> Any:
+            found = original(self, *args, **kwargs)
+            found = found if hasattr(found, "siblings") else list(found)
+            for file in found if isinstance(found, list) else found.siblings:
+                file.lfs = file.blob_id = None
+            return found
+
+        monkeypatch.setattr(huggingface_hub.HfApi, method, bare)
+
+
+def test_a_mirror_that_leaves_hashes_out_of_the_description_is_asked_for_the_tree(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = HuggingFace(hub.endpoint, hub.token)
+    whole = reader.listing(NAME, "main")
+    without_hashes(monkeypatch, "model_info")
+    found = reader.listing(NAME, "main")
+    assert found.commit == whole.commit
+    assert {f.name: f.digest for f in found.files.values()} == {f.name: f.digest for f in whole.files.values()}
+
+
+def test_what_no_hash_is_known_of_is_not_read(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_hashes(monkeypatch, "model_info", "list_repo_tree")
+    with pytest.raises(HubError, match=f"{NAME}: the hub says no hash of .*, and what cannot be checked is not read"):
+        HuggingFace(hub.endpoint, hub.token).listing(NAME, "main")

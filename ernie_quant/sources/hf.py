@@ -27,14 +27,20 @@ class HuggingFace:
     def listing(self, repo: str, revision: str) -> Listing:
         """The files of a revision, with sizes and hashes. Raises Transient or HubError."""
         from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
 
+        api = HfApi(self.endpoint, token=self.token)
         with client_errors(f"{repo}@{revision}" if revision else repo):
-            info = HfApi(self.endpoint, token=self.token).model_info(repo, revision=revision or None, files_metadata=True)
-        files = {
-            s.rfilename: RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else "", s.blob_id or "")
-            for s in info.siblings or []
-        }
-        return Listing(f"hf://{repo}", repo, str(info.sha), files)
+            info = api.model_info(repo, revision=revision or None, files_metadata=True)
+            found = [
+                RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else "", s.blob_id or "") for s in info.siblings or []
+            ]
+            if not all(file.digest for file in found):  # a mirror that leaves the hashes out here
+                entries = [e for e in api.list_repo_tree(repo, recursive=True, revision=info.sha) if isinstance(e, RepoFile)]
+                found = [RemoteFile(e.path, e.size, e.lfs.sha256 if e.lfs else "", e.blob_id or "") for e in entries]
+        if bare := next((file.name for file in found if not file.digest), None):
+            raise HubError(f"{repo}: the hub says no hash of {bare}, and what cannot be checked is not read")
+        return Listing(f"hf://{repo}", repo, str(info.sha), {file.name: file for file in found})
 
     @contextmanager
     def read(self, listing: Listing, name: str, start: int, stop: int | None) -> Iterator[Iterator[bytes]]:
