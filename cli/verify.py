@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from ernie_quant.cli import _options
 from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli.main import print_json, return_freed_memory
@@ -22,7 +23,10 @@ SAMPLE = 100
 @click.option("--full", is_flag=True, help="Check the values of all tensors.")
 @_options.quiet
 @_options.json_option
-def command(out: Path, against: Path | str | None, sample: int, full: bool, quiet: bool, as_json: bool) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context, out: Path, against: Path | str | None, sample: int, full: bool, quiet: bool, as_json: bool
+) -> None:
     """Read a result back from disk: hashes, index, headers, config and values must agree.
 
     Every file is hashed; a changed byte is reported with the name of its weight. Of a sample, or of all with --full,
@@ -34,6 +38,8 @@ def command(out: Path, against: Path | str | None, sample: int, full: bool, quie
     """
     from ernie_quant import verify
 
+    if full and ctx.get_parameter_source("sample") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--sample does not go with --full")
     return_freed_memory()
     size = sum(p.stat().st_size for p in out.rglob("*.safetensors")) if out.is_dir() else 0
     with progress_bar(size, "bytes", quiet) as progress:

@@ -675,6 +675,14 @@ def test_a_token_that_is_none_is_not_shown(
     assert waits == []
 
 
+# --- addresses -------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_that_nobody_knows_is_named_with_those_that_are_known() -> None:
+    with pytest.raises(CheckpointError, match=r"there is no s3://; there is aistudio://, hf://, modelscope://"):
+        Checkpoint.open("s3://org/name")
+
+
 # --- mirrors ---------------------------------------------------------------------------------------------------------
 
 

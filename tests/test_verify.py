@@ -228,6 +228,12 @@ def test_the_weight_that_lost_most_is_in_every_sample(out: Path) -> None:
         verify(out, SOURCE, sample=1)
 
 
+def test_a_sample_of_all_is_a_contradiction(out: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = command("verify", out, "--full", "--sample", 5)
+    assert code == 2
+    assert "--sample does not go with --full" in err
+
+
 def test_without_values_looked_at_a_changed_byte_is_still_found(out: Path) -> None:
     poke(out, f"{EXPERT}.weight_packed", bytes([first_byte(out, f"{EXPERT}.weight_packed") ^ 1]))
     with pytest.raises(VerifyError, match=f"{EXPERT}.weight: its stored bytes"):

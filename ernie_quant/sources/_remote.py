@@ -265,7 +265,7 @@ def _resumed(partial: Path, file: RemoteFile) -> tuple[hashlib._Hash, int]:
     return digest, at
 
 
-ADDRESS = re.compile(r"(?P<scheme>[a-z]+)://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9]*)://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def parse(address: str) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -48,6 +49,7 @@ class ModelScope:
     def api(self) -> Any:
         """The package's `HubApi`, with the settings of now. Raises HubError."""
         package = sdk()
+        logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # retries are ours to tell
         config = importlib.import_module("modelscope_hub.config")
         return package.HubApi(config.HubConfig(endpoint=self.endpoint, token=self.token))
 
