@@ -51,8 +51,8 @@ def _of_source(source: Checkpoint) -> dict[str, Any]:
             line = (ref.name, ref.spec.dtype, ref.spec.shape, extents, ref.fortran)
             headers[ref.file].update(repr(line).encode())
         for file, digest in headers.items():
-            files[source.name_of(file)] = {"bytes": source.stamps[file].nbytes, "header": digest.hexdigest()}
-    files |= {source.name_of(file): {"bytes": source.stamps[file].nbytes} for file in source.extra_files}
+            files[source.name_of(file)] = {"bytes": rank.files[file].nbytes, "header": digest.hexdigest()}
+    files |= {source.name_of(file): {"bytes": stamp.nbytes} for file, stamp in source.extra_files.items()}
     config = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode()).hexdigest()
     return {"revision": source.revision, "config": config, "files": files}
 

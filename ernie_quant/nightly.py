@@ -5,7 +5,6 @@ A run that was killed, missed or doubled is harmless: what is begun goes on, wha
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from ernie_quant.errors import AnotherPlanError, ErnieQuantError, RetryError
 from ernie_quant.identity import fingerprint
 from ernie_quant.job import Job, JobTarget
 from ernie_quant.jsonio import read_object
+from ernie_quant.locks import hold
 from ernie_quant.manifest import MANIFEST
 from ernie_quant.output import FULL
 from ernie_quant.plan import Plan, make_plan
@@ -71,7 +71,7 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
     work.mkdir(parents=True, exist_ok=True)
     hours = max_hours or job.max_hours
     deadline = time.monotonic() + 3600 * hours if hours else None
-    with _logged(log), _lock(work):
+    with _logged(log), hold(work / "lock", f"{work}: another run of a job is at work here"):
         shutil.rmtree(work / DROPPED, ignore_errors=True)
         source = Checkpoint.open(job.source)
         log(event="source", source=job.source, commit=source.revision, bytes=source.nbytes)
@@ -195,16 +195,6 @@ def _forget(out: Path) -> None:
         (out.parent / DROPPED).mkdir(exist_ok=True)
         os.replace(out, out.parent / DROPPED / out.name)
         shutil.rmtree(out.parent / DROPPED)
-
-
-@contextmanager
-def _lock(work: Path) -> Iterator[None]:
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RetryError(f"{work}: another run of a job is at work here") from None
-        yield
 
 
 @contextmanager

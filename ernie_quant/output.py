@@ -7,13 +7,12 @@ state `.ernie-quant/` (a run has begun). Anything else that is not empty is left
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ernie_quant import card, report
 from ernie_quant.errors import AnotherPlanError, CheckpointError, OutputError, RetryError
 from ernie_quant.identity import changes, libraries
 from ernie_quant.jsonio import dumps, read_object
+from ernie_quant.locks import hold
 from ernie_quant.manifest import MANIFEST, SUMS, describe, index, manifest, sums
 from ernie_quant.plan import Plan, Shard
 from ernie_quant.report import TensorReport
@@ -88,19 +88,13 @@ class OutputFolder:
     def _lock(self) -> Iterator[None]:
         """One run at a time; the lock of a dead run vanishes with it. Raises RetryError or OutputError."""
         place = self.state / "lock"
-        try:
-            file = open(place, "w")  # noqa: SIM115 - closed below
-        except FileNotFoundError:
-            raise RetryError(f"{self.path}: {JUST_FINISHED}") from None
-        except OSError as error:
-            raise self._unwritable(error) from None
-        with file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RetryError(f"{self.path}: another run is at work in this folder") from None
+                file = stack.enter_context(hold(place, f"{self.path}: another run is at work in this folder"))
+            except FileNotFoundError:
+                raise RetryError(f"{self.path}: {JUST_FINISHED}") from None
             except OSError as error:
-                raise OutputError(f"{self.path}: cannot be locked ({error.strerror}); choose a folder on another disk") from None
+                raise self._unwritable(error) from None
             if not (place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat())):
                 raise RetryError(f"{self.path}: {JUST_FINISHED}")  # between our two steps, and swept its lock
             yield

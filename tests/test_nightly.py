@@ -24,6 +24,7 @@ from ernie_quant import publish as publishing
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError, RetryError
 from ernie_quant.job import RECIPES, Job, read_job
+from ernie_quant.locks import hold
 from ernie_quant.nightly import JobResult, run_job, summary
 from ernie_quant.publishers.hf import HuggingFacePublisher
 from ernie_quant.verify import verify
@@ -468,12 +469,12 @@ def test_a_second_run_in_the_same_folder_waits_for_another_night(hub: LoopbackHu
     work = tmp_path / "work"
     work.mkdir()
     hub.requests.clear()
-    with nightly._lock(work):
+    with hold(work / "lock", "busy"):
         code, out, err = command("nightly", job_file(tmp_path, WINT4), "--work", work)
     assert (code, out) == (75, "")
     assert err == f"error: {work}: another run of a job is at work here\n"
     assert hub.requests == []
-    with pytest.raises(RetryError), nightly._lock(work), nightly._lock(work):
+    with pytest.raises(RetryError, match="busy"), hold(work / "lock", "busy"), hold(work / "lock", "busy"):
         pass
 
 

@@ -353,6 +353,15 @@ def test_a_second_run_is_refused_and_harms_nothing(options: tuple[str, ...], com
     assert contents(out) == contents(tmp_path / "b/out")
 
 
+def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OutputError, match=r"cannot be locked \(No locks available\); choose a folder on another disk"):
+        run_plan(planned(), tmp_path / "out")
+
+
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned()
     free = plan.disk_bytes + BYTES_PER_TENSOR * len(plan.steps) - 1

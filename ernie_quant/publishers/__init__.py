@@ -9,13 +9,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from ernie_quant import plugins
 from ernie_quant.errors import HubError
 from ernie_quant.sources._remote import RemoteFile
-
-Result = TypeVar("Result")
 
 
 class Conflict(Exception):

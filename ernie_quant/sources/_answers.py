@@ -23,6 +23,17 @@ def retry_after(response: Any) -> float | None:
         return None
 
 
+def range_headers(start: int, stop: int | None) -> dict[str, str]:
+    """Of a request for bytes `start` to `stop` (None: the end), as they are."""
+    asked = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
+    return {"Accept-Encoding": "identity", **asked}
+
+
+def asked_for(chunks: Iterator[bytes], status: int, start: int, stop: int | None) -> Iterator[bytes]:
+    """The bytes of that request; a server that knows no ranges answers 200 and sends all of it."""
+    return part_of(chunks, start if status == 200 else 0, None if stop is None else stop - start)
+
+
 def part_of(chunks: Iterator[bytes], skip: int, count: int | None) -> Iterator[bytes]:
     """`chunks` without the first `skip` bytes, and at most `count` of the others."""
     for chunk in chunks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import threading
@@ -15,7 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from ernie_quant.checkpoint import Checkpoint, Stamp
-from ernie_quant.errors import CheckpointError, RetryError
+from ernie_quant.errors import CheckpointError, ErnieQuantError, RetryError
+from ernie_quant.locks import hold
 from ernie_quant.sources._remote import IN_USE, PARTIAL, Hub, Listing, Use, fetch, left_behind, place_headers
 from ernie_quant.sources.folder import open_folder
 
@@ -78,7 +78,7 @@ class Supply:
         budget = at_once + largest if budget is None else budget
         self.check_budget(needs, budget)
         self.files.mkdir(parents=True, exist_ok=True)
-        with _lock(self.files.parent, self.listing.address):
+        with hold(self.files.with_name("lock"), f"{self.listing.address}: another run is downloading it to {self.files.parent}"):
             order = list(dict.fromkeys(path for group in needs for path in group))
             ends = accumulate(map(self._nbytes, order))
             soon = {self._place(path) for path, end in zip(order, ends, strict=True) if end <= budget}
@@ -102,18 +102,8 @@ class Supply:
 def _sweep_others(commit: Path) -> None:
     """What is left of other revisions, unless a run is at work with one."""
     for other in [p for p in commit.parent.iterdir() if p != commit and p.is_dir()]:
-        with suppress(RetryError, OSError), _lock(other, "", IN_USE):
+        with suppress(ErnieQuantError, OSError), hold(other / IN_USE, ""):
             shutil.rmtree(other)
-
-
-@contextmanager
-def _lock(folder: Path, address: str, name: str = "lock") -> Iterator[None]:
-    with open(folder / name, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RetryError(f"{address}: another run is downloading it to {folder}") from None
-        yield
 
 
 class Stopped(Exception):

@@ -24,7 +24,7 @@ from urllib.parse import quote, urlsplit
 
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import HubError
-from ernie_quant.sources._answers import PASSING, TIMEOUT, one_line, part_of, requests_errors, retry_after
+from ernie_quant.sources._answers import PASSING, TIMEOUT, asked_for, one_line, range_headers, requests_errors, retry_after
 from ernie_quant.sources._remote import AT_ONCE, CHUNK, Listing, RemoteFile, Transient
 from ernie_quant.sources._supply import open_remote
 from ernie_quant.sources.modelscope import COMMIT
@@ -143,17 +143,14 @@ class AiStudio:
     def read(self, listing: Listing, name: str, start: int, stop: int | None) -> Iterator[Iterator[bytes]]:
         """Bytes of a file, from whatever host the hub sends us to; the token does not go there."""
         what = f"{listing.repo}: {name}"
-        headers = {"Accept-Encoding": "identity"}
-        if start or stop is not None:
-            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        headers = range_headers(start, stop)
         with ExitStack() as stack:
             with refusals(what), requests_errors(what, TOKEN):
                 url = f"{self.host}/api/v1/repos/{listing.repo}/media/{quote(name, safe='')}?ref={listing.commit}"
                 response = self._session.get(url, headers=self.headers() | headers, stream=True, timeout=TIMEOUT)
                 stack.callback(response.close)
                 _check(response)
-            skip = start if response.status_code == 200 else 0  # a server that knows no ranges sends all of it
-            chunks = part_of(response.iter_content(CHUNK), skip, None if stop is None else stop - start)
+            chunks = asked_for(response.iter_content(CHUNK), response.status_code, start, stop)
             yield _guarded(chunks, what)
 
 

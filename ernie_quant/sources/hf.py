@@ -8,7 +8,7 @@ from typing import Any
 
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import ErnieQuantError, HubError
-from ernie_quant.sources._answers import PASSING, TIMEOUT, one_line, part_of, retry_after
+from ernie_quant.sources._answers import PASSING, TIMEOUT, asked_for, one_line, range_headers, retry_after
 from ernie_quant.sources._remote import CHUNK, Listing, RemoteFile, Transient
 from ernie_quant.sources._supply import open_remote
 
@@ -49,16 +49,13 @@ class HuggingFace:
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         url = hf_hub_url(listing.repo, name, revision=listing.commit, endpoint=self.endpoint)
-        headers = build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"}
-        if start or stop is not None:
-            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        headers = build_hf_headers(token=self.token) | range_headers(start, stop)
         with ExitStack() as stack:
             with client_errors(f"{listing.repo}: {name}"):
                 stream = get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True)
                 response = stack.enter_context(stream)
                 _check(response)
-            skip = start if response.status_code == 200 else 0  # a server that knows no ranges sends all of it
-            chunks = part_of(response.iter_raw(CHUNK), skip, None if stop is None else stop - start)
+            chunks = asked_for(response.iter_raw(CHUNK), response.status_code, start, stop)
             yield _guarded(chunks, f"{listing.repo}: {name}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import HubError
-from ernie_quant.sources._answers import PASSING, one_line, part_of, requests_errors
+from ernie_quant.sources._answers import PASSING, asked_for, one_line, range_headers, requests_errors
 from ernie_quant.sources._remote import CHUNK, Listing, RemoteFile, Transient
 from ernie_quant.sources._supply import open_remote
 
@@ -89,16 +89,13 @@ class ModelScope:
     def read(self, listing: Listing, name: str, start: int, stop: int | None) -> Iterator[Iterator[bytes]]:
         """Bytes of a file, from whatever host the hub sends us to; the token does not go there."""
         what = f"{listing.repo}: {name}"
-        headers = {"Accept-Encoding": "identity"}
-        if start or stop is not None:
-            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        headers = range_headers(start, stop)
         with ExitStack() as stack:
             with client_errors(what):
                 revision = self._asked.get((listing.repo, listing.commit), listing.commit)
                 response = self.api.legacy.download_stream(listing.repo, KIND, name, revision, headers=headers)
                 stack.callback(response.close)
-            skip = start if response.status_code == 200 else 0  # files that lie in git are sent whole, whatever is asked for
-            chunks = part_of(response.iter_content(CHUNK), skip, None if stop is None else stop - start)
+            chunks = asked_for(response.iter_content(CHUNK), response.status_code, start, stop)
             yield _guarded(chunks, what)
 
 
