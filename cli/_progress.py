@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(total: int, unit: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with MB/s and the time left; nothing where nobody watches."""
+def progress_bar(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of `total` bytes with MB/s and the time left; nothing where nobody watches."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ernie_quant.cli import _options
+from ernie_quant.cli import _execute, _options
 
 
 @click.command()
@@ -20,6 +20,4 @@ def command(src: Path | str, out: Path, layout: str, **options: Any) -> None:
     \b
     ernie-quant convert ERNIE-4.5-21B-A3B-Paddle ERNIE-4.5-21B-A3B-PT --to pt
     """
-    from ernie_quant.recipe import KEEP_ALL
-
-    _options.execute(src, out, KEEP_ALL, _options.RUNTIMES[layout], **options)
+    _execute.built_in(layout, src, out, **options)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ernie_quant.cli import _options
+from ernie_quant.cli import _execute, _options
 
 
 @click.command()
@@ -23,6 +23,4 @@ def command(src: Path | str, out: Path, layout: str, **options: Any) -> None:
     \b
     ernie-quant dequantize ERNIE-4.5-300B-A47B-2Bits-Paddle out --to pt
     """
-    from ernie_quant.recipe import KEEP_ALL
-
-    _options.execute(src, out, KEEP_ALL, _options.RUNTIMES[layout], dequantize=True, **options)
+    _execute.built_in(layout, src, out, dequantize=True, **options)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ernie_quant.cli import _options
+from ernie_quant.cli import _execute, _options
 
 
 @click.command()
 @_options.source
 @_options.out
 @_options.experts_only
-@_options.runtime
+@_options.runtime("fp8")
 @_options.mtp
 @_options.keep_unfit
 @_options.run_options
@@ -26,4 +26,4 @@ def command(src: Path | str, out: Path, **options: Any) -> None:
     \b
     ernie-quant fp8 ERNIE-4.5-21B-A3B-Paddle out --experts-only
     """
-    _options.built_in("fp8", "fp8", {}, src, out, **options)
+    _execute.built_in("fp8", src, out, settings=_options.settings("fp8", options), **options)

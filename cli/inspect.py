@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import click
-from ernie_quant.cli import _options
-from ernie_quant.cli.main import print_json
+from ernie_quant.cli import _options, _show
+from ernie_quant.cli._show import print_json
 
 
 @click.command()
@@ -26,7 +26,7 @@ def command(src: Path | str, fixes: tuple[str, ...], as_json: bool) -> None:
 
     found = inspect.inspect(src, frozenset(fixes))
     if as_json:
-        print_json(inspect.as_json(found))
+        print_json(dict(found.__dict__))
     else:
-        click.echo(inspect.as_text(found))
+        click.echo(_show.inspection(found))
     sys.exit(1 if found.anomalies else 0)

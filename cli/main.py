@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import importlib
-import json
-import os
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
 import ernie_quant
-from ernie_quant.errors import ErnieQuantError
+from ernie_quant.disk import FULL
+from ernie_quant.errors import ErnieQuantError, RetryError
 
 COMMANDS = (
     "inspect", "plan", "convert", "wint4", "wint8", "fp8", "wint2", "quantize", "dequantize", "reshard", "verify", "report",
     "publish", "nightly",
 )  # fmt: skip
-RETRY, INTERRUPTED, TERMINATED = 75, 130, 143
-FULL = {errno.ENOSPC, errno.EDQUOT}
+INTERRUPTED, TERMINATED = 130, 143
 
 
 class Terminated(BaseException):
@@ -74,12 +70,9 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except ErnieQuantError as error:
         code, line = error.exit_code, f"error: {error}"
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(0)
     except OSError as error:
-        code = RETRY if error.errno in FULL else 1
-        again = "; the same command goes on where it stopped" if code == RETRY else ""
+        code = RetryError.exit_code if error.errno in FULL else 1
+        again = "; the same command goes on where it stopped" if code == RetryError.exit_code else ""
         line = f"error: {error.filename or 'input/output'}: {error.strerror}{again}"
     print(line, file=sys.stderr)
     sys.exit(code)
@@ -90,19 +83,3 @@ RESUME = "interrupted; the same command goes on where it stopped"
 
 def _terminate(*_: object) -> NoReturn:
     raise Terminated
-
-
-def return_freed_memory() -> None:
-    """Give every freed slab back to the system at once.
-
-    glibc moves its threshold for that up to 32 MiB when blocks below it are freed; slabs of changing sizes then leave
-    holes: 0.9 GB at the peak instead of 0.37 on the tensors of the 300B.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD in malloc.h; setting it stops it from moving
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """The one result on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

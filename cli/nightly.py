@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 from ernie_quant.cli import _options
-from ernie_quant.cli.main import print_json, return_freed_memory
+from ernie_quant.cli._execute import return_freed_memory
+from ernie_quant.cli._show import print_json
 
 
 @click.command()
@@ -33,7 +34,7 @@ def command(
     \b
     ernie-quant nightly job.toml --work /data/nightly --max-hours 8
     """
-    from ernie_quant import job, nightly
+    from ernie_quant.nightly import job, run
 
     found = job.read_job(job_file)
     if check:
@@ -48,9 +49,9 @@ def command(
             lines.write(json.dumps({"time": time, **entry}, ensure_ascii=False) + "\n")
             lines.flush()
 
-        result = nightly.run_job(found, work, max_hours=max_hours, log=log)
+        result = run.run_job(found, work, max_hours=max_hours, log=log)
     if as_json:
-        print_json(nightly.as_json(result))
+        print_json(run.as_json(result))
     else:
-        click.echo(nightly.summary(result))
+        click.echo(run.summary(result))
     sys.exit(result.exit_code)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 from ernie_quant.cli import _options
-from ernie_quant.cli.main import print_json
+from ernie_quant.cli._show import print_json
 
 
 @click.command()
@@ -23,7 +23,7 @@ from ernie_quant.cli.main import print_json
 @click.option(
     "--kv-dtype", type=click.Choice(["bf16", "fp8", "int8", "int4"]), default="bf16", show_default=True, help="KV cache."
 )
-@click.option("--wint4-layers", type=click.IntRange(0, 1000), default=7, show_default=True, help="As in wint2.")
+@_options.wint4_layers("As in wint2.")
 @_options.json_option
 def command(
     src: Path | str, recipe_file: Path | None, gpu_memory: int, utilization: float, reserve: int, max_model_len: int,
@@ -34,14 +34,15 @@ def command(
     \b
     ernie-quant plan ERNIE-4.5-300B-A47B-Paddle --gpu-memory 141GB
     """
-    from ernie_quant import capacity, recipe, report
-    from ernie_quant.checkpoint import Checkpoint
+    from ernie_quant.plan import capacity, recipe
+    from ernie_quant.report import tables
+    from ernie_quant.sources import open_source
 
-    rule = capacity.Rule(gpu_memory, utilization, reserve, max_model_len, max_num_seqs, kv_dtype)
+    limits = capacity.Limits(gpu_memory, utilization, reserve, max_model_len, max_num_seqs, kv_dtype)
     own = recipe.read(recipe_file) if recipe_file else None
-    rows = capacity.estimate(Checkpoint.open(src), rule, wint4_layers, own)
+    rows = capacity.estimate(open_source(src), limits, wint4_layers, own)
     if as_json:
-        print_json({"rule": asdict(rule), "formats": [asdict(row) for row in rows]})
+        print_json({"rule": asdict(limits), "formats": [asdict(row) for row in rows]})
         return
     lines = [
         (
@@ -51,10 +52,10 @@ def command(
         for row in rows
     ]  # fmt: skip
     head = ("format", "runtimes", "weights GiB", "TP sizes", "GPUs", "GiB per GPU", "sequences")
-    click.echo(report.table(head, lines))
+    click.echo(tables.table(head, lines))
     click.echo(
         f"\nusable per GPU: {utilization} x {gpu_memory / 2**30:.1f} GiB - {reserve / 2**30:.1f} GiB ="
-        f" {rule.usable / 2**30:.1f} GiB, for the weights and at least one sequence of {max_model_len} tokens;"
+        f" {limits.usable / 2**30:.1f} GiB, for the weights and at least one sequence of {max_model_len} tokens;"
         f"\nKV cache ({kv_dtype}): {rows[0].kv_bytes_per_token} bytes per token; sequences: of that length,"
         f" at most {max_num_seqs}"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from ernie_quant.cli import _options
 from ernie_quant.cli._progress import progress_bar
-from ernie_quant.cli.main import print_json
+from ernie_quant.cli._show import print_json
 
 
 @click.command()
@@ -33,13 +33,13 @@ def command(
     \b
     ernie-quant publish out my-org/ERNIE-4.5-21B-A3B-WINT4 --tag v1
     """
-    from ernie_quant import publish, publishers
+    from ernie_quant import hubs, publish
 
     scheme, _, name = repo.rpartition("://")
     target = publish.Target(name, revision, private, pr, tag, delete_as_published)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
-    with progress_bar(size, "bytes", quiet) as progress:
-        result = publish.publish(out, publishers.connect(scheme or "hf"), target, progress)
+    with progress_bar(size, quiet) as progress:
+        result = publish.publish(out, hubs.publisher(scheme or "hf"), target, progress)
     if as_json:
         print_json(publish.as_json(result))
         return

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ernie_quant.cli import _options
+from ernie_quant.cli import _execute, _options
 
 
 @click.command()
 @_options.source
 @_options.out
 @click.option("--recipe", "recipe_file", type=_options.FOLDER, required=True, help="TOML file of rules.")
-@_options.runtime
+@_options.runtime("wint8")
 @_options.keep_unfit
 @_options.run_options
 def command(src: Path | str, out: Path, recipe_file: Path, runtime: str, keep_unfit: bool, **options: Any) -> None:
@@ -22,6 +22,6 @@ def command(src: Path | str, out: Path, recipe_file: Path, runtime: str, keep_un
     \b
     ernie-quant quantize ERNIE-4.5-21B-A3B-Paddle out --recipe recipe.toml
     """
-    from ernie_quant import recipe
+    from ernie_quant.plan import recipe
 
-    _options.execute(src, out, recipe.read(recipe_file, keep_unfit=keep_unfit), runtime, **options)
+    _execute.execute(src, out, recipe.read(recipe_file, keep_unfit=keep_unfit), runtime, **options)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 from ernie_quant.cli import _options
-from ernie_quant.cli.main import print_json
+from ernie_quant.cli._show import print_json
 
 
 @click.command()
@@ -24,14 +24,14 @@ def command(out: Path, target: Path | None, plots: bool, quiet: bool, as_json: b
     ernie-quant report out
     ernie-quant report out --out report.html --plots
     """
-    from ernie_quant import page, report
+    from ernie_quant.report import page, rows
 
     found = page.read(out)
-    written = [page.write(found, target or out / report.PAGE)]
+    written = [page.write(found, target or out / rows.PAGE)]
     if plots:
-        from ernie_quant.plots import write_plots
+        from ernie_quant.report.plots import write_plots
 
-        written += write_plots(found, written[0].path.parent / report.PLOTS_FOLDER)
+        written += write_plots(found, written[0].path.parent / rows.PLOTS_FOLDER)
     if as_json:
         print_json({"status": "done", "files": {str(file.path): file.bytes for file in written}})
     elif not quiet:

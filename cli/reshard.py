@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ernie_quant.cli import _options
+from ernie_quant.cli import _execute, _options
 
 
 @click.command()
@@ -23,8 +23,8 @@ def command(src: Path | str, out: Path, tp: int, max_shard_size: int, **options:
     \b
     ernie-quant reshard ERNIE-4.5-300B-A47B-2Bits-Paddle out --tp 2
     """
-    from ernie_quant.checkpoint import Checkpoint
-    from ernie_quant.reshard import make_reshard_plan
+    from ernie_quant.plan.reshard import make_reshard_plan
+    from ernie_quant.sources import open_source
 
-    plan = make_reshard_plan(Checkpoint.open(src), tp, shard_bytes=max_shard_size)
-    _options.run(plan, out, **options)
+    plan = make_reshard_plan(open_source(src), tp, shard_bytes=max_shard_size)
+    _execute.run(plan, out, **options)

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 from ernie_quant.cli import _options
+from ernie_quant.cli._execute import return_freed_memory
 from ernie_quant.cli._progress import progress_bar
-from ernie_quant.cli.main import print_json, return_freed_memory
+from ernie_quant.cli._show import print_json
 
 SAMPLE = 100
 
@@ -36,13 +37,13 @@ def command(
     \b
     ernie-quant verify out --against ERNIE-4.5-21B-A3B-Paddle
     """
-    from ernie_quant import verify
+    from ernie_quant.check import verify
 
     if full and ctx.get_parameter_source("sample") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--sample does not go with --full")
     return_freed_memory()
     size = sum(p.stat().st_size for p in out.rglob("*.safetensors")) if out.is_dir() else 0
-    with progress_bar(size, "bytes", quiet) as progress:
+    with progress_bar(size, quiet) as progress:
         result = verify.verify(out, against, progress, None if full else sample)
     if as_json:
         print_json(verify.as_json(result))

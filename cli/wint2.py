@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ernie_quant.cli import _options
+from ernie_quant.cli import _execute, _options
+
+from ernie_quant.plan import built_in
 
 
 @click.command()
 @_options.source
 @_options.out
-@click.option("--runtime", type=click.Choice(["fastdeploy"]), default="fastdeploy", show_default=True, help="Who can load it.")
+@_options.runtime("wint2")
+@_options.wint4_layers("Experts of layers below this one are WINT4, the others WINT2.")
 @click.option(
-    "--wint4-layers", type=click.IntRange(0, 1000), default=7, show_default=True,
-    help="Experts of layers below this one are WINT4, the others WINT2.",
-)  # fmt: skip
-@click.option(
-    "--effort", type=click.Choice(["1", "4", "16"]), default="16", show_default=True,
+    "--effort", type=click.Choice(["1", "4", "16"]), default=str(built_in.EFFORT), show_default=True,
     help="Codes tried per output channel: 1 is twice as fast as 16, for up to 3% more error.",
 )  # fmt: skip
 @click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Tensor-parallel size: writes rank0/, ….")
@@ -26,7 +25,7 @@ from ernie_quant.cli import _options
 @_options.scale
 @_options.unsupported
 @_options.run_options
-def command(src: Path | str, out: Path, runtime: str, wint4_layers: int, effort: str, **options: Any) -> None:
+def command(src: Path | str, out: Path, **options: Any) -> None:
     """Quantize the experts to 2 bits (CCQ), for FastDeploy.
 
     Paddle layout: experts WINT2 or, in the first layers, WINT4; every other linear WINT8; router, norms, embeddings
@@ -35,4 +34,5 @@ def command(src: Path | str, out: Path, runtime: str, wint4_layers: int, effort:
     \b
     ernie-quant wint2 ERNIE-4.5-300B-A47B-Paddle out
     """
-    _options.quantize_container("wint2", wint4_layers, src, out, effort=int(effort), **options)
+    _execute.refuse_experts_only(options)
+    _execute.built_in("wint2", src, out, settings=_options.settings("wint2", options), **options)

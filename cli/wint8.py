@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from ernie_quant.cli import _options
+from ernie_quant.cli import _execute, _options
 
 
 @click.command()
@@ -15,7 +15,7 @@ from ernie_quant.cli import _options
 @_options.experts_only
 @_options.group_size
 @_options.scale
-@_options.runtime
+@_options.runtime("wint8")
 @_options.mtp
 @_options.keep_unfit
 @_options.run_options
@@ -28,4 +28,4 @@ def command(src: Path | str, out: Path, **options: Any) -> None:
     \b
     ernie-quant wint8 ERNIE-4.5-21B-A3B-Paddle out --experts-only
     """
-    _options.quantize_integers(8, src, out, **options)
+    _execute.built_in("wint8", src, out, settings=_options.settings("wint8", options), **options)

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ernie_quant.dtypes import ITEMSIZE
 from ernie_quant.errors import CheckpointError
-
-# safetensors' spelling. U16 in Paddle files holds bfloat16 bits; readers hand it on as BF16.
-ITEMSIZE = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4,
-    "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +89,19 @@ class Rank:
     files: Mapping[Path, Stamp]
 
 
-class Supply(Protocol):
+class Downloader(Protocol):
     """Brings weight files that are not in the folder yet."""
 
-    def stream(self, needs: Sequence[Sequence[Path]], budget: int | None) -> AbstractContextManager[Delivery]:
+    def stream(self, needs: Sequence[Sequence[Path]], budget: int | None) -> AbstractContextManager[Download]:
         """Bring `needs[0]`, `needs[1]`, … in this order, with at most `budget` bytes of them on disk."""
         ...
 
+    def check_budget(self, needs: Sequence[Collection[Path]], budget: int) -> None:
+        """Is it enough for what must lie on disk together? Raises CheckpointError."""
+        ...
 
-class Delivery(Protocol):
+
+class Download(Protocol):
     """Files that are on their way."""
 
     @property
@@ -124,14 +123,15 @@ class Delivery(Protocol):
 
 
 @dataclass(frozen=True)
-class Here:
-    """The delivery of a folder, whose files are there."""
+class OnDisk:
+    """Files that are there: those of a folder where they are, others at `places`."""
 
     stamps: Mapping[Path, Stamp]
+    places: Mapping[Path, Path] = field(default_factory=dict)
 
     def path(self, path: Path) -> Path:
-        """The same."""
-        return path
+        """Where it is."""
+        return self.places.get(path, path)
 
     def done(self, number: int) -> None:
         """Nothing is dropped."""
@@ -152,16 +152,16 @@ class Checkpoint:
     extra_files: Mapping[Path, Stamp] = field(default_factory=dict)  # tokenizer, licence, …: to be carried along
     revision: str = ""  # commit of the hub repository, if it is one or a download client left a note of it
     address: str = ""  # of a repository on a hub: hf://org/name
-    supply: Supply | None = None  # brings the files of such a one
+    downloader: Downloader | None = None  # brings the files of such a one
 
     @property
     def title(self) -> str:
         """What people call it: the name of the repository or of the folder."""
         return self.address.rpartition("/")[2] or self.folder.resolve().name
 
-    def deliver(self, needs: Sequence[Sequence[Path]], budget: int | None = None) -> AbstractContextManager[Delivery]:
+    def download(self, needs: Sequence[Sequence[Path]], budget: int | None = None) -> AbstractContextManager[Download]:
         """The weight files `needs[0]`, `needs[1]`, …, in this order. Raises CheckpointError or RetryError."""
-        return nullcontext(Here(self.stamps)) if self.supply is None else self.supply.stream(needs, budget)
+        return nullcontext(OnDisk(self.stamps)) if self.downloader is None else self.downloader.stream(needs, budget)
 
     def name_of(self, file: Path) -> str:
         """A file of the checkpoint as its config names files: relative, with slashes."""
@@ -181,10 +181,3 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors in all ranks."""
         return sum(ref.spec.nbytes for rank in self.ranks for ref in rank.refs.values())
-
-    @staticmethod
-    def open(source: str | Path) -> Checkpoint:
-        """Read the headers of `source`, a folder or `hf://org/name@revision`. Raises CheckpointError or ConfigError."""
-        from ernie_quant import sources
-
-        return sources.open_source(source)

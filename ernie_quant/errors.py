@@ -2,6 +2,7 @@
 
 ErnieQuantError             exit code 1, one line for the user
 ├── CheckpointError         a file of the source is broken, hostile or missing
+│   └── MissingFileError    something else names it
 ├── ConfigError             config.json lacks or contradicts something
 ├── PlanError               what is asked for does not fit this checkpoint; holds every problem found
 ├── OutputError             the output folder is not ours, not finished, or cannot be written
@@ -45,6 +46,10 @@ class ErnieQuantError(Exception):
 
 class CheckpointError(ErnieQuantError):
     """A file of the source is broken, hostile or missing."""
+
+
+class MissingFileError(CheckpointError):
+    """A file that something else names is not there."""
 
 
 class ConfigError(ErnieQuantError):

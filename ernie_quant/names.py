@@ -1,8 +1,7 @@
 """Paddle <-> PT as a table: every stored tensor matches exactly one rule, and every shape follows from the dimensions.
 
-The PT form is the canonical one: a linear's weight is [out, in], one tensor per projection. A layout is read by
-taking each stored tensor through its rule's `Op` into PT views, and written by the inverse. So Paddle -> Paddle,
-PT -> Paddle, merged ranks and the third layout are all the same two steps.
+The PT form is the canonical one: a linear's weight is [out, in], one tensor per projection. A stored tensor becomes PT
+tensors by its rule's `Op`, and is made of them by the inverse; which tensors a file stores, a layout says.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from string import Formatter
 
-from ernie_quant import views
-from ernie_quant.checkpoint import Checkpoint, TensorRef
-from ernie_quant.lazy import View
+from ernie_quant.views import build
+from ernie_quant.views.kinds import View
 
 # roles
 EXPERT, VISION_EXPERT, SHARED = "experts", "vision_experts", "shared_experts"
@@ -42,7 +40,7 @@ class Op:
 
     def apply(self, stored: View, dims: Dims, ranks: int = 1) -> list[View]:
         """PT views of a stored Paddle tensor (of one of `ranks` tensor-parallel ranks)."""
-        view = views.transpose(stored) if self.transpose else stored
+        view = build.transpose(stored) if self.transpose else stored
         if not self.split:
             return [view]
         blocks = dims[self.groups] // ranks if self.groups else 1
@@ -51,15 +49,15 @@ class Op:
         at = 0
         for _ in range(blocks):
             for piece, size in zip(pieces, sizes, strict=True):
-                piece.append(views.cut(view, 0, at, at + size))
+                piece.append(build.cut(view, 0, at, at + size))
                 at += size
-        return [views.cat(piece, 0) for piece in pieces]
+        return [build.cat(piece, 0) for piece in pieces]
 
     def inverse(self, pieces: Sequence[View]) -> View:
         """The Paddle view of PT tensors."""
         assert not self.groups, "the interleaved layout is only read"
-        view = views.cat(list(pieces), 0) if self.split else pieces[0]
-        return views.transpose(view) if self.transpose else view
+        view = build.cat(list(pieces), 0) if self.split else pieces[0]
+        return build.transpose(view) if self.transpose else view
 
     def stored_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """Shape of the Paddle tensor, from the shapes of its PT tensors."""
@@ -146,22 +144,10 @@ class Weight:
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the stored tensors it comes from."""
-        return tuple(dict.fromkeys(ref.name for ref in views.refs(self.view)))
+        return tuple(dict.fromkeys(ref.name for ref in build.refs(self.view)))
 
 
 MOST_MISSING = 10  # rows per stored tensor, above which config.json is not believed and not expanded
-PADDLE, PT, PADDLEFORMERS = "paddle", "pt", "paddleformers"
-
-
-def layout_of(names: Iterator[str] | Sequence[str]) -> str:
-    """Paddle, PT or the third layout; only names tell (config keys have misled others)."""
-    plain = False
-    for name in names:
-        if name.startswith("ernie."):
-            return PADDLE
-        if name.startswith("model.") and ".qkv_proj." in name:
-            plain = True
-    return PADDLEFORMERS if plain else PT
 
 
 def size_of(symbol: str, dims: Dims) -> int:
@@ -204,125 +190,8 @@ class NameMap:
         """How many rows there are."""
         return sum(math.prod(len(self.ids[i]) for i in rule.ids) for rule in self.rules)
 
-    def disbelieved(self, stored: int) -> str:
+    def size_problem(self, stored: int) -> str:
         """Why the table is not expanded for a checkpoint of `stored` tensors; empty if it may be."""
         if self.size <= MOST_MISSING * (stored + 1000):
             return ""
         return f"config.json promises about {self.size} tensors, the files hold {stored}; is it the config of another model?"
-
-    def resolve(self, checkpoint: Checkpoint, fixes: frozenset[str] = frozenset()) -> tuple[list[Weight], list[str]]:
-        """All tensors in canonical form, in natural order of their PT names, and every disagreement found."""
-        layout = layout_of(list(checkpoint.refs))
-        if problem := self.disbelieved(len(checkpoint.refs)):
-            return [], [problem]
-        reader = _Reader(self, layout, [dict(_aliased(rank.refs)) for rank in checkpoint.ranks], fixes)
-        weights = [weight for row in self.rows() for weight in reader.weights(row)]
-        reader.report_unknown()
-        return sorted(weights, key=lambda w: natural(w.name)), reader.problems
-
-    def write(self, weights: Sequence[Weight], layout: str) -> list[Weight]:
-        """The same tensors under the names of `layout`, in natural order."""
-        if layout == PT:
-            return list(weights)
-        by_row: dict[str, list[Weight]] = {}
-        for weight in weights:
-            by_row.setdefault(weight.row.paddle, []).append(weight)
-        joined = []
-        for name, group in by_row.items():
-            row = group[0].row
-            pieces = {w.name: w.view for w in group}
-            joined.append(Weight(name, row.rule.op.inverse([pieces[p] for p in row.pt]), row))
-        return sorted(joined, key=lambda w: natural(w.name))
-
-
-def _aliased(refs: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
-    """transformers writes the vision tower below `model.`; the published files do not."""
-    for name, ref in refs.items():
-        yield (name.removeprefix("model.") if name.startswith("model.vision_model.") else name), ref
-
-
-class _Reader:
-    """Takes stored tensors through the table, and remembers what was used and what disagreed."""
-
-    def __init__(self, table: NameMap, layout: str, ranks: list[dict[str, TensorRef]], fixes: frozenset[str]) -> None:
-        self.table, self.layout, self.ranks, self.fixes = table, layout, ranks, fixes
-        self.used: set[str] = set()
-        self.problems: list[str] = []
-
-    def weights(self, row: Row) -> list[Weight]:
-        """The canonical tensors of one row; empty where something is missing or misshapen."""
-        if self.layout == PT:
-            found = [self.merged(row, name, COPY, [name], [shape]) for name, shape in zip(row.pt, row.shapes, strict=True)]
-        else:
-            op = row.rule.op
-            if self.layout == PADDLEFORMERS and "KV" in op.split:
-                op = replace(op, groups="kv_heads")
-            name = row.paddle
-            if self.layout == PADDLEFORMERS:
-                name = re.sub(r"^ernie\.", "model.", name)
-            found = [self.merged(row, name, op, list(row.pt), list(row.shapes))]
-        return [weight for group in found for weight in group]
-
-    def merged(self, row: Row, name: str, op: Op, pt: list[str], shapes: list[tuple[int, ...]]) -> list[Weight]:
-        """One stored tensor of every rank, as PT tensors."""
-        axis = row.rule.ranks
-        shares = len(self.ranks) if axis is not None else 1  # the others have it whole
-        self.used.add(name)
-        absent = [i for i, refs in enumerate(self.ranks) if name not in refs]
-        if absent:
-            if row.rule.need in ("always", *self.table.flags) or len(absent) < len(self.ranks):
-                where = f" in rank {', '.join(map(str, absent))}" if len(self.ranks) > 1 else ""
-                self.problems.append(f"{name}: is missing{where}")
-            return []
-        pieces: list[list[View]] = []
-        for refs in self.ranks:
-            stored = self.checked(row, refs[name], op, shapes, shares)
-            if stored is None:
-                return []
-            pieces.append(op.apply(stored, self.table.dims, shares))
-        copies = [[rank[i] for rank in pieces] for i in range(len(pt))]
-        joined = [views.same(c) if axis is None else views.cat(c, axis) for c in copies]
-        return [Weight(p, view, row) for p, view in zip(pt, joined, strict=True)]
-
-    def checked(self, row: Row, ref: TensorRef, op: Op, shapes: list[tuple[int, ...]], ranks: int) -> View | None:
-        """The stored tensor, if its shape follows from the dimensions."""
-        if ranks > 1:
-            axis = row.rule.ranks or 0
-            if any(shape[axis] % ranks for shape in shapes):
-                self.problems.append(f"{ref.name}: {shapes[0]} cannot have been shared by {ranks} ranks")
-                return None
-            shapes = [(*s[:axis], s[axis] // ranks, *s[axis + 1 :]) for s in shapes]
-        expected, shape = op.stored_shape(shapes), ref.spec.shape
-        if shape == expected:
-            return views.leaf(ref)
-        fix = next((f for f in FIXES if f in ref.name), None)
-        if fix and shape == expected[::-1]:
-            if fix in self.fixes:
-                return views.transpose(views.leaf(ref))
-            self.problems.append(f"{ref.name}: {_versus(row, op, ref, expected)}: stored untransposed; --fix {fix} repairs it")
-            return None
-        each = f" in each of {ranks} ranks" if ranks > 1 else ""
-        self.problems.append(f"{ref.name}: {_versus(row, op, ref, expected)}{each}")
-        return None
-
-    def report_unknown(self) -> None:
-        """Every stored tensor that no rule names."""
-        for refs in self.ranks:
-            for name in sorted(set(refs) - self.used, key=natural):
-                where = f", {'x'.join(map(str, refs[name].spec.shape))}, in {refs[name].file.name}"
-                self.problems.append(f"{name}: is unknown to this architecture{where}")
-
-
-# names that published files are known to hold transposed, and that --fix repairs
-FIXES = ("mtp_linear_proj",)
-
-
-def _versus(row: Row, op: Op, ref: TensorRef, expected: tuple[int, ...]) -> str:
-    """`(1024, 512) is not H x 2H = (512, 1024)`."""
-    wanted = row.rule.shapes
-    symbols = wanted[row.pt.index(ref.name)] if ref.name in row.pt else wanted[0]
-    if op.split:
-        symbols = ("+".join(s[0] for s in wanted), *wanted[0][1:])
-    if op.transpose:
-        symbols = symbols[::-1]
-    return f"{ref.spec.shape} is not {' x '.join(symbols)} = {expected}"

@@ -15,8 +15,13 @@ def names(package: ModuleType) -> tuple[str, ...]:
 
 
 def load(package: ModuleType, name: str) -> ModuleType:
-    """One plug-in. The name must come from `names`."""
+    """One plug-in, or `NAME.PART` of one that is a folder. The name must come from `names`."""
     return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def name_of(plugin: object) -> str:
+    """The name of the file of a plug-in, which is a module."""
+    return str(plugin.__name__).rpartition(".")[2]  # type: ignore[attr-defined]
 
 
 def modules(package: ModuleType) -> list[ModuleType]:

@@ -11,17 +11,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ernie_quant import card, page
+from ernie_quant.disk import write_file
 from ernie_quant.errors import ErnieQuantError, HubError, OutputError, RetryError, VerifyError
-from ernie_quant.integrity import read_manifest
+from ernie_quant.hubs import Conflict, Head, LocalFile, Publisher, RemoteFile
 from ernie_quant.jsonio import dumps, read_object
-from ernie_quant.manifest import MANIFEST, SUMS, sums
-from ernie_quant.output import README
-from ernie_quant.publishers import Conflict, Head, LocalFile, Publisher
-from ernie_quant.report import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
-from ernie_quant.sources._remote import RemoteFile
-from ernie_quant.sources.folder import inside
-from ernie_quant.writer import write_file
+from ernie_quant.paths import MANIFEST, README, SUMS, inside
+from ernie_quant.report import page
+from ernie_quant.report.rows import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
+from ernie_quant.result import card
+from ernie_quant.result.manifest import read_manifest, sums
 
 UPLOADED = ".ernie-quant-published.json"  # what was uploaded and deleted here, for a publish that is interrupted
 RACES = 5  # lost ones before we give up
@@ -132,7 +130,7 @@ def _pictures(found: page.Report) -> dict[str, bytes]:
     """The plots of the card, if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return {}
-    from ernie_quant.plots import draw
+    from ernie_quant.report.plots import draw
 
     return draw(found)
 

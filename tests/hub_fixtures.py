@@ -14,17 +14,18 @@ from hub import LoopbackHub
 from hub.wire import Request
 from models import GOLDEN
 
-from ernie_quant import recipe
-from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.rtn import RoundToNearest
-from ernie_quant.plan import Plan, make_plan
-from ernie_quant.sources import _remote, _supply, hf
+from ernie_quant.plan import built_in, recipe
+from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.steps import Plan
+from ernie_quant.sources import download, open_source
+from ernie_quant.sources import hub as sources_hub
 
 SOURCE = GOLDEN / "moe/paddle"  # five weight files of 63 to 100 kB
 NAME = "baidu/ERNIE-tiny-Paddle"
 ADDRESS = f"hf://{NAME}"
 SMALL = 60_000  # bytes per file: four files; the first and the last need the same file of the source
-INT4 = recipe.built_in("wint4", RoundToNearest(4, 32), experts_only=False, mtp=False, keep_unfit=False)
+INT4 = built_in.one_codec("wint4", RoundToNearest(4, 32), experts_only=False, mtp=False, keep_unfit=False)
 CHUNK = 1 << 12  # bytes; what a broken connection may lose
 real_sleep = time.sleep
 
@@ -41,7 +42,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(hf, "CHUNK", CHUNK)
+        monkeypatch.setattr("ernie_quant.hubs.hf.read.CHUNK", CHUNK)
         monkeypatch.setenv("HF_TOKEN", hub.token)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setenv("ERNIE_QUANT_CACHE", str(tmp_path / "cache"))
@@ -57,30 +58,30 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that somebody wanted to wait; nobody does."""
     found: list[float] = []
 
-    def pause(self: _supply.Download, seconds: float) -> None:
+    def pause(self: download.HubDownload, seconds: float) -> None:
         if seconds:
             found.append(seconds)
         if self._stop.is_set():
-            raise _supply.Stopped
+            raise download.Stopped
 
     monkeypatch.setattr(time, "sleep", lambda seconds: found.append(seconds) if seconds else None)
-    monkeypatch.setattr(_supply.Download, "_pause", pause)
+    monkeypatch.setattr(download.HubDownload, "_pause", pause)
     return found
 
 
 @pytest.fixture
 def short_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of the tests are smaller than what is usually asked for at first."""
-    monkeypatch.setattr(_remote, "HEAD", 1000)
+    monkeypatch.setattr(sources_hub, "HEAD", 1000)
 
 
 def planned(source: str | Path = ADDRESS, rules: recipe.Recipe = INT4, shard_bytes: int = SMALL) -> Plan:
-    return make_plan(Checkpoint.open(source), runtime="vllm", recipe=rules, shard_bytes=shard_bytes)
+    return make_plan(open_source(source), runtime="vllm", recipe=rules, shard_bytes=shard_bytes)
 
 
 def least_budget(plan: Plan) -> int:
-    assert isinstance(plan.source.supply, _supply.Supply)
-    return plan.source.supply.needed_at_once([shard.needs for shard in plan.shards])
+    assert isinstance(plan.source.downloader, download.HubDownloader)
+    return plan.source.downloader.needed_at_once([shard.needs for shard in plan.shards])
 
 
 def weights_asked(hub: LoopbackHub) -> list[tuple[str, str]]:

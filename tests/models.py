@@ -15,18 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ernie_quant import archs, names, runtimes
-from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.plan import make_plan
-from ernie_quant.run import RunResult, run_plan
-from ernie_quant.stored import open_stored
-from ernie_quant.views import Files
+from ernie_quant.plan.make import make_plan
+from ernie_quant.run.whole import RunResult, run_plan
+from ernie_quant.sources import open_source
+from ernie_quant.views.files import Files
+from ernie_quant.weights import layouts
+from ernie_quant.weights.stored import open_stored
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def write(source: Path, out: Path, runtime: str = "vllm", **options: Any) -> RunResult:
     """Plan and run in one call."""
-    return run_plan(make_plan(Checkpoint.open(source), runtime=runtime, **options), out)
+    return run_plan(make_plan(open_source(source), runtime=runtime, **options), out)
 
 
 def invoke(*arguments: object) -> str:
@@ -70,7 +71,7 @@ def random_model(folder: Path, layout: str, family: str = "moe", **changes: obje
     torch.manual_seed(2)
     table: dict[str, torch.Tensor] = {}
     for row in (r for r in rows if r.rule.need != "use_bias"):
-        stored = zip(row.pt, row.shapes, strict=True) if layout == names.PT else [(row.paddle, row.stored_shape)]
+        stored = zip(row.pt, row.shapes, strict=True) if layout == layouts.PT else [(row.paddle, row.stored_shape)]
         for name, shape in stored:
             table[name] = torch.randn(shape).mul(0.02).to(torch.float32 if row.rule.role == names.ROUTER else torch.bfloat16)
     folder.mkdir()
@@ -81,7 +82,7 @@ def random_model(folder: Path, layout: str, family: str = "moe", **changes: obje
 
 def dequantized(out: Path, plain: Path) -> Path:
     """A plain bf16 checkpoint with the weights that `out` decodes to."""
-    checkpoint = Checkpoint.open(out)
+    checkpoint = open_source(out)
     target = runtimes.find("vllm")
     stored, problems = open_stored(checkpoint, target)
     assert not problems

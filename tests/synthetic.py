@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from hypothesis import settings
 
-from ernie_quant import views
+from ernie_quant.dtypes import dtype_name
 from ernie_quant.readers import read_header
-from ernie_quant.tensors import DTYPE_NAMES
+from ernie_quant.views import build, read
+from ernie_quant.views import files as views_files
 
 GOLDEN = Path(__file__).parent / "golden"
 Tensors = Mapping[str, torch.Tensor]
@@ -34,13 +35,13 @@ def payload(tensor: torch.Tensor) -> bytes:
 
 def exact(tensors: Tensors) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Tensors as values that `==` compares bit by bit, NaN and -0 included."""
-    return {name: (DTYPE_NAMES[t.dtype], tuple(t.shape), payload(t)) for name, t in tensors.items()}
+    return {name: (dtype_name(t.dtype), tuple(t.shape), payload(t)) for name, t in tensors.items()}
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a file, by this project's readers."""
-    with views.Files() as files:
-        return {ref.name: views.read(views.leaf(ref), files) for ref in read_header(path)}
+    with views_files.Files() as files:
+        return {ref.name: read.read(build.leaf(ref), files) for ref in read_header(path)}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] 
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, tensor in tensors.items():
-        tag = bf16 if tensor.dtype == torch.bfloat16 else DTYPE_NAMES[tensor.dtype]
+        tag = bf16 if tensor.dtype == torch.bfloat16 else dtype_name(tensor.dtype)
         header[name] = {"dtype": tag, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     return write_raw_safetensors(path, header, b"".join(payload(t) for t in tensors.values()))

@@ -463,8 +463,8 @@ def test_every_mistake_of_a_recipe_is_listed(run: Run, source: Callable[..., Pat
     assert lines[0] == f"error: {tmp_path / 'mine.toml'}: 11 mistake(s)"
     expected = [
         "title: unknown; a recipe has [[rule]] tables only",
-        "rule 1: needs either role or match",
-        "rule 2: needs either role or match",
+        "rule 1: needs one of role, match and names",
+        "rule 2: needs one of role, match and names",
         "rule 3: role 'router' is not one that can be quantized (experts, vision_experts, shared_experts, mlp, attention, mtp)",
         "rule 4: match '(' is no regular expression: ",
         "rule 5: needs a codec",

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from models import GOLDEN, copy
 
-from ernie_quant import recipe
-from ernie_quant.capacity import GIB, Capacity, Rule, estimate
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import make_plan
+from ernie_quant.plan import built_in, recipe
+from ernie_quant.plan.capacity import GIB, Capacity, Limits, estimate
+from ernie_quant.plan.make import make_plan
+from ernie_quant.sources import open_source
 
 MAKE_GEOMETRY = Path(__file__).parents[1] / "benchmarks/make_geometry.py"
 Command = Callable[..., tuple[int, str, str]]
@@ -34,14 +35,14 @@ def geometry(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkp
     def checkpoint(model: str) -> Checkpoint:
         if model not in opened:
             subprocess.run([sys.executable, MAKE_GEOMETRY, model, folder / model], check=True, capture_output=True)
-            opened[model] = Checkpoint.open(folder / model)
+            opened[model] = open_source(folder / model)
         return opened[model]
 
     return checkpoint
 
 
-def rows(source: Checkpoint, rule: Rule = Rule(), **options: Any) -> dict[str, Capacity]:  # noqa: B008 - frozen
-    return {row.format: row for row in estimate(source, rule, **options)}
+def rows(source: Checkpoint, limits: Limits = Limits(), **options: Any) -> dict[str, Capacity]:  # noqa: B008 - frozen
+    return {row.format: row for row in estimate(source, limits, **options)}
 
 
 # --- what is published -----------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def test_the_300b_takes_8_gpus_in_wint8_4_in_wint4_and_2_in_wint2(of_300b: dict[
 
 
 def test_the_300b_in_wint2_takes_one_gpu_of_141_gb(geometry: Callable[[str], Checkpoint]) -> None:
-    found = rows(geometry("300b"), Rule(gpu_memory=141 * 10**9))
+    found = rows(geometry("300b"), Limits(gpu_memory=141 * 10**9))
     assert (found[WINT2].gpus, found[CONTAINER].gpus, found["wint8"].gpus) == (1, 2, 4)
     assert found[WINT2].weight_bytes_per_gpu == found[WINT2].weight_bytes
 
@@ -93,18 +94,18 @@ def test_kv_cache_of_the_300b_by_hand(of_300b: dict[str, Capacity]) -> None:
     row = of_300b[WINT2]
     assert token // 2 * 32768 == 3.375 * GIB
     assert row.sequences == int((usable - row.weight_bytes_per_gpu) // (3.375 * GIB)) == 7
-    assert Rule().usable == usable
+    assert Limits().usable == usable
 
 
 @pytest.mark.parametrize(("dtype", "nbytes"), [("bf16", 18432), ("fp8", 9216), ("int8", 9216), ("int4", 4608)])
 def test_kv_cache_of_the_0_3b_by_hand(dtype: str, nbytes: int, geometry: Callable[[str], Checkpoint]) -> None:
     """2 x 18 layers x 2 kv heads x 128."""
-    assert rows(geometry("0.3b"), Rule(kv_dtype=dtype))["bf16"].kv_bytes_per_token == nbytes
+    assert rows(geometry("0.3b"), Limits(kv_dtype=dtype))["bf16"].kv_bytes_per_token == nbytes
 
 
 def test_weights_of_a_small_model_by_hand() -> None:
     """3 layers, hidden 64; q 128, k and v 64, FFN 128, a vocabulary of 256 and a tied head that is stored."""
-    (row, *_) = estimate(Checkpoint.open(GOLDEN / "dense/pt"), Rule())
+    (row, *_) = estimate(open_source(GOLDEN / "dense/pt"), Limits())
     linears = 3 * (64 * (128 + 64 + 64) + 128 * 64 + 3 * 128 * 64)
     norms = (3 * 2 + 1) * 64
     assert row.format == "bf16"
@@ -131,7 +132,7 @@ def test_sizes_that_widths_allow(of_300b: dict[str, Capacity]) -> None:
 def test_sizes_agree_with_those_of_a_run(
     layers: int | None, name: str, geometry: Callable[[str], Checkpoint], of_21b: dict[str, Capacity]
 ) -> None:
-    plan = make_plan(geometry("21b"), runtime="fastdeploy", recipe=recipe.container("wint2", layers))
+    plan = make_plan(geometry("21b"), runtime="fastdeploy", recipe=built_in.fastdeploy_container("wint2", layers))
     assert of_21b[name].tp_sizes == plan.tp_sizes == (1, 2, 4)
 
 
@@ -140,7 +141,7 @@ def test_sizes_agree_with_those_of_a_run(
 
 def test_every_option_pulls_its_way(geometry: Callable[[str], Checkpoint]) -> None:
     """18432 bytes of KV cache per token: a sequence takes .5625 GiB of the 4.2 - .7 GiB that 8 GiB leave."""
-    source, rule = geometry("0.3b"), Rule(gpu_memory=8 * GIB)
+    source, rule = geometry("0.3b"), Limits(gpu_memory=8 * GIB)
 
     def sequences(**changes: Any) -> int:
         return rows(source, replace(rule, **changes))["bf16"].sequences
@@ -155,7 +156,7 @@ def test_every_option_pulls_its_way(geometry: Callable[[str], Checkpoint]) -> No
 
 
 def test_less_memory_takes_more_gpus(geometry: Callable[[str], Checkpoint], of_21b: dict[str, Capacity]) -> None:
-    found = [rows(geometry("21b"), Rule(gpu_memory=n * GIB))["bf16"].gpus for n in (40, 8)]
+    found = [rows(geometry("21b"), Limits(gpu_memory=n * GIB))["bf16"].gpus for n in (40, 8)]
     assert [of_21b["bf16"].gpus, *found] == [1, 2, 0]  # 20 heads and 4 kv heads: never 8
 
 
@@ -237,7 +238,7 @@ def test_every_problem_of_a_source_is_named(tmp_path: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"moe_num_experts": 9}))
     with pytest.raises(PlanError) as error:
-        estimate(Checkpoint.open(broken), Rule())
+        estimate(open_source(broken), Limits())
     assert "ernie.layers.1.mlp.experts.8.down_proj.weight: is missing" in error.value.problems
 
 

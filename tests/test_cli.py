@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from ernie_quant.cli.main import COMMANDS, group
 from models import GOLDEN, copy, random_model, write
 
-from ernie_quant import recipe
+from ernie_quant.plan import built_in
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/cli.md"
@@ -121,7 +121,7 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda fd: None)
-        write(folder / "src", folder / "wint2", "fastdeploy", recipe=recipe.container("wint2", 2, effort=1))
+        write(folder / "src", folder / "wint2", "fastdeploy", recipe=built_in.fastdeploy_container("wint2", 2, effort=1))
     return folder
 
 

@@ -17,12 +17,12 @@ from models import GOLDEN, dequantized, logits, random_model, same, tensors, wri
 from safetensors.torch import load_file
 from test_fastdeploy import PUBLISHED, WIDTHS, decode_all, invoke, read_folder, widened
 
-from ernie_quant import names, views
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.check.verify import verify
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import make_plan
-from ernie_quant.run import run_plan
-from ernie_quant.verify import verify
+from ernie_quant.plan.make import make_plan
+from ernie_quant.run.whole import run_plan
+from ernie_quant.sources import open_source
+from ernie_quant.weights import layouts
 
 Command = Callable[..., tuple[int, str, str]]
 TWO_BITS = "[[rule]]\nrole = 'experts'\ncodec = 'rtn'\nbits = 2\ngroup_size = 64\n"
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda fd: None)
         patched.chdir(folder)
-        random_model(folder / "src", names.PADDLE, "moe_mtp", **WIDTHS | {"intermediate_size": 384})
+        random_model(folder / "src", layouts.PADDLE, "moe_mtp", **WIDTHS | {"intermediate_size": 384})
         write(folder / "src", folder / "src-pt")
         for form, (name, *options) in MADE.items():
             invoke(name, folder / "src", folder / form, *options)
@@ -142,7 +142,7 @@ def test_transformers_loads_what_was_a_container(form: str, folder: Path) -> Non
 def test_a_vl_model_comes_back_too(tmp_path: Path) -> None:
     """Text and vision experts of different widths; the vision tower and the resampler keep their bytes."""
     widths = {"intermediate_size": 128, "moe_intermediate_size": [256, 128], "head_dim": 128}
-    source = random_model(tmp_path / "src", names.PADDLE, "vl", **widths)
+    source = random_model(tmp_path / "src", layouts.PADDLE, "vl", **widths)
     for form, options in (("wint2", ("--unsupported", "--wint4-layers", 0)), ("fp8", ())):
         invoke(form, source, tmp_path / form, *options)
         for layout in ("pt", "paddle"):
@@ -186,9 +186,9 @@ def test_a_published_checkpoint_has_neither_manifest_nor_report(folder: Path, tm
 @pytest.mark.parametrize("layout", ["pt", "paddle"])
 def test_slabs_leave_no_trace(form: str, layout: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a result are columns of what is decoded, or rows of it, or rows of three matrices."""
-    monkeypatch.setattr(views, "SLAB_BYTES", 20_000)
+    monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 20_000)
     runtime = {"pt": "vllm", "paddle": "fastdeploy"}[layout]
-    plan = make_plan(Checkpoint.open(folder / form), runtime=runtime, dequantize=True)
+    plan = make_plan(open_source(folder / form), runtime=runtime, dequantize=True)
     assert max(len(step.slabs()) for step in plan.steps) > 8
     run_plan(plan, tmp_path / "out")
     assert same(everything(tmp_path / "out"), everything(folder / f"{form}-{layout}")) == []
@@ -250,4 +250,4 @@ def test_a_config_that_promises_millions_of_tensors_is_not_expanded(folder: Path
     config = json.loads((broken / "config.json").read_text()) | {"moe_num_experts": 2**24}
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlanError, match="is it the config of another model"):
-        make_plan(Checkpoint.open(broken), runtime="vllm", dequantize=True)
+        make_plan(open_source(broken), runtime="vllm", dequantize=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ernie_quant.job import read_job
+from ernie_quant.nightly.job import read_job
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,16 +18,19 @@ from models import copy, invoke, random_model, write
 from test_run import Killed, contents, stop_in_second_shard
 from test_verify import edit, poke, refused, sealed
 
-from ernie_quant import names, recipe, runtimes, views
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant import runtimes
+from ernie_quant.check.verify import verify
+from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import ConfigError, PlanError
-from ernie_quant.plan import make_plan
-from ernie_quant.run import run_plan
+from ernie_quant.plan import built_in
+from ernie_quant.plan.make import make_plan
+from ernie_quant.run.whole import run_plan
 from ernie_quant.runtimes import fastdeploy
-from ernie_quant.stored import open_stored
-from ernie_quant.verify import verify
-from ernie_quant.views import Files
+from ernie_quant.sources import open_source
+from ernie_quant.views.files import Files
+from ernie_quant.weights import layouts
+from ernie_quant.weights.stored import open_stored
 
 MAKE_GEOMETRY = Path(__file__).parents[1] / "benchmarks/make_geometry.py"
 Command = Callable[..., tuple[int, str, str]]
@@ -167,8 +170,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fastdeploy")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda fd: None)
-        random_model(folder / "src", names.PADDLE, "moe_mtp", **WIDTHS)
-        random_model(folder / "src-shared", names.PADDLE, "moe_mtp", **WIDTHS, moe_num_shared_experts=2)
+        random_model(folder / "src", layouts.PADDLE, "moe_mtp", **WIDTHS)
+        random_model(folder / "src-shared", layouts.PADDLE, "moe_mtp", **WIDTHS, moe_num_shared_experts=2)
         for source, pt in (("src", "pt"), ("src-shared", "pt-shared")):
             write(folder / source, folder / pt)
         for case, (name, *options) in LAYERS.items():
@@ -241,7 +244,7 @@ def test_what_the_kernel_computes_is_what_is_reported_and_read_back(case: str, f
         assert rows[name]["rel_error"] == pytest.approx(error / norm, rel=1e-9), name
         assert rows[name]["max_abs_error"] == np.abs(weight - original).max(), name
         assert error / norm < {2: 0.12, 4: 0.015, 8: 1e-4}[bits_of(name, END[case])], name
-    entries, problems = open_stored(Checkpoint.open(out), fastdeploy)
+    entries, problems = open_stored(open_source(out), fastdeploy)
     assert problems == []
     with Files() as files:
         for entry in entries:
@@ -323,7 +326,7 @@ def test_the_mtp_block_lies_in_its_own_folder(folder: Path) -> None:
 
 
 def test_a_model_without_mtp_has_no_such_folder(tmp_path: Path) -> None:
-    source = random_model(tmp_path / "src", names.PT, "moe", **WIDTHS, num_hidden_layers=2, moe_layer_end_index=1)
+    source = random_model(tmp_path / "src", layouts.PT, "moe", **WIDTHS, num_hidden_layers=2, moe_layer_end_index=1)
     invoke("wint2", source, tmp_path / "out", "--wint4-layers", 0)
     assert not (tmp_path / "out/mtp").exists()
     assert verify(tmp_path / "out", source).against
@@ -342,7 +345,7 @@ def test_a_published_config_is_understood() -> None:
     linears = [f"ernie.layers.{i}.mlp.experts.0.down_proj.weight" for i in (6, 7)]
     linears += ["ernie.layers.7.mlp.shared_experts.down_proj.weight", "ernie.mtp_block.0.mlp.down_proj.weight"]
     linears += ["ernie.layers.7.mlp.gate.weight", "ernie.mtp_linear_proj.0.weight"]
-    spec = views.TensorSpec((128, 128), "BF16")
+    spec = TensorSpec((128, 128), "BF16")
     found = list(fastdeploy.codecs_of(PUBLISHED, [(name, spec) for name in linears]).values())
     assert found == [fastdeploy.WINT4, fastdeploy.WINT2, fastdeploy.WINT8, fastdeploy.WINT8, KEEP, KEEP]
 
@@ -443,7 +446,7 @@ def refusal(command: Command, *arguments: object) -> list[str]:
 
 @pytest.mark.parametrize("arguments", [("wint2",), ("wint2", "--wint4-layers", 0), ("wint4", "--runtime", "fastdeploy")], ids=str)
 def test_a_dense_model_is_refused(arguments: tuple[object, ...], command: Command, tmp_path: Path) -> None:
-    source = random_model(tmp_path / "src", names.PADDLE, "dense", **{k: v for k, v in WIDTHS.items() if "moe" not in k})
+    source = random_model(tmp_path / "src", layouts.PADDLE, "dense", **{k: v for k, v in WIDTHS.items() if "moe" not in k})
     lines = refusal(command, arguments[0], source, tmp_path / "out", *arguments[1:])
     assert lines[1:] == ["  this model has no experts; FastDeploy's container is for those that have"]
 
@@ -455,7 +458,7 @@ VL = {k: v for k, v in WIDTHS.items() if "moe" not in k} | {"moe_intermediate_si
 def test_a_vl_model_is_refused_and_written_only_with_unsupported(
     arguments: tuple[object, ...], command: Command, tmp_path: Path
 ) -> None:
-    source = random_model(tmp_path / "src", names.PADDLE, "vl", **VL)
+    source = random_model(tmp_path / "src", layouts.PADDLE, "vl", **VL)
     lines = refusal(command, arguments[0], source, tmp_path / "out", *arguments[1:])
     assert len(lines) == 2
     assert "has no loader for a WINT2 or WINT4 VL checkpoint: wint4 --runtime vllm and fp8 make ones that load" in lines[1]
@@ -485,7 +488,9 @@ def test_experts_only_is_refused(name: str, folder: Path, command: Command, tmp_
 
 
 def test_widths_that_do_not_fit_are_all_listed_before_anything_is_written(command: Command, tmp_path: Path) -> None:
-    source = random_model(tmp_path / "src", names.PADDLE, "moe_mtp", **WIDTHS | {"hidden_size": 192, "moe_intermediate_size": 68})
+    source = random_model(
+        tmp_path / "src", layouts.PADDLE, "moe_mtp", **WIDTHS | {"hidden_size": 192, "moe_intermediate_size": 68}
+    )
     lines = refusal(command, "wint2", source, tmp_path / "out", "--wint4-layers", 0)
     assert lines[1:] == [
         "  ernie.layers.*.mlp.experts.*.down_proj.weight: wint2: 68 inputs are not a multiple of 128, 128 would be (6 tensors)",
@@ -543,7 +548,7 @@ def test_the_run_command_says_machete_is_off(folder: Path) -> None:
 
 def planned(source: Path, layers: int | None, shard_bytes: int = 10**9) -> Any:
     return make_plan(
-        Checkpoint.open(source), runtime="fastdeploy", recipe=recipe.container("wint2", layers), shard_bytes=shard_bytes
+        open_source(source), runtime="fastdeploy", recipe=built_in.fastdeploy_container("wint2", layers), shard_bytes=shard_bytes
     )
 
 
@@ -565,14 +570,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, tmp_pat
 @pytest.mark.parametrize("source", ["src", "pt"])
 def test_slabs_leave_no_trace(source: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four columns of WINT2, four rows of WINT4 and WINT8 (of which two or four are mixed) at a time."""
-    monkeypatch.setattr(views, "SLAB_BYTES", 1)
+    monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 1)
     plan = planned(folder / source, 2)
     spans = {step.slabs()[1] for step in plan.steps if step.quantized}
     assert spans == {(4, 8)}
     run_plan(plan, tmp_path / "out")
     for file in ("model.safetensors", "mtp/model.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (folder / "one-src" / file).read_bytes()
-    monkeypatch.setattr(views, "SLAB_BYTES", 10_000)
+    monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 10_000)
     assert verify(tmp_path / "out", folder / source).against  # and they are read back so
 
 
@@ -617,9 +622,9 @@ def test_dry_run_of_the_424b(command: Command, tmp_path: Path) -> None:
 
 def test_widths_that_do_not_fit_are_listed_at_once_for_all_forms(tmp_path: Path) -> None:
     """96 inputs are no multiple of 128 (WINT2 experts), and no multiple of 64 (the WINT8 dense layer)."""
-    random_model(tmp_path / "src", names.PADDLE, "moe_mtp", **WIDTHS | {"moe_intermediate_size": 96, "intermediate_size": 96})
+    random_model(tmp_path / "src", layouts.PADDLE, "moe_mtp", **WIDTHS | {"moe_intermediate_size": 96, "intermediate_size": 96})
     with pytest.raises(PlanError) as refused:
-        make_plan(Checkpoint.open(tmp_path / "src"), runtime="fastdeploy", recipe=recipe.container("wint2", 0))
+        make_plan(open_source(tmp_path / "src"), runtime="fastdeploy", recipe=built_in.fastdeploy_container("wint2", 0))
     lines = "\n".join(refused.value.problems)
     assert "experts.*.down_proj.weight: wint2: 96 inputs are not a multiple of 128" in lines
     assert "layers.0.mlp.down_proj.weight: " in lines

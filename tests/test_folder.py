@@ -8,12 +8,12 @@ import pytest
 import torch
 from synthetic import exact, golden, write_bin, write_index, write_model, write_pdparams, write_ranks, write_safetensors
 
-from ernie_quant import views
-from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import CheckpointError, shown
-from ernie_quant.plan import make_plan
-from ernie_quant.sources.folder import inside
-from ernie_quant.views import Files
+from ernie_quant.paths import inside
+from ernie_quant.plan.make import make_plan
+from ernie_quant.sources import open_source
+from ernie_quant.views import read
+from ernie_quant.views.files import Files
 
 CONFIG = {"model_type": "ernie4_5"}
 A, B = torch.arange(6.0).reshape(2, 3), torch.arange(4.0).to(torch.bfloat16)
@@ -28,7 +28,7 @@ def sharded(tmp_path: Path) -> Path:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(CheckpointError) as error:
-        Checkpoint.open(folder)
+        open_source(folder)
     line = str(error.value)
     assert line.isprintable()
     assert len(line) < 1000
@@ -36,7 +36,7 @@ def refusal(folder: Path) -> str:
 
 
 def test_a_sharded_folder_is_one_checkpoint(sharded: Path) -> None:
-    checkpoint = Checkpoint.open(sharded)
+    checkpoint = open_source(sharded)
     assert {name: ref.file.name for name, ref in checkpoint.refs.items()} == {"a": FILES[0], "b": FILES[1]}
     assert checkpoint.nbytes == 6 * 4 + 4 * 2
     assert checkpoint.config == CONFIG
@@ -48,7 +48,7 @@ def test_a_folder_of_each_format(tmp_path: Path, write: object) -> None:
     (tmp_path / "config.json").write_text("{}")
     name = {write_pdparams: "model_state.pdparams", write_bin: "pytorch_model.bin", write_safetensors: "model.safetensors"}[write]
     write(tmp_path / name, {"a": A, "b": B})  # type: ignore[operator]
-    assert list(Checkpoint.open(tmp_path).refs) == ["a", "b"]
+    assert list(open_source(tmp_path).refs) == ["a", "b"]
 
 
 # --- what the index says ---------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_an_index_that_is_none_is_refused(sharded: Path, text: str, reason: str)
 def test_a_missing_shard_is_one_anomaly_however_many_tensors_it_had(sharded: Path) -> None:
     (sharded / FILES[1]).unlink()
     write_index(sharded, {"a": FILES[0], "b": FILES[1], "c": FILES[1]})
-    checkpoint = Checkpoint.open(sharded)
+    checkpoint = open_source(sharded)
     assert checkpoint.anomalies == (f"{FILES[1]}: named by model.safetensors.index.json, but is not there",)
     assert list(checkpoint.refs) == ["a"]
 
@@ -112,7 +112,7 @@ def test_the_index_and_the_files_must_name_the_same_tensors(sharded: Path) -> No
     write_index(sharded, {"a": FILES[1], "c": FILES[1]})
     write_safetensors(sharded / FILES[0], {"a": A})
     # FILES[0] is named by nothing, so it is not read
-    assert set(Checkpoint.open(sharded).anomalies) == {
+    assert set(open_source(sharded).anomalies) == {
         f"a: the index says it is in {FILES[1]}, which does not hold it",
         f"c: the index says it is in {FILES[1]}, which does not hold it",
         f"b: is in {FILES[1]}, the index does not name it",
@@ -121,7 +121,7 @@ def test_the_index_and_the_files_must_name_the_same_tensors(sharded: Path) -> No
 
 def test_a_tensor_in_another_file_than_the_index_says_is_an_anomaly(sharded: Path) -> None:
     write_index(sharded, {"a": FILES[1], "b": FILES[0]})
-    assert set(Checkpoint.open(sharded).anomalies) == {
+    assert set(open_source(sharded).anomalies) == {
         f"a: the index says it is in {FILES[1]}, it is in {FILES[0]}",
         f"b: the index says it is in {FILES[0]}, it is in {FILES[1]}",
     }
@@ -129,7 +129,7 @@ def test_a_tensor_in_another_file_than_the_index_says_is_an_anomaly(sharded: Pat
 
 def test_a_tensor_in_two_files_is_an_anomaly(sharded: Path) -> None:
     write_safetensors(sharded / FILES[1], {"a": A, "b": B})
-    assert f"a: stands in {FILES[0]} and again in {FILES[1]}" in Checkpoint.open(sharded).anomalies
+    assert f"a: stands in {FILES[0]} and again in {FILES[1]}" in open_source(sharded).anomalies
 
 
 # --- shards without an index -----------------------------------------------------------------------------------------
@@ -137,10 +137,10 @@ def test_a_tensor_in_two_files_is_an_anomaly(sharded: Path) -> None:
 
 def test_shards_without_an_index_are_read_if_they_are_complete(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").unlink()
-    assert Checkpoint.open(sharded).anomalies == ()
-    assert list(Checkpoint.open(sharded).refs) == ["a", "b"]
+    assert open_source(sharded).anomalies == ()
+    assert list(open_source(sharded).refs) == ["a", "b"]
     (sharded / FILES[0]).unlink()
-    assert Checkpoint.open(sharded).anomalies == ("1 shards are there, their names promise 2",)
+    assert open_source(sharded).anomalies == ("1 shards are there, their names promise 2",)
 
 
 def test_a_truncated_shard_is_refused(sharded: Path) -> None:
@@ -153,11 +153,11 @@ def test_a_truncated_shard_is_refused(sharded: Path) -> None:
 
 @pytest.mark.parametrize(("model", "ranks"), [("dense", 2), ("moe", 2), ("moe", 1)])
 def test_rank_folders_are_merged_to_the_golden_pt_checkpoint(tmp_path: Path, model: str, ranks: int) -> None:
-    checkpoint = Checkpoint.open(write_ranks(tmp_path / "tp", model, ranks))
+    checkpoint = open_source(write_ranks(tmp_path / "tp", model, ranks))
     assert len(checkpoint.ranks) == ranks
     plan = make_plan(checkpoint, runtime="vllm")
     with Files() as files:
-        merged = {step.name: views.read(step.view, files) for step in plan.steps}
+        merged = {step.name: read.read(step.view, files) for step in plan.steps}
     expected = {n: t for n, t in golden(model, "pt")[1].items() if n in merged}
     assert exact(merged) == exact(expected)
     assert set(golden(model, "pt")[1]) - set(merged) <= {"lm_head.weight"}  # tied: stored or not
@@ -167,7 +167,7 @@ def test_rank_pickles_in_one_folder_are_ranks_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for rank in (0, 1):
         write_pdparams(tmp_path / f"model_state.tp0{rank}.pdparams", {"a": A + rank})
-    files = [[f.name for f in rank.files] for rank in Checkpoint.open(tmp_path).ranks]
+    files = [[f.name for f in rank.files] for rank in open_source(tmp_path).ranks]
     assert files == [["model_state.tp00.pdparams"], ["model_state.tp01.pdparams"]]
 
 
@@ -196,7 +196,7 @@ def test_a_link_out_of_the_folder_is_refused(sharded: Path) -> None:
 def test_a_link_within_the_folder_is_followed(sharded: Path) -> None:
     (sharded / FILES[0]).rename(sharded / "kept.safetensors")
     (sharded / FILES[0]).symlink_to("kept.safetensors")
-    assert list(Checkpoint.open(sharded).refs) == ["a", "b"]
+    assert list(open_source(sharded).refs) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", *FILES])
@@ -213,9 +213,9 @@ def test_a_link_to_the_blobs_of_a_download_cache_is_followed_and_no_other(tmp_pa
     for file in list(snapshot.iterdir()):
         file.rename(cache / "blobs" / f"sha-{file.name}")
         file.symlink_to(f"../../blobs/sha-{file.name}")
-    assert list(Checkpoint.open(snapshot).refs) == ["a"]
+    assert list(open_source(snapshot).refs) == ["a"]
     (tmp_path / "short").symlink_to(snapshot)  # the folder itself may be a link
-    assert list(Checkpoint.open(tmp_path / "short").refs) == ["a"]
+    assert list(open_source(tmp_path / "short").refs) == ["a"]
 
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to("../../blobs/../secret.safetensors")
@@ -259,7 +259,7 @@ def test_other_files_are_carried_along_and_other_weights_are_named(sharded: Path
     for name in [*carried, *weights, ".gitattributes", "report.json"]:
         (sharded / name).write_text("x")
     (sharded / "onnx").mkdir()
-    checkpoint = Checkpoint.open(sharded)
+    checkpoint = open_source(sharded)
     assert [p.name for p in checkpoint.extra_files] == carried
     left = "model.gguf, onnx/, optimizer.pt, pytorch_model.bin, scheduler.pdparams"
     assert checkpoint.notes == (f"not read and not carried along: {left}",)
@@ -270,8 +270,8 @@ def test_safetensors_are_preferred_to_pickles(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     write_pdparams(tmp_path / "model_state.pdparams", {"old": A})
     write_safetensors(tmp_path / "model.safetensors", {"new": A})
-    assert list(Checkpoint.open(tmp_path).refs) == ["new"]
-    assert Checkpoint.open(tmp_path).notes == ("not read and not carried along: model_state.pdparams",)
+    assert list(open_source(tmp_path).refs) == ["new"]
+    assert open_source(tmp_path).notes == ("not read and not carried along: model_state.pdparams",)
 
 
 def test_another_file_that_is_a_link_out_of_the_folder_is_refused(sharded: Path) -> None:
@@ -295,6 +295,6 @@ def test_more_tensors_than_any_model_has_are_refused(sharded: Path, monkeypatch:
 def test_a_thousand_anomalies_are_fifty_and_a_number(sharded: Path) -> None:
     index = {"weight_map": {f"t{i}": FILES[0] for i in range(1000)}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    checkpoint = Checkpoint.open(sharded)
+    checkpoint = open_source(sharded)
     assert len(checkpoint.anomalies) > 1000
     assert shown(checkpoint.anomalies)[50:] == [f"… and {len(checkpoint.anomalies) - 50} more"]

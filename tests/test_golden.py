@@ -12,7 +12,7 @@ import torch
 from models import GOLDEN, copy, logits, same, tensors, write
 from safetensors.torch import save_file
 
-from ernie_quant import names
+from ernie_quant.weights import layouts
 
 FAMILIES = ("dense", "moe", "moe_mtp", "vl")
 
@@ -177,6 +177,6 @@ def test_the_layout_is_recognised_by_names_not_by_config(tmp_path: Path) -> None
     table = config(lying)
     table["torch_dtype"] = table.pop("dtype")
     (lying / "config.json").write_text(json.dumps(table))
-    assert names.layout_of(list(tensors(lying))) == names.PADDLE
+    assert layouts.layout_of(list(tensors(lying))) == layouts.PADDLE
     write(lying, tmp_path / "pt")
     assert same(tensors(tmp_path / "pt"), tensors(GOLDEN / "moe/pt")) == []

@@ -22,15 +22,18 @@ from hub_fixtures import ADDRESS, CHUNK, INT4, NAME, SOURCE, contents, files_of,
 from models import GOLDEN, tensors
 from synthetic import golden, write_ranks, write_raw_safetensors, write_safetensors
 
+from ernie_quant.check.verify import verify
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import CheckpointError, ErnieQuantError, HubError, RetryError
+from ernie_quant.hubs import Listing, RemoteFile, parse
+from ernie_quant.hubs._patience import LONGEST_WAIT
+from ernie_quant.hubs.hf.read import HuggingFace
 from ernie_quant.names import natural
-from ernie_quant.plan import Plan, make_plan
-from ernie_quant.run import RunResult, run_plan
-from ernie_quant.sources import _remote, _supply
-from ernie_quant.sources._remote import LONGEST_WAIT, Listing, RemoteFile, parse
-from ernie_quant.sources.hf import HuggingFace
-from ernie_quant.verify import verify
+from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.steps import Plan
+from ernie_quant.run.whole import RunResult, run_plan
+from ernie_quant.sources import download, open_source
+from ernie_quant.sources import hub as sources_hub
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -79,9 +82,9 @@ def in_time(work: Callable[[], Any], seconds: float = 60) -> Any:
 @contextmanager
 def watched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Bytes that lie in the cache after every piece of a download and every slab."""
-    found, before = [0], _supply.Download._pause
+    found, before = [0], download.HubDownload._pause
 
-    def look(self: _supply.Download, seconds: float) -> None:
+    def look(self: download.HubDownload, seconds: float) -> None:
         sizes = []
         for path in files_of(cache):
             try:
@@ -92,7 +95,7 @@ def watched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
         before(self, seconds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_supply.Download, "_pause", look)
+        patch.setattr(download.HubDownload, "_pause", look)
         yield found
 
 
@@ -149,7 +152,7 @@ def test_mtp_folders_and_ranks_are_read_as_in_a_folder(hub: LoopbackHub, tmp_pat
     ranks = write_ranks(tmp_path / "ranks", "moe", 2)
     hub.put("org/ranks", ranks)
     for source in (ranks, "hf://org/ranks"):
-        run_plan(make_plan(Checkpoint.open(source), runtime="vllm"), tmp_path / f"out-{len(str(source))}")
+        run_plan(make_plan(open_source(source), runtime="vllm"), tmp_path / f"out-{len(str(source))}")
     one, other = tmp_path.glob("out-*")
     assert tensors(one).keys() == tensors(other).keys()
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
@@ -163,7 +166,7 @@ def test_what_is_left_behind_is_said_as_for_a_folder(hub: LoopbackHub, tmp_path:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(data)
     hub.put(NAME, files)
-    here, there = Checkpoint.open(source), Checkpoint.open(ADDRESS)
+    here, there = open_source(source), open_source(ADDRESS)
     assert there.notes == here.notes == ("not read and not carried along: figures/, model.gguf, pytorch_model.bin",)
     assert [p.name for p in there.extra_files] == [p.name for p in here.extra_files] == sorted({"generation_config.json", *read})
 
@@ -277,29 +280,29 @@ def test_a_part_of_a_file_is_not_fetched_again_by_the_next_run(
 
 
 def test_who_waits_for_a_file_waits_no_longer_than_the_run(hub: LoopbackHub) -> None:
-    source = Checkpoint.open(ADDRESS)
+    source = open_source(ADDRESS)
     files = list(source.ranks[0].files)
     hub.slow(path="^/lfs/", bytes_per_second=10_000)  # a minute for all of them
     ended: list[type[BaseException]] = []
 
-    def wait(delivery: Any) -> None:
+    def wait(downloading: Any) -> None:
         try:
-            delivery.path(files[-1])
-        except _supply.Stopped as stopped:
+            downloading.path(files[-1])
+        except download.Stopped as stopped:
             ended.append(type(stopped))
 
-    with source.deliver([files]) as delivery:
-        thread = threading.Thread(target=wait, args=(delivery,), daemon=True)
+    with source.download([files]) as downloading:
+        thread = threading.Thread(target=wait, args=(downloading,), daemon=True)
         thread.start()
     thread.join(10)
-    assert ended == [_supply.Stopped]
+    assert ended == [download.Stopped]
 
 
 def test_a_part_that_is_wrong_or_too_long_begins_anew(
     hub: LoopbackHub, local: dict[str, bytes], tmp_path: Path, waits: list[float]
 ) -> None:
     plan = planned()
-    files = plan.source.supply.files  # type: ignore[union-attr]
+    files = plan.source.downloader.files  # type: ignore[union-attr]
     files.mkdir()
     (files / f"{SHARDS[4]}.partial").write_bytes(b"\0" * 1000)
     (files / f"{SHARDS[0]}.partial").write_bytes(b"\0" * 10**6)
@@ -330,14 +333,14 @@ def test_the_hub_may_ask_for_patience(hub: LoopbackHub, local: dict[str, bytes],
 )
 def test_odd_times_to_wait(said: str, least: float, most: float, hub: LoopbackHub, waits: list[float]) -> None:
     hub.fail(path="^/lfs/.*-00003-of", status=429, headers={"Retry-After": said})
-    Checkpoint.open(ADDRESS)
+    open_source(ADDRESS)
     assert least <= sum(waits) <= most
 
 
 def test_headers_come_through_broken_connections(hub: LoopbackHub, waits: list[float]) -> None:
     hub.drop(path="^/lfs/.*-0000[24]-of", after_bytes=5000, times=3)
     hub.drop(path="/config.json", after_bytes=100)
-    assert len(Checkpoint.open(ADDRESS).refs) == len(Checkpoint.open(SOURCE).refs)
+    assert len(open_source(ADDRESS).refs) == len(open_source(SOURCE).refs)
     assert len(waits) == 4
 
 
@@ -369,7 +372,7 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(
     def opened(path: Path, mode: str = "r", **options: Any) -> Any:
         return Full(path, mode) if str(path).endswith("-00002-of-00005.safetensors.partial") else open(path, mode, **options)
 
-    monkeypatch.setattr(_remote, "open", opened, raising=False)
+    monkeypatch.setattr("ernie_quant.sources.fetch.open", opened, raising=False)
     code, _, err = command("wint4", ADDRESS, tmp_path / "out", "--group-size", "32", "-q")
     assert (code, err.count("\n")) == (75, 1), err
     assert f"files/{SHARDS[1]}: cannot be written: No space left on device; the same command goes on" in err
@@ -438,7 +441,7 @@ class Lying(HuggingFace):
 
 
 def open_lying(hub: Lying) -> Checkpoint:
-    return _supply.open_remote(hub, ADDRESS, NAME, "")
+    return sources_hub.open_remote(hub, ADDRESS, NAME, "")
 
 
 @pytest.mark.parametrize(
@@ -477,14 +480,14 @@ def test_a_header_that_claims_to_be_huge_is_not_asked_for(hub: LoopbackHub, tmp_
         hub.put("org/huge", {"config.json": SOURCE / "config.json", "model.safetensors": data})
         hub.requests.clear()
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-            Checkpoint.open("hf://org/huge")
+            open_source("hf://org/huge")
         assert weights_asked(hub) == [("model.safetensors", "bytes=0-999")]
 
 
 def test_an_empty_weight_file_is_refused(hub: LoopbackHub) -> None:
     hub.put("org/empty", {"config.json": SOURCE / "config.json", "model.safetensors": b""})
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        Checkpoint.open("hf://org/empty")
+        open_source("hf://org/empty")
 
 
 def test_a_header_that_was_damaged_on_its_way_is_noticed_and_read_again(
@@ -510,9 +513,9 @@ def test_a_header_that_was_damaged_on_its_way_is_noticed_and_read_again(
 def test_a_header_that_was_damaged_beyond_reading_is_read_again_too(hub: LoopbackHub, short_heads: None) -> None:
     fault = hub.corrupt(path="^/lfs/.*-00003-of", times=2)  # the first 1000 bytes, and all of the header
     with pytest.raises(CheckpointError, match=SHARDS[2]):
-        Checkpoint.open(ADDRESS)
+        open_source(ADDRESS)
     assert fault.struck == 2
-    assert len(Checkpoint.open(ADDRESS).refs) == len(Checkpoint.open(SOURCE).refs)
+    assert len(open_source(ADDRESS).refs) == len(open_source(SOURCE).refs)
 
 
 def test_a_file_that_never_ends_does_not_fill_the_disk(hub: LoopbackHub, tmp_path: Path, waits: list[float]) -> None:
@@ -543,14 +546,14 @@ def test_a_run_stays_with_its_commit_when_main_moves(hub: LoopbackHub, local: di
     run_plan(plan, tmp_path / "out")
     assert same_result(tmp_path / "out", local)
     assert before != after
-    assert Checkpoint.open(f"{ADDRESS}@{before}").revision == before
+    assert open_source(f"{ADDRESS}@{before}").revision == before
 
 
 def test_branches_tags_and_commits_are_revisions(hub: LoopbackHub) -> None:
     first = hub.repo(NAME).branches["main"]
     hub.repo(NAME).tags["v1"] = first
     second = hub.put(NAME, SOURCE, revision="a/branch", message="another")
-    assert [Checkpoint.open(f"{ADDRESS}@{r}").revision for r in ("v1", first, "main", "a/branch")] == [first] * 3 + [second]
+    assert [open_source(f"{ADDRESS}@{r}").revision for r in ("v1", first, "main", "a/branch")] == [first] * 3 + [second]
 
 
 class Enough(Exception):
@@ -581,8 +584,8 @@ def test_a_finished_result_needs_no_weights(hub: LoopbackHub, tmp_path: Path, sh
 
 
 def test_a_second_run_with_the_same_cache_waits_for_another_time(hub: LoopbackHub, command: Command, tmp_path: Path) -> None:
-    source = Checkpoint.open(ADDRESS)
-    with source.deliver([list(source.ranks[0].files)]):
+    source = open_source(ADDRESS)
+    with source.download([list(source.ranks[0].files)]):
         code, _, err = command("wint4", ADDRESS, tmp_path / "out", "--group-size", "32", "-q")
         assert command("inspect", ADDRESS)[0] == 0  # which needs no weights
     assert (code, err.count("\n")) == (75, 1)
@@ -592,17 +595,17 @@ def test_a_second_run_with_the_same_cache_waits_for_another_time(hub: LoopbackHu
 
 def test_older_commits_are_swept_unless_a_run_is_at_work_with_them(hub: LoopbackHub, cache: Path) -> None:
     """From the first look on, not only while it downloads: between the targets of a night nothing is downloaded."""
-    first = Checkpoint.open(ADDRESS)
+    first = open_source(ADDRESS)
     commits = cache / "hf--baidu--ERNIE-tiny-Paddle"
     (commits / first.revision / "files").mkdir()
     (commits / first.revision / "files/model.safetensors.partial").write_bytes(b"left")
     hub.put(NAME, {"generation_config.json": b"{}"})
-    second = Checkpoint.open(ADDRESS)
+    second = open_source(ADDRESS)
     assert {p.name for p in commits.iterdir()} == {first.revision, second.revision}
-    with first.deliver([list(first.ranks[0].files)]) as delivery:
-        assert delivery.path(next(iter(first.ranks[0].files))).is_file()
-    del first, delivery
-    Checkpoint.open(ADDRESS)
+    with first.download([list(first.ranks[0].files)]) as downloading:
+        assert downloading.path(next(iter(first.ranks[0].files))).is_file()
+    del first, downloading
+    open_source(ADDRESS)
     assert [p.name for p in commits.iterdir()] == [second.revision]
 
 
@@ -611,7 +614,7 @@ def test_leftovers_of_another_run_count_too(
 ) -> None:
     """A run that got far was killed; the next one, for another result, begins with the first files again."""
     plan = planned()
-    files = plan.source.supply.files  # type: ignore[union-attr]
+    files = plan.source.downloader.files  # type: ignore[union-attr]
     files.mkdir()
     for name in SHARDS:
         shutil.copy(SOURCE / name, files)
@@ -645,7 +648,7 @@ def test_what_a_killed_process_left_among_the_headers_is_not_carried_along(
         patch.setattr(os, "getpid", lambda: 1)  # the next process has another number
         with pytest.raises(Killed):
             open_lying(Dying())
-    source = Checkpoint.open(ADDRESS)
+    source = open_source(ADDRESS)
     assert sorted(p.name for p in source.extra_files) == ["generation_config.json", "tokenizer.model"]
     assert {p.name for p in source.folder.iterdir()} == {p.name for p in SOURCE.iterdir()} | {"tokenizer.model"}
     assert not (source.folder.parent / "incoming").exists()
@@ -680,7 +683,7 @@ def test_a_token_that_is_none_is_not_shown(
 
 def test_a_hub_that_nobody_knows_is_named_with_those_that_are_known() -> None:
     with pytest.raises(CheckpointError, match=r"there is no s3://; there is aistudio://, hf://, modelscope://"):
-        Checkpoint.open("s3://org/name")
+        open_source("s3://org/name")
 
 
 # --- mirrors ---------------------------------------------------------------------------------------------------------

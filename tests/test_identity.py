@@ -17,13 +17,15 @@ from models import GOLDEN, copy
 from test_run import SMALL, Killed, contents, planned, stop_in_second_shard
 
 import ernie_quant
-from ernie_quant import codecs, identity, plugins, run
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant import codecs, plugins
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import CheckpointError, OutputError
-from ernie_quant.identity import changes
-from ernie_quant.recipe import Recipe, RecipeRule
-from ernie_quant.run import run_plan
+from ernie_quant.plan import identity
+from ernie_quant.plan.identity import changes
+from ernie_quant.plan.recipe import Recipe, RecipeRule
+from ernie_quant.run import whole
+from ernie_quant.run.whole import run_plan
+from ernie_quant.sources import open_source
 
 SOURCE = GOLDEN / "moe/paddle"
 COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
@@ -168,25 +170,25 @@ def noted(folder: Path, commit: str, files: Callable[[str], bool] = lambda name:
 
 def test_the_commit_that_a_download_client_noted_is_the_revision(source: Path) -> None:
     noted(source, COMMIT)
-    assert Checkpoint.open(source).revision == COMMIT
+    assert open_source(source).revision == COMMIT
 
 
 def test_a_snapshot_folder_is_named_after_its_commit(source: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--name/snapshots" / COMMIT
     shutil.copytree(source, snapshot)
-    assert Checkpoint.open(snapshot).revision == COMMIT
+    assert open_source(snapshot).revision == COMMIT
 
 
 @pytest.mark.parametrize("commit", ["main", "", COMMIT[:-1], "../../x", "0" * 41])
 def test_what_is_no_commit_is_no_revision(source: Path, commit: str) -> None:
     noted(source, commit)
-    assert Checkpoint.open(source).revision == ""
+    assert open_source(source).revision == ""
 
 
 def test_files_of_several_commits_have_no_revision(source: Path) -> None:
     noted(source, COMMIT)
     noted(source, OTHER, lambda name: name == "config.json")
-    assert Checkpoint.open(source).revision == ""
+    assert open_source(source).revision == ""
 
 
 def test_another_revision_with_the_same_headers_is_another_source(source: Path, tmp_path: Path) -> None:
@@ -360,8 +362,8 @@ def test_the_shards_of_a_resumed_run_are_not_computed_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, written = begun(source, tmp_path / "out"), []
-    original = run.run_shard
-    monkeypatch.setattr(run, "run_shard", lambda plan, shard, *rest: written.append(shard) or original(plan, shard, *rest))
+    original = whole.run_shard
+    monkeypatch.setattr(whole, "run_shard", lambda job, **how: written.append(job.shard) or original(job, **how))
     result = run_plan(planned(source), out)
     assert [s.filename for s in written] == [s.filename for s in result.plan.shards[1:]]
     assert result.files_before == 1

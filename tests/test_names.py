@@ -15,9 +15,10 @@ from models import GOLDEN, same, tensors, write
 from safetensors.torch import save_file
 
 from ernie_quant import names
-from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import Table, make_plan, resolve
+from ernie_quant.plan.make import make_plan
+from ernie_quant.sources import open_source
+from ernie_quant.weights.plain import Resolved, resolve
 
 MAKE_GEOMETRY = Path(__file__).parents[1] / "benchmarks/make_geometry.py"
 Tensors = dict[str, torch.Tensor]
@@ -37,8 +38,8 @@ def model(folder: Path, config: Mapping[str, Any], table: Tensors) -> Path:
     return folder
 
 
-def resolved(folder: Path) -> Table:
-    return resolve(Checkpoint.open(folder))
+def resolved(folder: Path) -> Resolved:
+    return resolve(open_source(folder))
 
 
 def written(folder: Path, out: Path, runtime: str = "vllm") -> dict[str, Any]:
@@ -50,7 +51,7 @@ def written(folder: Path, out: Path, runtime: str = "vllm") -> dict[str, Any]:
 # --- every release ---------------------------------------------------------------------------------------------------
 
 
-def geometry(release: str, layout: str, out: Path) -> Table:
+def geometry(release: str, layout: str, out: Path) -> Resolved:
     arguments = [sys.executable, str(MAKE_GEOMETRY), release, str(out), "--format", layout]
     subprocess.run(arguments, check=True, capture_output=True)
     return resolved(out)
@@ -89,7 +90,7 @@ def problems(tmp_path: Path, config: Mapping[str, Any], table: Tensors) -> list[
     """Lines of the refusal, which are those of `inspect` too."""
     folder = model(tmp_path / "bad", config, table)
     with pytest.raises(PlanError) as refused:
-        make_plan(Checkpoint.open(folder), runtime="vllm")
+        make_plan(open_source(folder), runtime="vllm")
     assert refused.value.problems == resolved(folder).problems
     return refused.value.problems
 

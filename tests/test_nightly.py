@@ -19,15 +19,16 @@ from hub_fixtures import ADDRESS, NAME, SOURCE, contents, files_of, weights_aske
 from models import logits, random_model
 from test_run import OF_128S
 
-from ernie_quant import nightly
 from ernie_quant import publish as publishing
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.check.verify import verify
+from ernie_quant.disk import hold
 from ernie_quant.errors import PlanError, RetryError
-from ernie_quant.job import RECIPES, Job, read_job
-from ernie_quant.locks import hold
-from ernie_quant.nightly import JobResult, run_job, summary
-from ernie_quant.publishers.hf import HuggingFacePublisher
-from ernie_quant.verify import verify
+from ernie_quant.hubs.hf.publish import HuggingFacePublisher
+from ernie_quant.nightly import run as nightly
+from ernie_quant.nightly.job import Job, read_job
+from ernie_quant.nightly.run import JobResult, run_job, summary
+from ernie_quant.plan.built_in import KINDS
+from ernie_quant.sources import open_source
 
 # the client uploads with a deprecated argument of its own HTTP library
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -113,7 +114,7 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
         "[[target]] 2: tp is 2, not 1, or 2, 4, 8 or 16 with runtime fastdeploy",
         "[[target]] 3: private is 1, not true or false",
         "[[target]] 3: tag is 'v1', not true or false",
-        "[[target]] 3: rule 1: needs either role or match",
+        "[[target]] 3: rule 1: needs one of role, match and names",
         "[[target]] 3: rule 2: role 'router' is not one that can be quantized (experts, ",
         "[[target]] 4: effort: unknown",
         "[limits]: memory: unknown",
@@ -185,7 +186,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_recipe_can_be_asked_for_with_its_options(name: str, tmp_path: Path) -> None:
     target = f'[[target]]\nrepo = "me/tiny"\nrecipe = "{name}"\n{OPTIONS[name]}\n'
     (found,) = read_job(job_file(tmp_path, target)).targets
@@ -197,7 +198,7 @@ def test_every_recipe_can_be_asked_for_with_its_options(name: str, tmp_path: Pat
         "wint4": ["int4, per channel, absmax"],
         "wint8": ["int8, group 64, mse"],
         "fp8": ["fp8, blocks 128x128"],
-        "wint2": ["int4 (-7 to 7), per channel, absmax"],
+        "wint2": ["wint2 (CCQ), effort 1"],
     }.get(name, [])
 
 
@@ -217,7 +218,7 @@ def test_all_the_rest_of_a_job_file(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_documentation_is_one(tmp_path: Path) -> None:
-    from ernie_quant import job
+    from ernie_quant.nightly import job
 
     assert job.__doc__
     text = job.__doc__.partition("\n\n")[2]
@@ -333,7 +334,7 @@ def test_other_options_are_another_result(hub: LoopbackHub, night: Night) -> Non
 
 def test_what_was_begun_for_an_older_revision_is_begun_anew(hub: LoopbackHub, night: Night) -> None:
     fault = hub.fail(path="^/lfs/.*-00004-of", status=503, times=0)
-    Checkpoint.open(ADDRESS)
+    open_source(ADDRESS)
     fault.times = None
     first = night(WINT4)
     assert (first.status, first.exit_code) == ("retry", 75)

@@ -18,21 +18,23 @@ from hub_others.base import TOKEN, FakeHub, Fault, Repo
 from hub_others.modelscope import FakeModelScope
 from models import GOLDEN
 
+from ernie_quant import hubs, sources
 from ernie_quant import publish as publishing
-from ernie_quant import publishers, recipe, sources
-from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.errors import HubError, RetryError, VerifyError
-from ernie_quant.manifest import MANIFEST
-from ernie_quant.plan import Plan, make_plan
+from ernie_quant.paths import MANIFEST
+from ernie_quant.plan import built_in
+from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.steps import Plan
 from ernie_quant.publish import Published, Target, publish
-from ernie_quant.run import run_plan
-from ernie_quant.sources import _remote, _supply
+from ernie_quant.run.whole import run_plan
+from ernie_quant.sources import download, open_source
+from ernie_quant.sources import hub as sources_hub
 
 SOURCE = GOLDEN / "moe/paddle"
 NAME = "baidu/ERNIE-tiny-Paddle"
 REPO = "me/tiny-wint4"
-INT4 = recipe.built_in("wint4", RoundToNearest(4, 32), experts_only=False, mtp=False, keep_unfit=False)
+INT4 = built_in.one_codec("wint4", RoundToNearest(4, 32), experts_only=False, mtp=False, keep_unfit=False)
 TELLING_THE_SOURCE = {"README.md", "SHA256SUMS", MANIFEST}
 only_modelscope = pytest.mark.parametrize("scheme", ["modelscope"], indirect=True)
 only_aistudio = pytest.mark.parametrize("scheme", ["aistudio"], indirect=True)
@@ -59,8 +61,8 @@ def hub(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         }.items():  # fmt: skip
             monkeypatch.setenv(key, value)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        monkeypatch.setattr(_supply.Download, "_pause", lambda self, seconds: None)
-        monkeypatch.setattr(_remote, "HEAD", 1000)
+        monkeypatch.setattr(download.HubDownload, "_pause", lambda self, seconds: None)
+        monkeypatch.setattr(sources_hub, "HEAD", 1000)
         monkeypatch.setattr(publishing, "_pictures", lambda found: {})
         hub.put(NAME, SOURCE)
         yield hub
@@ -80,7 +82,7 @@ def out(finished: Path, tmp_path: Path) -> Path:
 
 
 def planned(source: str | Path) -> Plan:
-    return make_plan(Checkpoint.open(source), runtime="vllm", recipe=INT4, shard_bytes=60_000)
+    return make_plan(open_source(source), runtime="vllm", recipe=INT4, shard_bytes=60_000)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -97,7 +99,7 @@ def made_from_hub(scheme: str, tmp_path: Path, finished: Path, revision: str = "
 
 
 def publish_to(scheme: str, out: Path, **options: Any) -> Published:
-    return publish(out, publishers.connect(scheme), Target(REPO, **({"revision": "master"} | options)))
+    return publish(out, hubs.publisher(scheme), Target(REPO, **({"revision": "master"} | options)))
 
 
 def on_hub(hub: FakeHub, revision: str = "master") -> dict[str, bytes]:
@@ -118,13 +120,13 @@ def test_a_repository_gives_the_result_of_the_folder(hub: Any, scheme: str, tmp_
 def test_the_revision_is_the_commit(hub: Any, scheme: str) -> None:
     repo = hub.repos[NAME]
     first = repo.branches["master"]
-    source = Checkpoint.open(f"{scheme}://{NAME}")
+    source = open_source(f"{scheme}://{NAME}")
     assert source.revision == first
     repo.commit("master", {"README.md": b"# other"})
     repo.tags["v1"] = first
-    assert Checkpoint.open(f"{scheme}://{NAME}@v1").revision == first
-    assert Checkpoint.open(f"{scheme}://{NAME}@{first}").revision == first
-    assert Checkpoint.open(f"{scheme}://{NAME}").revision == repo.branches["master"] != first
+    assert open_source(f"{scheme}://{NAME}@v1").revision == first
+    assert open_source(f"{scheme}://{NAME}@{first}").revision == first
+    assert open_source(f"{scheme}://{NAME}").revision == repo.branches["master"] != first
 
 
 def test_what_is_pinned_can_be_read_after_the_branch_has_moved(hub: Any, scheme: str, tmp_path: Path, finished: Path) -> None:
@@ -141,7 +143,7 @@ def test_without_commits_the_listing_is_the_revision(hub: Any, scheme: str, tmp_
     files = hub.repos[NAME].resolve("master").files
     lines = sorted(f"{name} {len(data)} {hashlib.sha256(data).hexdigest()}\n" for name, data in files.items())
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert Checkpoint.open(f"{scheme}://{NAME}").revision == digest
+    assert open_source(f"{scheme}://{NAME}").revision == digest
     made_from_hub(scheme, tmp_path, finished)
 
 
@@ -217,7 +219,7 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
     for module in [m for m in sys.modules if m.partition(".")[0] == PACKAGES[name]]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, PACKAGES[name], None)
-    for work in (lambda: sources.open_source(f"{name}://{NAME}"), lambda: publishers.connect(name)):
+    for work in (lambda: sources.open_source(f"{name}://{NAME}"), lambda: hubs.publisher(name)):
         with pytest.raises(HubError, match=rf"pip install ernie-quant\[{name}\]"):
             work()
 
@@ -278,7 +280,7 @@ def test_an_interrupted_publish_goes_on(hub: Any, scheme: str, out: Path, what: 
 def test_somebody_else_commits_in_between(hub: Any, scheme: str, out: Path) -> None:
     publish_to(scheme, out)
     hub.repos[REPO].commit("master", {"config.json": b"{}"})
-    publisher = publishers.connect(scheme)
+    publisher = hubs.publisher(scheme)
     upload = publisher.upload
 
     def slow(repo: str, revision: str, file: Any) -> bool:
@@ -300,7 +302,7 @@ def test_files_of_an_earlier_result_go_and_deleted_ones_stay(hub: Any, scheme: s
 
 def test_what_the_new_result_has_no_more_is_dropped(hub: Any, scheme: str, out: Path, tmp_path: Path) -> None:
     publish_to(scheme, out)
-    plan = make_plan(Checkpoint.open(SOURCE), runtime="vllm", recipe=INT4)
+    plan = make_plan(open_source(SOURCE), runtime="vllm", recipe=INT4)
     run_plan(plan, tmp_path / "other")
     assert publish_to(scheme, tmp_path / "other").dropped == 5  # four weight files and the index
     assert on_hub(hub) == contents(tmp_path / "other")
@@ -312,11 +314,11 @@ def test_the_visibility_is_that_of_the_hub(hub: Any, scheme: str, out: Path) -> 
     with pytest.raises(HubError, match="is public, and --private was asked for"):
         publish_to(scheme, out, private=True)
     assert publish_to(scheme, out).status == "published"
-    assert publishers.connect(scheme).is_private("nobody/nothing") is None
+    assert hubs.publisher(scheme).is_private("nobody/nothing") is None
 
 
 def test_there_are_no_pull_requests(hub: Any, scheme: str, out: Path) -> None:
-    publisher = publishers.connect(scheme)
+    publisher = hubs.publisher(scheme)
     assert not publisher.pull_requests  # type: ignore[attr-defined]
     with pytest.raises(HubError, match="without --pr"):
         publisher.commit(REPO, "master", "", [], [], "", True)

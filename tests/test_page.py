@@ -28,9 +28,13 @@ from click.testing import CliRunner, Result
 from ernie_quant.cli.report import command
 from models import GOLDEN, random_model, write
 
-from ernie_quant import codecs, page, recipe, report, verify
+from ernie_quant import codecs
+from ernie_quant.check import verify
 from ernie_quant.errors import ErnieQuantError, OutputError
-from ernie_quant.report import TensorReport, to_json
+from ernie_quant.plan import built_in
+from ernie_quant.report import page
+from ernie_quant.report import rows as report
+from ernie_quant.report.rows import TensorReport, to_json
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LAYERS, EXPERTS, MIXED = 54, 128, 7
@@ -93,7 +97,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of results, each with its page."""
     base = tmp_path_factory.mktemp("results")
     codec = codecs.make("rtn", {"bits": 4, "group_size": "channel", "scale": "mse"})
-    wint4 = recipe.built_in("wint4", codec, experts_only=False, mtp=True, keep_unfit=False)
+    wint4 = built_in.one_codec("wint4", codec, experts_only=False, mtp=True, keep_unfit=False)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda fd: None)
         for family in ("dense", "moe", "moe_mtp", "vl"):
@@ -103,7 +107,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             base / "src", "paddle", "moe_mtp", hidden_size=256, head_dim=64, intermediate_size=256, moe_intermediate_size=256,
             moe_num_experts=4,
         )  # fmt: skip
-        write(base / "src", base / "container", "fastdeploy", recipe=recipe.container("wint2", 2, effort=1))
+        write(base / "src", base / "container", "fastdeploy", recipe=built_in.fastdeploy_container("wint2", 2, effort=1))
         folder_of(base / "large", large(), notes=["FD_USE_MACHETE=0 is needed"])
         rows = [row(name, name, name, (64, 64), 4.5, 0.01 + i / 1000) for i, name in enumerate(HOSTILE)]
         folder_of(base / "hostile", rows, recipe=HOSTILE[0], runtime=HOSTILE[1], notes=HOSTILE)
@@ -246,7 +250,7 @@ def test_facts_of_any_type_are_shown_or_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dense", "vl", "container", "hostile"])
 def test_pictures_for_the_model_card(name: str, results: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from ernie_quant.plots import write_plots
+    from ernie_quant.report.plots import write_plots
 
     first, second = (write_plots(page.read(results[name]), tmp_path / n / "plots") for n in ("1", "2"))
     assert [w.path.name for w in first] == ["error-heatmap.png", "error-histogram.png", "bytes-by-role.png"]
@@ -260,7 +264,7 @@ def test_pictures_for_the_model_card(name: str, results: dict[str, Path], tmp_pa
 
 def test_a_converted_result_has_a_picture_of_its_bytes_only(results: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from ernie_quant.plots import write_plots
+    from ernie_quant.report.plots import write_plots
 
     assert [w.path.name for w in write_plots(page.read(results["converted"]), tmp_path)] == ["bytes-by-role.png"]
 
@@ -268,7 +272,7 @@ def test_a_converted_result_has_a_picture_of_its_bytes_only(results: dict[str, P
 def test_without_matplotlib_the_error_says_what_to_install(
     results: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ernie_quant.plots import write_plots
+    from ernie_quant.report.plots import write_plots
 
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -18,10 +18,10 @@ from hub_fixtures import ADDRESS, NAME, contents, planned, writes
 
 from ernie_quant import publish as publishing
 from ernie_quant.errors import HubError, OutputError, RetryError, VerifyError
+from ernie_quant.hubs import publisher
+from ernie_quant.hubs.hf.publish import HuggingFacePublisher
 from ernie_quant.publish import RACES, UPLOADED, Published, Target, publish
-from ernie_quant.publishers import connect
-from ernie_quant.publishers.hf import HuggingFacePublisher
-from ernie_quant.run import run_plan
+from ernie_quant.run.whole import run_plan
 
 # the client uploads with a deprecated argument of its own HTTP library
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -58,7 +58,7 @@ def nothing_waits(waits: list[float]) -> None:
 
 
 def publish_to(out: Path, repo: str = REPO, **options: Any) -> Published:
-    return publish(out, connect("hf"), Target(repo, **options))
+    return publish(out, publisher("hf"), Target(repo, **options))
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -375,7 +375,7 @@ def killed_after(count: int) -> Callable[[int], None]:
 def test_what_was_uploaded_before_an_interruption_is_not_uploaded_again(hub: LoopbackHub, out: Path) -> None:
     order = list(json.loads((out / "ernie-quant.json").read_text())["files"])
     with pytest.raises(Killed):
-        publish(out, connect("hf"), Target(REPO), killed_after(order.index(weights(out)[1].name) + 1))
+        publish(out, publisher("hf"), Target(REPO), killed_after(order.index(weights(out)[1].name) + 1))
     before = objects_sent(hub)
     assert before
     assert not commits(hub)
@@ -399,7 +399,7 @@ def test_weights_are_deleted_as_they_are_published(after: int, hub: LoopbackHub,
 
     if after:
         with pytest.raises(Killed):
-            publish(out, connect("hf"), Target(REPO, delete=True), progress)
+            publish(out, publisher("hf"), Target(REPO, delete=True), progress)
         assert len(weights(out)) == 4 - after
     assert publish_to(out, delete=True).status == "published"
     assert weights(out) == []
@@ -431,7 +431,7 @@ def test_weights_that_only_a_commit_carries_are_not_deleted_before_it(
 
 def test_what_was_uploaded_to_another_repository_is_not_forgotten_there(hub: LoopbackHub, out: Path) -> None:
     with pytest.raises(Killed):
-        publish(out, connect("hf"), Target(REPO, delete=True), killed_after(len(contents(out)) - 2))
+        publish(out, publisher("hf"), Target(REPO, delete=True), killed_after(len(contents(out)) - 2))
     assert not weights(out)
     with pytest.raises(Exception, match="is not there"):
         publish_to(out, "me/another", delete=True)

@@ -32,10 +32,12 @@ from synthetic import (
     write_safetensors,
 )  # fmt: skip
 
-from ernie_quant import archs, jsonio, views
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant import archs, jsonio
 from ernie_quant.errors import CheckpointError, ConfigError, PlanError
 from ernie_quant.readers import _pickle, read_header, torch_bin
+from ernie_quant.sources import open_source
+from ernie_quant.views import build, read
+from ernie_quant.views import files as views_files
 
 BF16 = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -0.125]], dtype=torch.bfloat16)
 FORMATS = {"safetensors": write_safetensors, "pdparams": write_pdparams, "bin": write_bin}
@@ -148,8 +150,11 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path
     path = write_safetensors(tmp_path / "m.safetensors", {"w": BF16})
     ref = read_header(path)[0]
     os.truncate(path, path.stat().st_size - 1)
-    with views.Files() as files, pytest.raises(CheckpointError, match=r"m\.safetensors: w: the file ended while it was read"):
-        views.read(views.leaf(ref), files)
+    with (
+        views_files.Files() as files,
+        pytest.raises(CheckpointError, match=r"m\.safetensors: w: the file ended while it was read"),
+    ):
+        read.read(build.leaf(ref), files)
 
 
 def test_150_000_tensors_are_few_enough() -> None:
@@ -202,7 +207,7 @@ def test_json_that_is_refused_for_nothing() -> None:
 def test_the_total_size_of_an_index_is_not_believed(tmp_path: Path, total: Any) -> None:
     folder = write_model(tmp_path / "m", {}, {"a": BF16, "b": BF16}, shards=2)
     write_index(folder, {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}, total)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_source(folder)
     assert (checkpoint.nbytes, checkpoint.anomalies) == (24, ())
 
 
@@ -305,13 +310,13 @@ def test_column_major_arrays_of_three_dimensions_are_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("at", "count"), [(0, 9000), (0, 1), (4095, 3), (8999, 1), (4000, 3000)])
 def test_any_part_of_the_text_that_protocol_2_makes_of_bytes(tmp_path: Path, at: int, count: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(views, "TEXT_BLOCK", 7)  # so that blocks end inside of characters
+    monkeypatch.setattr("ernie_quant.views.files.TEXT_BLOCK", 7)  # so that blocks end inside of characters
     data = np.random.default_rng(0).integers(0, 256, 9000, "u1")
     (tmp_path / "m.pdparams").write_bytes(pickle.dumps({"w": data}, 2))
     ref = read_header(tmp_path / "m.pdparams")[0]
     assert ref.extents[0].stored > ref.extents[0].nbytes == 9000
-    with views.Files() as files:
-        assert views.read(views.leaf(ref), files, (at, at + count)).tolist() == data[at : at + count].tolist()
+    with views_files.Files() as files:
+        assert read.read(build.leaf(ref), files, (at, at + count)).tolist() == data[at : at + count].tolist()
 
 
 def test_text_that_holds_fewer_bytes_than_it_says_is_refused(tmp_path: Path) -> None:

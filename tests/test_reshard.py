@@ -16,18 +16,20 @@ from safetensors.torch import save_file
 from test_run import Killed, contents
 from test_verify import first_byte, poke, sealed
 
-from ernie_quant import names, run
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.check.verify import verify
 from ernie_quant.codecs import Codec
 from ernie_quant.errors import CheckpointError, ErnieQuantError, PlanError, VerifyError
-from ernie_quant.plan import make_plan
-from ernie_quant.recipe import container
-from ernie_quant.reshard import make_reshard_plan, run_shared
-from ernie_quant.run import run_plan
+from ernie_quant.plan.built_in import fastdeploy_container
+from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.reshard import make_reshard_plan
+from ernie_quant.run import whole
+from ernie_quant.run.shared import run_shared
+from ernie_quant.run.whole import run_plan
 from ernie_quant.runtimes import fastdeploy
-from ernie_quant.stored import open_stored
-from ernie_quant.verify import verify
-from ernie_quant.views import Files
+from ernie_quant.sources import open_source
+from ernie_quant.views.files import Files
+from ernie_quant.weights import layouts
+from ernie_quant.weights.stored import open_stored
 
 Command = Callable[..., tuple[int, str, str]]
 Tensors = dict[str, torch.Tensor]
@@ -56,7 +58,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reshard(source: Path, out: Path, tp: int) -> Path:
-    run_plan(make_reshard_plan(Checkpoint.open(source), tp), out)
+    run_plan(make_reshard_plan(open_source(source), tp), out)
     return out
 
 
@@ -66,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reshard")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda fd: None)
-        random_model(folder / "src", names.PADDLE, "moe_mtp", **WIDTHS)
+        random_model(folder / "src", layouts.PADDLE, "moe_mtp", **WIDTHS)
         (folder / "src/tokenizer.model").write_bytes(b"tokens")
         for form, (name, *options) in MAKE.items():
             (folder / form).mkdir()
@@ -117,7 +119,7 @@ def test_tp_of_a_quantizing_command_is_reshard_of_the_whole(form: str, folder: P
 def test_the_decoded_weights_are_the_same_for_every_size(form: str, folder: Path) -> None:
     found = []
     for size in ("1", "2", "4"):
-        stored, problems = open_stored(Checkpoint.open(folder / form / size), fastdeploy)
+        stored, problems = open_stored(open_source(folder / form / size), fastdeploy)
         assert problems == []
         with Files() as files:
             found.append({s.name: s.read(files, (0, s.shape[0])) for s in stored})
@@ -232,8 +234,8 @@ def test_odd_numbers_of_heads_that_share_one_kv_head(tmp_path: Path) -> None:
     """76 heads and 1 kv head: no share of the fused tensor is a power of two."""
     heads: dict[str, Any] = {"num_attention_heads": 76, "num_key_value_heads": 1, "head_dim": 64}
     widths: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "moe_intermediate_size": 256, "moe_num_experts": 2}
-    source = random_model(tmp_path / "src", names.PADDLE, "moe", **heads, **widths, moe_num_shared_experts=0)
-    write(source, tmp_path / "1", "fastdeploy", recipe=container("wint4", None))
+    source = random_model(tmp_path / "src", layouts.PADDLE, "moe", **heads, **widths, moe_num_shared_experts=0)
+    write(source, tmp_path / "1", "fastdeploy", recipe=fastdeploy_container("wint4", None))
     reshard(reshard(tmp_path / "1", tmp_path / "4", 4), tmp_path / "back", 1)
     assert lasting(tmp_path / "back") == lasting(tmp_path / "1")
 
@@ -305,25 +307,25 @@ def test_a_second_reshard_says_complete(folder: Path, command: Command, tmp_path
 @pytest.mark.parametrize("calls", [1, 3, 5], ids=["while quantizing", "at the first rank", "at the last rank"])
 def test_a_killed_run_with_tp_goes_on(calls: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two files are quantized (model and MTP block), then four are shared out."""
-    plan = make_plan(Checkpoint.open(folder / "src"), runtime="fastdeploy", recipe=container("wint2", 2, effort=1))
-    original, done = run.run_shard, []
+    plan = make_plan(open_source(folder / "src"), runtime="fastdeploy", recipe=fastdeploy_container("wint2", 2, effort=1))
+    original, done = whole.run_shard, []
 
-    def run_shard(plan: Any, shard: Any, *rest: Any) -> Any:
+    def run_shard(job: Any, **how: Any) -> Any:
         if len(done) == calls:
             raise Killed
-        done.append(shard.filename)
-        return original(plan, shard, *rest)
+        done.append(job.shard.filename)
+        return original(job, **how)
 
     out = tmp_path / "wint2/tp2"
     out.parent.mkdir()
     options: dict[str, Any] = {"workers": 2, "restart": False, "progress": lambda _: None}
     with monkeypatch.context() as patched:
-        patched.setattr(run, "run_shard", run_shard)
+        patched.setattr(whole, "run_shard", run_shard)
         with pytest.raises(Killed):
             run_shared(plan, out, 2, **options)
     assert not (out / "ernie-quant.json").exists()
     calls, first = 100, list(done)
-    monkeypatch.setattr(run, "run_shard", run_shard)
+    monkeypatch.setattr(whole, "run_shard", run_shard)
     run_shared(plan, out, 2, **options)
     assert len(done) == len(set(done)) == 6, first  # nothing was written twice
     assert contents(out) == contents(folder / "wint2/tp2")
@@ -427,7 +429,7 @@ def test_ranks_of_different_shapes_are_refused_by_name(
     table[name] = change(table[name])
     save_file(table, source / "rank1/model.safetensors")
     with pytest.raises(PlanError) as error:
-        make_reshard_plan(Checkpoint.open(source), 1)
+        make_reshard_plan(open_source(source), 1)
     assert error.value.problems == [f"{name}: is U8 (64, 512) in rank 0, U8 {tuple(table[name].shape)} in rank 1"]
 
 
@@ -437,7 +439,7 @@ def test_ranks_of_different_shapes_are_refused_by_name(
         ("wint2", 8, f"{WINT2_DOWN}.weight: 512 inputs in multiples of 128 cannot be shared by 8 ranks; 1, 2, 4 would do"),
         ("wint2", 3, "attention: 8 heads and 2 kv heads cannot be shared by 3 ranks"),
         ("wint2", 3, f"{WINT2_DOWN}.weight: 512 inputs in multiples of 128 cannot be shared by 3 ranks; 1, 2, 4 would do"),
-        ("wint2", 3, "ernie.embed_tokens.weight: 64 along axis 0 cannot be shared by 3 ranks"),
+        ("wint2", 3, "embeddings: 64 tokens cannot be shared by 3 ranks"),
         ("wint4", 16, f"{WINT4_DOWN}.weight: 512 inputs in multiples of 64 cannot be shared by 16 ranks; 1, 2, 4, 8 would do"),
         ("wint4", 16, "attention: 8 heads and 2 kv heads cannot be shared by 16 ranks"),
     ],
@@ -464,7 +466,7 @@ def test_tp_that_does_not_fit_is_refused_before_anything_is_written(
 
 
 def test_a_vocabulary_that_does_not_fit_is_noticed_before_hours_of_work(command: Command, tmp_path: Path) -> None:
-    source = random_model(tmp_path / "src", names.PADDLE, "moe_mtp", **WIDTHS | {"vocab_size": 66})
+    source = random_model(tmp_path / "src", layouts.PADDLE, "moe_mtp", **WIDTHS | {"vocab_size": 66})
     code, _, err = command("wint4", source, tmp_path / "out", "--runtime", "fastdeploy", "--tp", 4)
     assert (code, err.strip().endswith("groups: 1, 2")) == (1, True)
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
@@ -498,7 +500,7 @@ def test_a_dry_run_writes_nothing(folder: Path, command: Command, tmp_path: Path
 
 def test_an_error_of_a_plan_is_an_error_of_ours(folder: Path) -> None:
     with pytest.raises(ErnieQuantError):
-        make_reshard_plan(Checkpoint.open(folder / "src"), 2)
+        make_reshard_plan(open_source(folder / "src"), 2)
 
 
 # --- what is left of other runs --------------------------------------------------------------------------------------
@@ -508,7 +510,7 @@ def test_an_error_of_a_plan_is_an_error_of_ours(folder: Path) -> None:
 def test_restart_leaves_no_rank_folders_of_another_size(tp: int, folder: Path, tmp_path: Path) -> None:
     """FastDeploy would read them first."""
     out = reshard(folder / "wint4/1", tmp_path / "out", 4)
-    run_plan(make_reshard_plan(Checkpoint.open(folder / "wint4/1"), tp), out, restart=True)
+    run_plan(make_reshard_plan(open_source(folder / "wint4/1"), tp), out, restart=True)
     assert lasting(out) == lasting(folder / "wint4" / ("2" if tp == 2 else "1"))
     assert sorted(p.name for p in out.rglob("rank*")) == (sorted(2 * ["rank0", "rank1"]) if tp == 2 else [])
 

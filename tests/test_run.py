@@ -20,16 +20,20 @@ import pytest
 from models import GOLDEN, copy, random_model, same, tensors, write
 from safetensors.torch import save_file
 
-from ernie_quant import names, recipe, run, views
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant import names, threads
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import OutputError, RetryError
-from ernie_quant.output import BYTES_PER_TENSOR
-from ernie_quant.plan import Plan, file_metadata, make_plan
-from ernie_quant.run import run_plan
-from ernie_quant.writer import header_bytes
+from ernie_quant.plan import built_in, recipe
+from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.steps import Plan
+from ernie_quant.result.folder import BYTES_PER_TENSOR
+from ernie_quant.run import whole
+from ernie_quant.run.whole import run_plan
+from ernie_quant.sources import open_source
+from ernie_quant.weights import layouts
+from ernie_quant.writers.safetensors import lay_out
 
 SOURCE = GOLDEN / "moe/paddle"
 SMALL = 60_000  # bytes per file: eight files of the converted golden MoE
@@ -37,7 +41,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 def everything(codec: Codec) -> recipe.Recipe:
-    return recipe.built_in("test", codec, experts_only=False, mtp=True, keep_unfit=False)
+    return built_in.one_codec("test", codec, experts_only=False, mtp=True, keep_unfit=False)
 
 
 INT4 = everything(RoundToNearest(4, 32))
@@ -49,7 +53,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planned(source: Path = SOURCE, rules: recipe.Recipe = INT4, runtime: str = "vllm", shard_bytes: int = SMALL) -> Plan:
-    return make_plan(Checkpoint.open(source), runtime=runtime, recipe=rules, shard_bytes=shard_bytes)
+    return make_plan(open_source(source), runtime=runtime, recipe=rules, shard_bytes=shard_bytes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -73,7 +77,7 @@ OF_128S = {
 
 
 def test_one_and_four_workers_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "SLAB_BYTES", 3000)  # many slabs, so that workers can overtake each other
+    monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 3000)  # many slabs, so that workers can overtake each other
     run_plan(planned(), tmp_path / "1/out", workers=1)
     run_plan(planned(), tmp_path / "4/out", workers=4)
     found = contents(tmp_path / "1/out")
@@ -84,7 +88,7 @@ def test_one_and_four_workers_write_the_same_bytes(tmp_path: Path, monkeypatch: 
 def test_threads_work_ahead_by_one_result_each() -> None:
     """Memory is bounded by it: the fifth slab is not begun before somebody takes the first."""
     begun: list[int] = []
-    results = run._ordered(lambda i: begun.append(i) or i, range(100), workers=3)
+    results = threads.ordered(lambda i: begun.append(i) or i, range(100), workers=3)
     assert next(results) == 0
     assert len(begun) <= 4
     assert list(results) == list(range(1, 100))
@@ -93,7 +97,7 @@ def test_threads_work_ahead_by_one_result_each() -> None:
 def test_an_interrupt_does_not_wait_for_what_is_on_its_way() -> None:
     """Workers wait for a download that may take minutes; `stop` wakes them."""
     wanted_no_more, woken = threading.Event(), []
-    results = run._ordered(lambda _: woken.append(wanted_no_more.wait(20)), range(10), 2, wanted_no_more.set)
+    results = threads.ordered(lambda _: woken.append(wanted_no_more.wait(20)), range(10), 2, wanted_no_more.set)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -115,7 +119,7 @@ def test_two_runs_make_identical_folders(tmp_path: Path) -> None:
     assert contents(tmp_path / "a/out") == contents(tmp_path / "b/out")
 
 
-@pytest.mark.parametrize("layout", [names.PADDLE, names.PT])
+@pytest.mark.parametrize("layout", [layouts.PADDLE, layouts.PT])
 @pytest.mark.parametrize(
     "codec",
     [None, RoundToNearest(4, 128), RoundToNearest(4, CHANNEL), RoundToNearest(8, 64, "absmax"), Float8Block()],
@@ -126,7 +130,7 @@ def test_slabs_leave_no_trace(codec: Codec | None, layout: str, tmp_path: Path, 
     source = random_model(tmp_path / "src", layout, **OF_128S)
     rules = everything(codec) if codec else recipe.KEEP_ALL
     run_plan(planned(source, rules, shard_bytes=10**9), tmp_path / "whole/out")
-    monkeypatch.setattr(views, "SLAB_BYTES", 1000)
+    monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 1000)
     plan = planned(source, rules, shard_bytes=10**9)
     embeddings = next(step for step in plan.steps if step.role == names.EMBED)
     assert embeddings.slabs()[-2:] == [(96, 99), (99, 100)]
@@ -137,7 +141,7 @@ def test_slabs_leave_no_trace(codec: Codec | None, layout: str, tmp_path: Path, 
 
 def test_joined_sources_are_read_in_slabs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PT to Paddle: q, k and v are joined and transposed."""
-    monkeypatch.setattr(views, "SLAB_BYTES", 1)
+    monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 1)
     write(GOLDEN / "moe_mtp/pt", tmp_path / "paddle", "fastdeploy")
     assert same(tensors(tmp_path / "paddle"), tensors(GOLDEN / "moe_mtp/paddle")) == []
 
@@ -163,7 +167,7 @@ def test_planned_bytes_are_the_bytes_on_disk(rules: recipe.Recipe, tmp_path: Pat
 
 def test_every_header_is_known_before_the_run(tmp_path: Path) -> None:
     plan = planned()
-    heads = {s.filename: header_bytes(s.specs, file_metadata(plan)) for s in plan.shards}
+    heads = {s.filename: lay_out(s.specs, plan.metadata).head for s in plan.shards}
     run_plan(plan, tmp_path / "out")
     files = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")}
     assert {name: data[: len(heads[name])] for name, data in files.items()} == heads
@@ -221,8 +225,8 @@ def test_finished_files_are_not_written_again(tmp_path: Path, monkeypatch: pytes
     plan, written = planned(), []
     with pytest.raises(Killed):
         run_plan(plan, tmp_path / "out", progress=stop_in_second_shard(plan))
-    original = run.run_shard
-    monkeypatch.setattr(run, "run_shard", lambda plan, shard, *rest: written.append(shard) or original(plan, shard, *rest))
+    original = whole.run_shard
+    monkeypatch.setattr(whole, "run_shard", lambda job, **how: written.append(job.shard) or original(job, **how))
     done: list[int] = []
     run_plan(plan, tmp_path / "out", progress=done.append)
     assert [s.filename for s in written] == [s.filename for s in plan.shards[1:]]
@@ -240,7 +244,7 @@ def test_a_finished_file_that_was_cut_short_is_written_again(tmp_path: Path) -> 
 
 
 def test_nan_in_a_weight_stops_the_run_with_its_name(command: Command, tmp_path: Path) -> None:
-    source, name = random_model(tmp_path / "src", names.PT, **OF_128S), "model.layers.1.mlp.experts.1.up_proj.weight"
+    source, name = random_model(tmp_path / "src", layouts.PT, **OF_128S), "model.layers.1.mlp.experts.1.up_proj.weight"
     table = tensors(source)
     table[name][5, 7] = float("nan")
     save_file(table, source / "model.safetensors", metadata={"format": "pt"})

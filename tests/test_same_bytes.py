@@ -11,7 +11,7 @@ import pytest
 from models import random_model
 from test_run import contents
 
-from ernie_quant import names
+from ernie_quant.weights import layouts
 
 COMMANDS = (("wint4",), ("wint8",), ("fp8",), ("wint2", "--wint4-layers", "2"), ("convert", "--to", "pt"))
 # numba without AVX and with its own cache, torch without its vectorized kernels
@@ -28,7 +28,7 @@ def run(source: Path, out: Path, command: tuple[str, ...], **env: str) -> dict[s
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[0])
 def test_another_processor_other_hashes_and_other_threads_write_the_same_bytes(command: tuple[str, ...], tmp_path: Path) -> None:
-    source = random_model(tmp_path / "src", names.PADDLE, **SIZES)
+    source = random_model(tmp_path / "src", layouts.PADDLE, **SIZES)
     one = run(source, tmp_path / "one/out", (*command, "--workers", "1"), PYTHONHASHSEED="1")
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     other = run(source, tmp_path / "other/out", (*command, "--workers", "4"), PYTHONHASHSEED="2", **OLD_PROCESSOR, **cache)

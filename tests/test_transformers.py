@@ -9,10 +9,10 @@ import pytest
 import torch
 from models import GOLDEN, dequantized, logits, write
 
-from ernie_quant import recipe
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import PlanError
+from ernie_quant.plan import built_in, recipe
 
 ALL = {"experts_only": False, "mtp": True, "keep_unfit": False}
 EXPERTS = ALL | {"experts_only": True}
@@ -54,7 +54,7 @@ def check(source: Path, tmp_path: Path, rules: recipe.Recipe, runtime: str, at_m
 )
 @pytest.mark.parametrize("family", ["moe", "moe_mtp"])
 def test_integers_on_the_golden_models(family: str, codec, options: dict, at_most: float, tmp_path: Path) -> None:
-    check(GOLDEN / family / "pt", tmp_path, recipe.built_in("test", codec, **options), "vllm", at_most)
+    check(GOLDEN / family / "pt", tmp_path, built_in.one_codec("test", codec, **options), "vllm", at_most)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_integers_on_the_golden_models(family: str, codec, options: dict, at_mos
 )
 def test_groups_and_blocks_of_128(codec, options: dict, at_most: float, tmp_path: Path) -> None:
     source = model_of_128s(tmp_path / "source")
-    check(source, tmp_path, recipe.built_in("test", codec, **options), "transformers", at_most)
+    check(source, tmp_path, built_in.one_codec("test", codec, **options), "transformers", at_most)
 
 
 def recipe_of(tmp_path: Path, *rules: str) -> recipe.Recipe:

@@ -16,14 +16,15 @@ from models import GOLDEN, copy, random_model, tensors, write
 from safetensors.torch import save_file
 from test_run import OF_128S
 
-from ernie_quant import names, recipe
+from ernie_quant.check.verify import Verified, verify
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ErnieQuantError, OutputError, VerifyError
-from ernie_quant.manifest import sums
+from ernie_quant.plan import built_in, recipe
 from ernie_quant.readers.safetensors import read_header
-from ernie_quant.verify import Verified, verify
+from ernie_quant.result.manifest import sums
+from ernie_quant.weights import layouts
 
 FAMILIES = ("dense", "moe", "moe_mtp", "vl")
 SOURCE = GOLDEN / "moe/paddle"
@@ -36,7 +37,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def everything(codec: Codec, **options: Any) -> recipe.Recipe:
-    return recipe.built_in("test", codec, **{"experts_only": False, "mtp": True, "keep_unfit": False} | options)
+    return built_in.one_codec("test", codec, **{"experts_only": False, "mtp": True, "keep_unfit": False} | options)
 
 
 # --- what is true passes ---------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_float8_result_is_verified(family: str, tmp_path: Path) -> None:
-    source = random_model(tmp_path / "src", names.PADDLE, family, **WIDTHS[family])
+    source = random_model(tmp_path / "src", layouts.PADDLE, family, **WIDTHS[family])
     write(source, tmp_path / "out", recipe=everything(Float8Block()))
     assert verify(tmp_path / "out").quantized > 0
     assert verify(tmp_path / "out", source).quantized == verify(tmp_path / "out").quantized
@@ -198,9 +199,9 @@ def test_a_changed_manifest_is_noticed(out: Path) -> None:
 
 def test_codes_that_no_codec_writes_are_found_without_the_source(tmp_path: Path) -> None:
     """FastDeploy's WINT4 has no code -8: a file with one decodes, but nothing that encodes made it."""
-    source = random_model(tmp_path / "src", names.PADDLE, **OF_128S)
+    source = random_model(tmp_path / "src", layouts.PADDLE, **OF_128S)
     out = tmp_path / "out"
-    write(source, out, "fastdeploy", recipe=recipe.container("wint4", None))
+    write(source, out, "fastdeploy", recipe=built_in.fastdeploy_container("wint4", None))
     verify(out)
     name = next(n for n in sorted(tensors(out)) if "experts" in n and n.endswith("quant_weight"))
     poke(out, name, bytes(4))  # codes are stored 8 higher
@@ -274,7 +275,7 @@ def test_a_scale_that_is_no_number_is_found_without_the_source(bits: bytes, out:
 
 
 def test_a_float8_scale_that_is_no_number_is_found(tmp_path: Path) -> None:
-    source = random_model(tmp_path / "src", names.PT, "dense", **WIDTHS["dense"])
+    source = random_model(tmp_path / "src", layouts.PT, "dense", **WIDTHS["dense"])
     write(source, tmp_path / "out", recipe=everything(Float8Block()))
     poke(tmp_path / "out", "model.layers.1.mlp.up_proj.weight_scale_inv", b"\0\0\xc0\x7f")
     assert refused(sealed(tmp_path / "out")) == ["model.layers.1.mlp.up_proj.weight: rows 0 to 384 decode to NaN or infinity"]
@@ -322,7 +323,7 @@ def test_a_config_that_forgets_the_quantization_is_refused(out: Path) -> None:
 
 
 def test_a_float8_list_of_kept_layers_must_be_true(tmp_path: Path) -> None:
-    source, router = random_model(tmp_path / "src", names.PT, "moe", **WIDTHS["moe"]), "model.layers.1.mlp.gate"
+    source, router = random_model(tmp_path / "src", layouts.PT, "moe", **WIDTHS["moe"]), "model.layers.1.mlp.gate"
     write(source, tmp_path / "out", recipe=everything(Float8Block(), experts_only=True))
     edit(tmp_path / "out", "config.json", quantization(lambda q: q["modules_to_not_convert"].remove(router)))
     with pytest.raises(ErnieQuantError, match=re.escape(router)):
@@ -409,7 +410,7 @@ def test_a_weight_file_that_nobody_listed_is_refused(name: str, out: Path) -> No
 
 
 def test_the_wrong_source_is_noticed(out: Path, tmp_path: Path) -> None:
-    other = random_model(tmp_path / "other", names.PADDLE)
+    other = random_model(tmp_path / "other", layouts.PADDLE)
     assert "model.norm.weight: should be the source's bytes, and is not" in refused(out, other)
 
 

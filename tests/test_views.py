@@ -14,12 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import exact, quick, write_pdparams, write_safetensors
 
-from ernie_quant import views
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.errors import CheckpointError
-from ernie_quant.lazy import Cat, Cut, Decoded, Fold, Leaf, Same, T, Unfold, View
 from ernie_quant.readers import read_header
-from ernie_quant.views import Files, cat, cut, fold, leaf, same, slabs, transpose, unfold
+from ernie_quant.views import build, kinds
+from ernie_quant.views import read as views_read
+from ernie_quant.views.build import cat, cut, fold, leaf, replicated, transpose, unfold
+from ernie_quant.views.files import Files
+from ernie_quant.views.kinds import Cat, Cut, Decoded, Fold, Leaf, Replicated, T, Unfold, View
+from ernie_quant.views.read import slabs
 
 Matrix = np.ndarray[Any, Any]
 STORED = {
@@ -54,7 +57,7 @@ def inner_edges(n: int) -> st.SearchStrategy[set[int]]:
 
 def read(view: View, rows: tuple[int, int] | None = None) -> Matrix:
     with Files() as files:
-        tensor = views.read(view, files, rows)
+        tensor = views_read.read(view, files, rows)
     assert tensor.is_contiguous()
     return tensor.numpy()
 
@@ -67,7 +70,7 @@ class Negative:
 
     @property
     def spec(self) -> TensorSpec:
-        return views.spec_of(self.base)
+        return kinds.spec_of(self.base)
 
     @property
     def parts(self) -> Mapping[str, View]:
@@ -77,9 +80,9 @@ class Negative:
         n = self.base.shape[0]
         return [(first, min(first + 2, n)) for first in range(0, n, 2)]
 
-    def read(self, files: Files, rows: tuple[int, int]) -> torch.Tensor:
+    def read(self, files: Files, rows: tuple[int, int], device: str = "cpu") -> torch.Tensor:
         assert rows in self.slabs()
-        return -views.read(self.base, files, rows)
+        return -views_read.read(self.base, files, rows, device)
 
 
 def test_views_of_a_matrix_by_hand(plain: dict[str, View]) -> None:
@@ -123,7 +126,7 @@ def test_what_is_computed_is_read_in_its_own_slabs(plain: dict[str, View]) -> No
     assert (wide.shape, wide.dtype) == ((4, 9), "F32")
     assert read(wide, (1, 3)).tolist() == [list(range(-109, -118, -1)), list(range(-118, -127, -1))]
     assert read(cut(transpose(wide), 0, 8, 9)).tolist() == [[-108, -117, -126, -135]]
-    assert [r.name for r in views.refs(wide)] == ["wide"]
+    assert [r.name for r in build.refs(wide)] == ["wide"]
 
 
 def copies_of(tmp_path: Path, change: float) -> list[View]:
@@ -139,16 +142,16 @@ def copies_of(tmp_path: Path, change: float) -> list[View]:
 
 def test_copies_are_one_tensor(tmp_path: Path) -> None:
     one, other = copies_of(tmp_path, 0)
-    assert same([one]) is one
-    assert same([one, other]) == Same((one, other))
-    assert transpose(same([one, other])) == Same((T(one), T(other)))
-    assert read(same([one, other])).tolist() == np.arange(12).reshape(4, 3).tolist()
-    assert [r.file.parent.name for r in views.refs(same([one, other]))] == ["rank0", "rank1"]
+    assert replicated([one]) is one
+    assert replicated([one, other]) == Replicated((one, other))
+    assert transpose(replicated([one, other])) == Replicated((T(one), T(other)))
+    assert read(replicated([one, other])).tolist() == np.arange(12).reshape(4, 3).tolist()
+    assert [r.file.parent.name for r in build.refs(replicated([one, other]))] == ["rank0", "rank1"]
 
 
 @pytest.mark.parametrize("change", [1.0, float("nan")])
 def test_copies_that_differ_are_named_with_both_files(change: float, tmp_path: Path) -> None:
-    both = same(copies_of(tmp_path, change))
+    both = replicated(copies_of(tmp_path, change))
     line = "m: differs between rank0/model.safetensors and rank1/model.safetensors; every rank must have the same"
     for view in (both, transpose(both), fold(both, 2), cut(both, 1, 2, 3)):
         with pytest.raises(CheckpointError) as error:
@@ -198,8 +201,8 @@ def test_parts_of_several_dtypes_are_not_joined(tmp_path: Path) -> None:
 def test_refs_are_the_stored_tensors_each_once(plain: dict[str, View]) -> None:
     tall, column = plain["tall"], plain["column"]
     joined = cat([transpose(cut(tall, 1, 0, 1)), transpose(cut(tall, 1, 4, 5)), transpose(cut(tall, 1, 1, 2))], 0)
-    assert [r.name for r in views.refs(joined)] == ["tall"]
-    assert [r.name for r in views.refs(cat([cut(tall, 1, 0, 1), column], 0))] == ["tall", "column"]
+    assert [r.name for r in build.refs(joined)] == ["tall"]
+    assert [r.name for r in build.refs(cat([cut(tall, 1, 0, 1), column], 0))] == ["tall", "column"]
 
 
 @quick(150)
@@ -245,7 +248,7 @@ def draw_tree(data: st.DataObject, stored: list[tuple[View, Matrix]]) -> tuple[V
                 by = data.draw(st.sampled_from([i for i in range(1, 8) if matrix.shape[1] % i == 0]))
                 view, matrix = unfold(view, by), matrix.reshape(-1, matrix.shape[1] // by)
             case "same":
-                view = same([view, transpose(transpose(view))])
+                view = replicated([view, transpose(transpose(view))])
             case "decoded":
                 view, matrix = Decoded(Negative(view)), -matrix
     return view, matrix
@@ -270,8 +273,8 @@ def test_rows_of_a_joint_touch_only_the_files_that_hold_them(stored: list[tuple[
     joined = cat(parts, 0)
     assert joined.shape == (28, 5)
     with Files() as files:
-        views.read(joined, files, (8, 13))
-        assert set(files._fds) == {ref.file for ref in views.refs(parts[1])}
+        views_read.read(joined, files, (8, 13))
+        assert set(files._fds) == {ref.file for ref in build.refs(parts[1])}
 
 
 # --- slabs -----------------------------------------------------------------------------------------------------------
@@ -290,10 +293,10 @@ def test_slabs_are_about_32_mib_in_whole_blocks_of_rows() -> None:
 def test_slabs_of_a_scalar_a_vector_and_a_matrix_read_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"s": torch.tensor(1.0), "v": torch.arange(50.0), "m": torch.arange(60.0).reshape(20, 3)}
     write_safetensors(tmp_path / "m.safetensors", tensors)
-    monkeypatch.setattr(views, "SLAB_BYTES", 36)  # three rows of the matrix
+    monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 36)  # three rows of the matrix
     with Files() as files:
         for ref in read_header(tmp_path / "m.safetensors"):
-            pieces = [views.read(leaf(ref), files, rows) for rows in slabs(ref.spec)]
+            pieces = [views_read.read(leaf(ref), files, rows) for rows in slabs(ref.spec)]
             whole = pieces[0] if ref.name == "s" else torch.cat(pieces)
             assert exact({ref.name: whole}) == exact({ref.name: tensors[ref.name]})
             assert len(pieces) == {"s": 1, "v": 6, "m": 7}[ref.name]
@@ -302,7 +305,7 @@ def test_slabs_of_a_scalar_a_vector_and_a_matrix_read_as_the_whole(tmp_path: Pat
 def test_files_are_closed_when_they_are_left(plain: dict[str, View]) -> None:
     files = Files()
     with files:
-        views.read(plain["tall"], files)
+        views_read.read(plain["tall"], files)
         assert len(files._fds) == 1
     assert not files._fds
 
@@ -312,6 +315,6 @@ def test_threads_share_open_files(stored: list[tuple[View, Matrix]]) -> None:
 
     joined = [(cat([v, transpose(transpose(v))], 0), np.concatenate([m, m])) for v, m in stored] * 5
     with Files() as files, ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda item: views.read(item[0], files).tolist(), joined))
+        results = list(pool.map(lambda item: views_read.read(item[0], files).tolist(), joined))
         assert len(files._fds) == 4
     assert results == [m.tolist() for _, m in joined]

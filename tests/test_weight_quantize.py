@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
+from ernie_quant.dtypes import dtype_name
 from ernie_quant.kernels import rtn
 from ernie_quant.kernels.weight_quantize import ROWS, absmax_codes, pack, pack_reference, unpack, unpack_reference
-from ernie_quant.tensors import DTYPE_NAMES
 
 FOLDER = GOLDEN / "weight_quantize"
 FILES = json.loads((FOLDER / "meta.json").read_text())["files"]
@@ -190,7 +190,7 @@ def test_the_promises_of_a_codec_hold_without_the_lowest_code(bits: int, group: 
     codec, weight = RoundToNearest(bits, group, scale, full_range=False), gaussian(64, 384)
     whole, slabs = codec.encode(weight), [codec.encode(slab) for slab in weight.split(16)]
     for field, spec in codec.specs(TensorSpec((64, 384), "BF16")).items():
-        assert TensorSpec(tuple(whole[field].shape), DTYPE_NAMES[whole[field].dtype]) == spec
+        assert TensorSpec(tuple(whole[field].shape), dtype_name(whole[field].dtype)) == spec
         assert same(torch.cat([slab[field] for slab in slabs]), whole[field])
         assert same(codec.encode(weight.float())[field], whole[field])
     once = codec.decode(whole)

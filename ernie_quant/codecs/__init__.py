@@ -1,7 +1,7 @@
 """Codecs, one file each: mathematics on a weight [out, in], no bytes and no names of any runtime.
 
-A file defines one frozen dataclass that follows `Codec`, `CODEC` (that class) and `EXAMPLES` (instances that the
-contract tests take through every promise). Options of a recipe rule are the fields of the dataclass.
+A file defines one frozen dataclass that derives from `DataFree` or follows `Codec`, `CODEC` (that class) and `EXAMPLES`
+(instances that the contract tests take through every promise). Options of a recipe rule are the fields of the dataclass.
 """
 
 from __future__ import annotations
@@ -20,8 +20,21 @@ if TYPE_CHECKING:
     Encoded: TypeAlias = dict[str, torch.Tensor]
 
 
+class Encoder(Protocol):
+    """Encodes one weight; large, so that few are alive at a time."""
+
+    @property
+    def once(self) -> Encoded:
+        """Fields of the encoded weight that are the same for all its slabs."""
+        ...
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """The other fields, for a slab of rows [rows, in]."""
+        ...
+
+
 class Codec(Protocol):
-    """A way to store a weight. Frozen: what it does is decided when it is made."""
+    """A way to store a weight. Frozen: what it does is decided when it is made. A codec opens no file."""
 
     @property
     def rows(self) -> int:
@@ -31,6 +44,11 @@ class Codec(Protocol):
     @property
     def version(self) -> int:
         """Raised whenever `encode` gives other fields for the same weight: a begun result must not go on with it."""
+        ...
+
+    @property
+    def form(self) -> str:
+        """What a file shows of it: `int4, group 128`, whatever way a scale was chosen. Equal forms are stored alike."""
         ...
 
     def describe(self) -> str:
@@ -49,6 +67,10 @@ class Codec(Protocol):
         """Stored bits per element, scales included."""
         ...
 
+    def prepare(self, spec: TensorSpec, statistics: Encoded) -> Encoder | None:
+        """What encodes the slabs of a weight [out, in] where statistics of its inputs matter; None where `encode` does."""
+        ...
+
     def encode(self, weight: torch.Tensor) -> Encoded:
         """The fields for a weight [out, in], or for a slab of its rows."""
         ...
@@ -60,6 +82,14 @@ class Codec(Protocol):
     def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
         """`encoded` with the codes nearest to `weight` at its scales; for `decode(encoded)` they are the same again."""
         ...
+
+
+class DataFree:
+    """Base of the codecs that look at the weight alone."""
+
+    def prepare(self, spec: TensorSpec, statistics: Encoded) -> Encoder | None:
+        """Nothing is."""
+        return None
 
 
 def name_of(codec: Codec) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.codecs import DataFree
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +48,13 @@ CANDIDATES = (
 
 
 @dataclass(frozen=True)
-class ConvolutionalCode:
+class ConvolutionalCode(DataFree):
     """`effort`: how many pairs of code_scale and code_zp are tried per output channel, 1, 4 or 16."""
 
     effort: int = 16
     rows = 1
     version = 1
+    form = "wint2 (CCQ)"
 
     def __post_init__(self) -> None:
         if type(self.effort) is not int or self.effort not in EFFORTS:
@@ -60,7 +62,7 @@ class ConvolutionalCode:
 
     def describe(self) -> str:
         """For people."""
-        return "wint2 (CCQ)" if self.effort == EFFORTS[-1] else f"wint2 (CCQ), effort {self.effort}"
+        return self.form if self.effort == EFFORTS[-1] else f"{self.form}, effort {self.effort}"
 
     def problem(self, spec: TensorSpec) -> str | None:
         """FastDeploy's kernel takes multiples of 128 inputs and of 8 outputs."""

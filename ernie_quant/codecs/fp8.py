@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.codecs import DataFree
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +22,17 @@ SMALLEST_SCALE = 2.0**-120  # a block below it is all but zero; 1 / scale must s
 
 
 @dataclass(frozen=True)
-class Float8Block:
+class Float8Block(DataFree):
     """No options: the runtimes that load it know this one form."""
 
     rows = BLOCK
     version = 1
 
+    form = f"fp8, blocks {BLOCK}x{BLOCK}"
+
     def describe(self) -> str:
         """For people."""
-        return f"fp8, blocks {BLOCK}x{BLOCK}"
+        return self.form
 
     def problem(self, spec: TensorSpec) -> str | None:
         """Both widths must be multiples of 128: vLLM's kernels for experts load no partial blocks."""

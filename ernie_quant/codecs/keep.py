@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ernie_quant.checkpoint import ITEMSIZE, TensorSpec
+from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.codecs import DataFree
+from ernie_quant.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
     import torch
@@ -13,16 +15,24 @@ if TYPE_CHECKING:
     from ernie_quant.codecs import Encoded
 
 
+KEPT = "kept"  # how reports call it
+
+
 @dataclass(frozen=True)
-class Keep:
+class Keep(DataFree):
     """Nothing is changed; any shape and dtype will do."""
 
     rows = 1
     version = 1
 
+    @property
+    def form(self) -> str:
+        """Of every kept weight the same."""
+        return KEPT
+
     def describe(self) -> str:
         """For people."""
-        return "kept"
+        return KEPT
 
     def problem(self, spec: TensorSpec) -> str | None:
         """Nothing cannot be kept."""

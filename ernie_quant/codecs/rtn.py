@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.codecs import DataFree
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ SYMMETRIC_RATIOS_INT8 = (1.0, 0.99, 0.98, 0.97, 0.96, 0.95, 0.94)
 
 
 @dataclass(frozen=True)
-class RoundToNearest:
+class RoundToNearest(DataFree):
     """`bits` 2, 4 or 8; `group_size` a number of inputs that share a scale, or "channel".
 
     `full_range` False leaves out the lowest code and negative scales.
@@ -57,12 +58,17 @@ class RoundToNearest:
         if type(self.full_range) is not bool:
             raise ValueError(f"full_range is {self.full_range!r}, not True or False")
 
-    def describe(self) -> str:
-        """For people."""
+    @property
+    def form(self) -> str:
+        """Bits, group and codes."""
         group = "per channel" if self.group_size == CHANNEL else f"group {self.group_size}"
         high = 2 ** (self.bits - 1) - 1
         codes = "" if self.full_range else f" (-{high} to {high})"
-        return f"int{self.bits}{codes}, {group}, {self.scale}"
+        return f"int{self.bits}{codes}, {group}"
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{self.form}, {self.scale}"
 
     def group(self, spec: TensorSpec) -> int:
         """Inputs that share a scale."""

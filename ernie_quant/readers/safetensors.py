@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant import jsonio
-from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef, TensorSpec
+from ernie_quant.checkpoint import Extent, TensorRef, TensorSpec
+from ernie_quant.dtypes import ITEMSIZE
 from ernie_quant.errors import CheckpointError
 
 SUFFIXES = (".safetensors",)

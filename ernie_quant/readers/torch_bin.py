@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ernie_quant.checkpoint import ITEMSIZE, Extent, TensorRef, TensorSpec
+from ernie_quant.checkpoint import Extent, TensorRef, TensorSpec
+from ernie_quant.dtypes import ITEMSIZE
 from ernie_quant.errors import CheckpointError
 from ernie_quant.readers import _zip
 from ernie_quant.readers._pickle import Call, Global, walk

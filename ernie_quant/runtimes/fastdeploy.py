@@ -24,72 +24,73 @@ from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import EXPERT, MTP, OUT, VISION_EXPERT
-from ernie_quant.runtimes import Linear
+from ernie_quant.paths import MTP_FOLDER
+from ernie_quant.runtimes import Linear, Part, kept
 
 if TYPE_CHECKING:
     import torch
 
     from ernie_quant.codecs import Encoded
 
-LAYOUT = "paddle"
+LAYOUT, FORMAT = "paddle", "safetensors"
 ROWS = 4  # of which weight_quantize's layout mixes the bytes
 CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
+RECIPES = ("paddle", "wint4", "wint2")
+SPLITS_VOCABULARY = True
 WINT2 = ConvolutionalCode()
 WINT4 = RoundToNearest(4, CHANNEL, full_range=False)
 WINT8 = RoundToNearest(8, CHANNEL, full_range=False)
 EXPERTS = (EXPERT, VISION_EXPERT)
 GROUP = 64  # inputs per local scale
 LINEAR = re.compile(r"\.(qkv|o|up_gate|down)_proj\.weight$")
-MTP_FOLDER = "mtp"  # the speculative model is read from a folder of its own
 
 
 def folder(role: str) -> str:
-    """Subfolder of the result for the tensors of a role."""
+    """The speculative model is read from a folder of its own."""
     return MTP_FOLDER if role == MTP else ""
 
 
-def interleave(codec: Codec) -> int:
-    """How many rows of a stored `quant_weight` take turns: ranks that share inputs cut across them together."""
-    return 2 if isinstance(codec, RoundToNearest) else 1
+def recognizes(config: Mapping[str, Any]) -> bool:
+    """Its own key."""
+    return "quantization" in config
 
 
-def share_problems(name: str, codec: Codec, shape: tuple[int, ...], axis: int, of: int) -> list[str]:
-    """Why a weight [out, in] cannot be shared by `of` ranks along `axis`, with the sizes that work."""
-    if axis == OUT:
-        multiple = 8 * (2 if name.endswith("up_gate_proj.weight") else 1)
-    else:
-        multiple = 2 * GROUP if isinstance(codec, ConvolutionalCode) else GROUP
-    if name.endswith("qkv_proj.weight") or shape[axis] % (of * multiple) == 0:
-        return []
-    fits = [str(n) for n in (1, 2, 4, 8, 16) if shape[axis] % (n * multiple) == 0]
-    kind = "outputs" if axis == OUT else "inputs"
-    return [f"{name}: {shape[axis]} {kind} in multiples of {multiple} cannot be shared by {of} ranks; {', '.join(fits)} would do"]
+def share_multiple(linear: Linear) -> int:
+    """Tiles of 8 outputs, of gate and of up; no local scale cut in two, and WINT2 stores two of them to a byte."""
+    if linear.name.endswith("qkv_proj.weight"):
+        return 0  # whole heads are enough
+    both = 2 if linear.name.endswith("up_gate_proj.weight") else 1
+    if isinstance(linear.codec, Keep):
+        return both
+    if linear.ranks == OUT:
+        return 8 * both
+    return 2 * GROUP if isinstance(linear.codec, ConvolutionalCode) else GROUP
 
 
-def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, TensorSpec]:
+def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
     """Stored tensors of the weight `name` [out, in]."""
     layer = name.removesuffix(".weight")
     out, width = spec.shape if len(spec.shape) == 2 else (0, 0)
     match codec:
         case ConvolutionalCode():
             return {
-                f"{layer}.quant_weight": TensorSpec((width // 4, out), "U8"),
-                f"{layer}.weight_scale": TensorSpec((width // (2 * GROUP), out), "U8"),
-                f"{layer}.super_scales": TensorSpec((out,), "BF16"),
-                f"{layer}.code_scale": TensorSpec((out,), "F32"),
-                f"{layer}.code_zp": TensorSpec((out,), "F32"),
+                f"{layer}.quant_weight": Part(TensorSpec((width // 4, out), "U8"), 1, 0),
+                f"{layer}.weight_scale": Part(TensorSpec((width // (2 * GROUP), out), "U8"), 1, 0),
+                f"{layer}.super_scales": Part(TensorSpec((out,), "BF16"), 0, None),
+                f"{layer}.code_scale": Part(TensorSpec((out,), "F32"), 0, None),
+                f"{layer}.code_zp": Part(TensorSpec((out,), "F32"), 0, None),
             }
         case RoundToNearest(bits=bits):
             return {
-                f"{layer}.quant_weight": TensorSpec((out * bits // 8, width), "I8"),
-                f"{layer}.weight_scale": TensorSpec((out,), "BF16"),
+                f"{layer}.quant_weight": Part(TensorSpec((out * bits // 8, width), "I8"), 0, 1, interleave=2),
+                f"{layer}.weight_scale": Part(TensorSpec((out,), "BF16"), 0, None),
             }
-    return {name: spec}
+    return {name: kept(spec)}
 
 
-def constants(name: str, codec: Codec, spec: TensorSpec) -> dict[str, torch.Tensor]:
-    """None."""
+def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[str, torch.Tensor]:
+    """There are none."""
     return {}
 
 
@@ -167,7 +168,7 @@ def problems(linears: Sequence[Linear]) -> list[str]:
                 f"{linear.name}: {out} outputs and {width} inputs are not multiples of 8 and {GROUP}, which its kernels want"
             )
         wanted = (WINT2, WINT4) if linear.role in EXPERTS else (WINT8,)
-        if not any(_form(linear.codec) == _form(w) for w in wanted):
+        if not any(linear.codec.form == w.form for w in wanted):
             words = " or ".join(w.describe() for w in wanted)
             found.append(f"{linear.name}: FastDeploy's container wants {words}, not {linear.codec.describe()}")
     first, last = _wint2_from(linears), _wint4_to(linears)
@@ -184,11 +185,6 @@ def unsupported(linears: Sequence[Linear]) -> list[str]:
             " --unsupported writes this one all the same"
         ]
     return []
-
-
-def _form(codec: Codec) -> object:
-    """What a file shows of a codec: not the way in which a scale was chosen."""
-    return (codec.bits, codec.group_size, codec.full_range) if isinstance(codec, RoundToNearest) else type(codec)
 
 
 def _layer(name: str) -> int:
@@ -258,26 +254,6 @@ def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec
             codec = WINT4 if _layer(name) <= last_wint4 else WINT2
         found[name] = codec
     return found
-
-
-def tp_sizes(linears: Sequence[Linear], dims: Mapping[str, int], heads: int) -> list[int]:
-    """Tensor-parallel sizes, powers of two, that heads, widths and groups allow."""
-    kv_heads = dims["kv_heads"]
-    sizes = []
-    for tp in (1, 2, 4, 8, 16):
-        splits_heads = heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
-        if splits_heads and all(_splits(linear, tp) for linear in linears if LINEAR.search(linear.name)):
-            sizes.append(tp)
-    return sizes
-
-
-def _splits(linear: Linear, tp: int) -> bool:
-    out, width = linear.spec.shape
-    if not isinstance(linear.codec, Keep) and linear.name.endswith((".down_proj.weight", ".o_proj.weight")):
-        return width % (tp * (2 * GROUP if isinstance(linear.codec, ConvolutionalCode) else GROUP)) == 0
-    if linear.name.endswith(".up_gate_proj.weight"):
-        return (out if not isinstance(linear.codec, Keep) else max(out, width)) % (2 * tp) == 0
-    return True
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:

@@ -9,14 +9,20 @@ from typing import Any
 from ernie_quant.runtimes import Linear, vllm
 
 CODECS = vllm.CODECS
-LAYOUT, ROWS, CONFIG = vllm.LAYOUT, vllm.ROWS, vllm.CONFIG
+LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
+RECIPES, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8"), vllm.SPLITS_VOCABULARY
 parts, constants, pack, unpack, weight_of = vllm.parts, vllm.constants, vllm.pack, vllm.unpack, vllm.weight_of
 layer_of, quantization_config, codecs_of = vllm.layer_of, vllm.quantization_config, vllm.codecs_of
-tp_sizes, folder, unsupported = vllm.tp_sizes, vllm.folder, vllm.unsupported
+share_multiple, folder, unsupported = vllm.share_multiple, vllm.folder, vllm.unsupported
+
+
+def recognizes(config: Mapping[str, Any]) -> bool:
+    """Its files are vLLM's, which answers for them."""
+    return False
 
 
 def notes(linears: Sequence[Linear]) -> list[str]:
-    """None: it dequantizes."""
+    """Nothing: it dequantizes."""
     return []
 
 

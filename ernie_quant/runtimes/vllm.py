@@ -18,8 +18,8 @@ from ernie_quant.codecs.fp8 import BLOCK, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT, VISION_EXPERT
-from ernie_quant.runtimes import Linear
+from ernie_quant.names import EXPERT, IN, VISION_EXPERT
+from ernie_quant.runtimes import Linear, Part, kept
 from ernie_quant.runtimes._patterns import cover
 
 if TYPE_CHECKING:
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 
     from ernie_quant.codecs import Encoded
 
-LAYOUT = "pt"
+LAYOUT, FORMAT = "pt", "safetensors"
 ROWS = 1
 CONFIG: dict[str, Any] = {}
+RECIPES = ("pt", "wint4", "wint8", "fp8")
+SPLITS_VOCABULARY = False
 CODECS = (Keep, RoundToNearest, Float8Block)
+TILE = 64  # of a rank's outputs and inputs: what Marlin loads (vllm, marlin_utils.py)
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
 EXPERTS = (EXPERT, VISION_EXPERT)
@@ -41,30 +44,35 @@ def folder(role: str) -> str:
     return ""
 
 
+def recognizes(config: Mapping[str, Any]) -> bool:
+    """Integers as compressed-tensors, float8 as DeepSeek."""
+    return config.get("quant_method") in ("compressed-tensors", "fp8")
+
+
 def unsupported(linears: Sequence[Linear]) -> list[str]:
     """Nothing that could be written all the same."""
     return []
 
 
-def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, TensorSpec]:
+def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
     """Stored tensors of the weight `name`."""
     module = name.removesuffix(".weight")
     match codec:
-        case RoundToNearest(bits=bits):
+        case RoundToNearest(bits=bits, group_size=group):
             out, width = spec.shape
             return {
-                f"{module}.weight_packed": TensorSpec((out, -(-width * bits // 32)), "I32"),
-                f"{module}.weight_scale": codec.specs(spec)["scale"],
-                f"{module}.weight_shape": TensorSpec((2,), "I64"),
+                f"{module}.weight_packed": Part(TensorSpec((out, -(-width * bits // 32)), "I32"), 0, 1),
+                f"{module}.weight_scale": Part(codec.specs(spec)["scale"], 0, None if group == CHANNEL else 1),
+                f"{module}.weight_shape": Part(TensorSpec((2,), "I64"), None, None),
             }
         case Float8Block():
             fields = codec.specs(spec)
-            return {f"{module}.weight": fields["codes"], f"{module}.weight_scale_inv": fields["scale"]}
+            return {f"{module}.weight": Part(fields["codes"], 0, 1), f"{module}.weight_scale_inv": Part(fields["scale"], 0, 1)}
     assert isinstance(codec, Keep), codec
-    return {name: spec}
+    return {name: kept(spec)}
 
 
-def constants(name: str, codec: Codec, spec: TensorSpec) -> dict[str, torch.Tensor]:
+def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[str, torch.Tensor]:
     """`weight_shape`: the [out, in] that packing hides."""
     import torch
 
@@ -134,14 +142,9 @@ def unknown(linears: Sequence[Linear]) -> list[str]:
 def notes(linears: Sequence[Linear]) -> list[str]:
     """Widths that load, but for which vLLM's fast kernels are not made."""
     narrow = {
-        li.spec.shape[1] for li in linears if isinstance(li.codec, RoundToNearest) and not _rows(li) and li.spec.shape[1] % 128
+        li.spec.shape[1] for li in linears if isinstance(li.codec, RoundToNearest) and li.ranks != IN and li.spec.shape[1] % 128
     }
     return [f"vLLM's Marlin kernels want hidden_size to be a multiple of 128, this one's is {n}" for n in sorted(narrow)]
-
-
-def _rows(linear: Linear) -> bool:
-    """Is the layer split along its inputs under tensor parallelism?"""
-    return linear.module.endswith((".down_proj", ".o_proj"))
 
 
 def layer_of(name: str, role: str) -> str:
@@ -153,16 +156,16 @@ def layer_of(name: str, role: str) -> str:
 
 
 def mixed(linears: Sequence[Linear]) -> list[str]:
-    """Layers that are one module in memory but would be stored in several forms."""
+    """Layers that are one module in memory but would be stored in several schemes."""
     kinds = {type(li.codec) for li in linears} - {Keep}
     found = ["fp8 and integer codes cannot stand in one checkpoint: no config.json says both"] if len(kinds) > 1 else []
     modules: dict[str, set[str]] = defaultdict(set)
     for linear in linears:
-        modules[layer_of(linear.name, linear.role)].add(_form(linear.codec))
+        modules[layer_of(linear.name, linear.role)].add(linear.codec.form)
     return found + [
-        f"{module}: is one layer in memory, but would be stored as {' and '.join(sorted(forms))}"
-        for module, forms in modules.items()
-        if len(forms) > 1
+        f"{module}: is one layer in memory, but would be stored as {' and '.join(sorted(schemes))}"
+        for module, schemes in modules.items()
+        if len(schemes) > 1
     ]
 
 
@@ -171,13 +174,10 @@ def mixed_experts(linears: Sequence[Linear]) -> list[str]:
 
     (integrations/compressed_tensors.py; seen with 5.23: layers of another width were decoded wrongly.)
     """
-    forms = sorted({_form(li.codec) for li in linears if li.role in EXPERTS})
-    return [f"experts: would be stored as {' and '.join(forms)}, of which transformers reads one only"] if len(forms) > 1 else []
-
-
-def _form(codec: Codec) -> str:
-    """What a file shows of a codec: not the way in which a scale was chosen."""
-    return re.sub(r", (mse|absmax)$", "", codec.describe())
+    schemes = sorted({li.codec.form for li in linears if li.role in EXPERTS})
+    return (
+        [f"experts: would be stored as {' and '.join(schemes)}, of which transformers reads one only"] if len(schemes) > 1 else []
+    )
 
 
 def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
@@ -274,29 +274,16 @@ def _codec(weights: Mapping[str, Any]) -> Codec:
     return RoundToNearest(weights["num_bits"], CHANNEL if weights["strategy"] == "channel" else weights["group_size"])
 
 
-def tp_sizes(linears: Sequence[Linear], dims: Mapping[str, int], heads: int) -> list[int]:
-    """Tensor-parallel sizes, powers of two, that heads, widths and groups allow."""
-    kv_heads = dims["kv_heads"]
-    sizes = []
-    for tp in (1, 2, 4, 8, 16):
-        splits_heads = heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
-        if splits_heads and all(_splits(linear, tp) for linear in linears):
-            sizes.append(tp)
-    return sizes
-
-
-def _splits(linear: Linear, tp: int) -> bool:
-    out, width = linear.spec.shape
-    rows = _rows(linear)
-    share, rest = divmod(width if rows else out, tp)
+def share_multiple(linear: Linear) -> int:
+    """Marlin's tile, and no group or block cut in two."""
     match linear.codec:
-        case RoundToNearest(group_size=group) if rows and group != CHANNEL:
-            return rest == 0 and share % max(int(group), 64) == 0
+        case RoundToNearest(group_size=int(group)) if linear.ranks == IN:
+            return max(group, TILE)
         case RoundToNearest():
-            return rest == 0 and share % 64 == 0  # Marlin's tile
+            return TILE
         case Float8Block():
-            return rest == 0 and share % BLOCK == 0
-    return rest == 0
+            return BLOCK
+    return 1
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:

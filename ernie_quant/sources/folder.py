@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 from ernie_quant.checkpoint import Checkpoint, Rank, Stamp, TensorRef
-from ernie_quant.errors import CheckpointError
+from ernie_quant.errors import CheckpointError, MissingFileError
 from ernie_quant.jsonio import read_object
+from ernie_quant.paths import MTP_FOLDER, RANK_FOLDER, inside
 from ernie_quant.readers import by_suffix, read_header
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model_state.pdparams.index.json")
@@ -19,8 +20,6 @@ WEIGHTS = (
     re.compile(r"model_state\.pdparams"),
     re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin"),
 )
-MTP_FOLDER = "mtp"
-RANK_FOLDER = re.compile(r"rank(\d+)")
 RANK_PICKLE = re.compile(r"model_state\.tp(\d+)\.pdparams")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DOWNLOADS = ".cache/huggingface/download"
@@ -75,34 +74,6 @@ def _with_mtp(rank: Rank, root: Path, folder: Path, anomalies: list[str]) -> Ran
     return Rank(rank.refs | refs, {**rank.files, **mtp.files})
 
 
-def inside(folder: Path, name: str, who: str) -> Path:
-    """`folder / name`, if that is a regular file that lies in it. Raises CheckpointError.
-
-    A link may point to the `blobs` of the download cache whose snapshot the folder is; nowhere else.
-    """
-    path = folder / plain(name, who)
-    try:
-        real, root = path.resolve(), folder.resolve()
-        exists, regular = path.exists(), path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long for the disk, links in a circle
-        raise CheckpointError(f"{name[:200]}: named by {who}, but cannot be looked up: {error}"[:400]) from None
-    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    if not any(real.is_relative_to(r) for r in roots):
-        raise CheckpointError(f"{name}: is a link to {real}, outside the folder; copy the file or open its folder")
-    if not regular:
-        raise CheckpointError(f"{name}: named by {who}, but {'is no regular file' if exists else 'is not there'}")
-    return path
-
-
-def plain(name: str, who: str) -> PurePosixPath:
-    """A relative name, without tricks on any system. Raises CheckpointError."""
-    parts = PurePosixPath(name).parts
-    good = name and parts == PureWindowsPath(name).parts and not PureWindowsPath(name).drive and name.isprintable()
-    if not good or ".." in parts or name.startswith("/") or any(":" in p for p in parts):
-        raise CheckpointError(f"{who} names the file {name[:200]!r}, which is not a plain name in the folder")
-    return PurePosixPath(name)
-
-
 def _ranks(folder: Path) -> list[tuple[Path, re.Pattern[str] | None]]:
     """(folder, pattern of its weight files or None for the usual ones) for each tensor-parallel rank."""
     found = {int(m[1]): p for p in folder.iterdir() if (m := RANK_FOLDER.fullmatch(p.name)) and p.is_dir()}
@@ -133,9 +104,7 @@ def _read_rank(root: Path, where: tuple[Path, re.Pattern[str] | None], anomalies
     for name in names:
         try:
             path = inside(folder, name, index.name if index else "the folder")
-        except CheckpointError as error:
-            if not str(error).endswith("is not there"):
-                raise
+        except MissingFileError as error:
             anomalies.append(str(error))
             continue
         files[path] = Stamp.of(path)

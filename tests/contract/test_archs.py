@@ -12,11 +12,14 @@ import pytest
 import torch
 from models import GOLDEN
 
-from ernie_quant import archs, names, plugins, views
+from ernie_quant import archs, names, plugins
 from ernie_quant.archs._config import Facts
-from ernie_quant.checkpoint import Checkpoint, Extent, TensorRef, TensorSpec
+from ernie_quant.checkpoint import Extent, TensorRef, TensorSpec
 from ernie_quant.names import NameMap, Row, size_of
-from ernie_quant.resolve import resolve
+from ernie_quant.sources import open_source
+from ernie_quant.views import build, read
+from ernie_quant.views import files as views_files
+from ernie_quant.weights.plain import resolve
 
 MODULES = plugins.modules(archs)
 FOLDERS = sorted(p.parent for p in GOLDEN.glob("*/*/config.json"))
@@ -25,7 +28,7 @@ FOLDERS = sorted(p.parent for p in GOLDEN.glob("*/*/config.json"))
 @cache
 def table(folder: Path) -> NameMap:
     """The name table of a golden checkpoint."""
-    return resolve(Checkpoint.open(folder)).map
+    return resolve(open_source(folder)).map
 
 
 def short(folder: Path) -> str:
@@ -81,17 +84,17 @@ def test_pieces_of_a_split_are_the_rows_of_its_pt_tensors(folder: Path) -> None:
 def test_the_inverse_of_an_op_gives_the_stored_bytes_again(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     dims = table(folder).dims
-    with views.Files() as files:
+    with views_files.Files() as files:
         for i, row in enumerate(one_row_per_rule(table(folder))):
             stored = torch.randn(row.stored_shape)
             (tmp_path / str(i)).write_bytes(stored.numpy().tobytes())
             ref = TensorRef(row.paddle, TensorSpec(row.stored_shape, "F32"), tmp_path / str(i), (Extent(0, stored.nbytes),))
-            pieces = row.rule.op.apply(views.leaf(ref), dims)
+            pieces = row.rule.op.apply(build.leaf(ref), dims)
             assert tuple(p.shape for p in pieces) == row.shapes, row.paddle
             canonical = stored.t() if row.rule.op.transpose else stored
             for piece, plain in zip(pieces, canonical.split([s[0] for s in row.shapes]), strict=True):
-                assert torch.equal(views.read(piece, files), plain), row.paddle
-            assert torch.equal(views.read(row.rule.op.inverse(pieces), files), stored), row.paddle
+                assert torch.equal(read.read(piece, files), plain), row.paddle
+            assert torch.equal(read.read(row.rule.op.inverse(pieces), files), stored), row.paddle
 
 
 def test_only_linears_of_the_language_model_are_quantizable(folder: Path) -> None:
@@ -104,7 +107,7 @@ def test_only_linears_of_the_language_model_are_quantizable(folder: Path) -> Non
 @pytest.mark.parametrize("layout", ["paddle", "pt"])
 def test_config_json_says_the_same_in_every_layout(folder: Path, layout: str) -> None:
     """What is written is read again with the same dimensions, ids and flags."""
-    found = resolve(Checkpoint.open(folder))
+    found = resolve(open_source(folder))
     facts = Facts("bfloat16", found.map.dims.get("MS", 0) // found.map.dims.get("M", 1), len(found.map.ids.get("mtp", ())))
     config = found.arch.config_for(layout, found.config, facts)
     assert ("dtype" in config, "torch_dtype" in config) == ((True, False) if layout == "paddle" else (False, True))

@@ -13,9 +13,10 @@ import torch
 
 from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.names import EXPERT, MLP, PT
+from ernie_quant.dtypes import dtype_name
+from ernie_quant.names import EXPERT, IN, MLP
 from ernie_quant.runtimes import fastdeploy
-from ernie_quant.tensors import DTYPE_NAMES
+from ernie_quant.weights.layouts import PT
 
 # the forms of FastDeploy's container stand beside every codec's own examples
 EXAMPLES = [example for module in plugins.modules(codecs) for example in module.EXAMPLES] + [fastdeploy.WINT4, fastdeploy.WINT8]
@@ -40,7 +41,7 @@ def test_it_is_frozen_and_says_what_it_is(codec: codecs.Codec) -> None:
 
 
 def test_fields_have_the_shapes_that_the_plan_knew(codec: codecs.Codec, weight: torch.Tensor) -> None:
-    fields = {name: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for name, t in codec.encode(weight).items()}
+    fields = {name: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for name, t in codec.encode(weight).items()}
     assert fields == codec.specs(SPEC)
 
 
@@ -94,12 +95,12 @@ def test_other_codes_mean_another_version(
 
 def weight_name(runtime: ModuleType) -> str:
     """A weight as the runtime's layout names it."""
-    return f"{'model' if runtime.LAYOUT == PT else 'ernie'}.layers.1.mlp.down_proj.weight"
+    return f"{'model' if PT.name == runtime.LAYOUT else 'ernie'}.layers.1.mlp.down_proj.weight"
 
 
 def stores(runtime: ModuleType, codec: codecs.Codec) -> bool:
     """Is there a file of this runtime that holds the codec, for an expert or another linear?"""
-    linears = [runtimes.Linear(weight_name(runtime), SPEC, role, codec) for role in (EXPERT, MLP)]
+    linears = [runtimes.Linear(weight_name(runtime), SPEC, role, codec, IN) for role in (EXPERT, MLP)]
     return isinstance(codec, runtime.CODECS) and any(not runtime.problems([linear]) for linear in linears)
 
 
@@ -115,16 +116,16 @@ def stored(request: pytest.FixtureRequest) -> tuple[ModuleType, codecs.Codec]:
 def test_bits_per_weight_counts_every_stored_bit(stored: tuple[ModuleType, codecs.Codec]) -> None:
     runtime, codec = stored
     parts = runtime.parts(weight_name(runtime), codec, SPEC)
-    nbytes = sum(spec.nbytes for part, spec in parts.items() if not part.endswith("weight_shape"))
+    nbytes = sum(part.spec.nbytes for name, part in parts.items() if not name.endswith("weight_shape"))
     assert 8 * nbytes == codec.bits_per_weight(SPEC) * SPEC.numel
 
 
 def test_a_runtime_gives_back_what_it_packed(stored: tuple[ModuleType, codecs.Codec], weight: torch.Tensor) -> None:
     (runtime, codec), name = stored, weight_name(stored[0])
     encoded = codec.encode(weight)
-    parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, SPEC)
-    specs = {n: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in parts.items()}
-    assert specs == runtime.parts(name, codec, SPEC)
+    parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, SPEC, {})
+    specs = {n: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for n, t in parts.items()}
+    assert specs == {n: part.spec for n, part in runtime.parts(name, codec, SPEC).items()}
     assert {runtime.weight_of(n)[0] for n in parts} == {name}
     back = runtime.unpack(name, codec, parts)
     assert all(torch.equal(back[field].view(torch.uint8), encoded[field].view(torch.uint8)) for field in encoded)

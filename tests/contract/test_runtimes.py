@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import subprocess
@@ -14,15 +13,19 @@ import pytest
 import torch
 from models import GOLDEN
 
-from ernie_quant import codecs, names, plugins, recipe, runtimes
-from ernie_quant.checkpoint import Checkpoint, TensorSpec
+from ernie_quant import codecs, names, plugins, runtimes
+from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import KEEP
+from ernie_quant.dtypes import dtype_name
 from ernie_quant.errors import ErnieQuantError, PlanError
-from ernie_quant.plan import Plan, make_plan
-from ernie_quant.runtimes import Linear, fastdeploy
-from ernie_quant.tensors import DTYPE_NAMES
+from ernie_quant.plan import built_in, recipe
+from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.steps import Plan
+from ernie_quant.runtimes import Linear, Part, fastdeploy
+from ernie_quant.sources import open_source
+from ernie_quant.weights import layouts
 
 RUNTIMES = plugins.modules(runtimes)
 # the forms of FastDeploy's container stand beside every codec's own examples
@@ -33,11 +36,11 @@ SPEC = TensorSpec((256, 384), "BF16")
 
 # an expert, and a linear that is none: FastDeploy's container has different forms for the two
 NAMES = {
-    names.PT: {
+    layouts.PT.name: {
         names.EXPERT: "model.layers.1.mlp.experts.0.up_proj.weight",
         names.ATTENTION: "model.layers.1.self_attn.o_proj.weight",
     },
-    names.PADDLE: {
+    layouts.PADDLE.name: {
         names.EXPERT: "ernie.layers.1.mlp.experts.0.up_gate_proj.weight",
         names.ATTENTION: "ernie.layers.1.self_attn.o_proj.weight",
     },
@@ -51,7 +54,7 @@ def runtime(request: pytest.FixtureRequest) -> ModuleType:
 
 def linears(runtime: ModuleType, codec: Codec) -> list[Linear]:
     """One of each role."""
-    return [Linear(name, SPEC, role, codec) for role, name in NAMES[runtime.LAYOUT].items()]
+    return [Linear(name, SPEC, role, codec, names.OUT) for role, name in NAMES[runtime.LAYOUT].items()]
 
 
 def taken(runtime: ModuleType, codec: Codec) -> list[str]:
@@ -64,8 +67,8 @@ def takes(runtime: ModuleType, codec: Codec) -> bool:
 
 
 def form(codec: Codec) -> str:
-    """What a file shows of a codec: not how its scales were chosen, nor which codes it does without."""
-    return re.sub(r", (mse|absmax)$| \(-\d+ to \d+\)|, effort \d+$", "", codec.describe())
+    """What a file shows of a codec: not which codes it does without."""
+    return re.sub(r" \(-\d+ to \d+\)", "", codec.form)
 
 
 def short(value: ModuleType | Codec) -> str:
@@ -77,15 +80,17 @@ every_pair = pytest.mark.parametrize(("runtime", "codec"), TAKEN, ids=short)
 
 
 def test_it_has_every_function_of_the_contract(runtime: ModuleType) -> None:
-    assert runtime.LAYOUT in (names.PADDLE, names.PT)
-    promised = set(re.findall(r"^(\w+)\(.*\)  ", runtimes.__doc__ or "", re.MULTILINE)) | {"notes"}
-    assert len(promised) > 8
-    assert {n for n in promised if not inspect.isfunction(getattr(runtime, n, None))} == set()
+    assert runtime.LAYOUT in layouts.LAYOUTS
+    promised = [name for name in vars(runtimes.Runtime) if not name.startswith("_")]
+    assert len(promised) > 20
+    assert [name for name in promised if not hasattr(runtime, name)] == []
 
 
 def test_it_takes_kept_weights(runtime: ModuleType) -> None:
     assert takes(runtime, KEEP)
-    assert runtime.parts("model.norm.weight", KEEP, TensorSpec((64,), "F32")) == {"model.norm.weight": TensorSpec((64,), "F32")}
+    assert runtime.parts("model.norm.weight", KEEP, TensorSpec((64,), "F32")) == {
+        "model.norm.weight": Part(TensorSpec((64,), "F32"))
+    }
     assert runtime.quantization_config(linears(runtime, KEEP)) is None
 
 
@@ -94,25 +99,39 @@ def test_parts_constants_and_pack_agree(runtime: ModuleType, codec: Codec) -> No
     weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(4)).mul(0.02).bfloat16()
     encoded = codec.encode(weight)
     name = taken(runtime, codec)[0]
-    packed, constants = runtime.pack(name, codec, encoded), runtime.constants(name, codec, SPEC)
+    packed, constants = runtime.pack(name, codec, encoded), runtime.constants(name, codec, SPEC, {})
     assert packed.keys() & constants.keys() == set()
     stored = packed | constants
-    specs = {part: TensorSpec(tuple(t.shape), DTYPE_NAMES[t.dtype]) for part, t in stored.items()}
-    assert specs == runtime.parts(name, codec, SPEC)
+    specs = {part: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for part, t in stored.items()}
+    assert specs == {n: part.stored for n, part in runtime.parts(name, codec, SPEC).items()}
     back = codec.decode(runtime.unpack(name, codec, stored))
     assert torch.equal(back.view(torch.int16), codec.decode(encoded).view(torch.int16))
 
 
 @every_pair
 def test_slabs_of_rows_pack_as_the_whole_does(runtime: ModuleType, codec: Codec) -> None:
-    """A slab is a part of every stored tensor along the axis that grows with the rows."""
+    """A slab is a part of every stored tensor along its `out_axis`."""
     weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(4)).mul(0.02).bfloat16()
     name = taken(runtime, codec)[0]
     whole = runtime.pack(name, codec, codec.encode(weight))
     slabs = [runtime.pack(name, codec, codec.encode(weight[i : i + 128])) for i in (0, 128)]
+    parts = runtime.parts(name, codec, SPEC)
     for part, tensor in whole.items():
-        grown = [axis for axis, size in enumerate(tensor.shape) if size != slabs[0][part].shape[axis]]
-        assert torch.equal(torch.cat([s[part] for s in slabs], *grown).view(torch.uint8), tensor.view(torch.uint8)), part
+        joined = torch.cat([s[part] for s in slabs], parts[part].out_axis)
+        assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), part
+
+
+@every_pair
+def test_parts_grow_along_the_axes_that_they_name(runtime: ModuleType, codec: Codec) -> None:
+    """Twice the outputs or inputs: twice the tensor along that axis, and nothing else."""
+    name = taken(runtime, codec)[0]
+    once = runtime.parts(name, codec, SPEC)
+    for axis, where in ((0, "out_axis"), (1, "in_axis")):
+        shape = tuple(n * (2 if i == axis else 1) for i, n in enumerate(SPEC.shape))
+        for part, more in runtime.parts(name, codec, TensorSpec(shape, SPEC.dtype)).items():
+            grown = [i for i, (a, b) in enumerate(zip(once[part].spec.shape, more.spec.shape, strict=True)) if a != b]
+            assert grown == ([] if getattr(once[part], where) is None else [getattr(once[part], where)]), (part, where)
+            assert all(more.spec.shape[i] == 2 * once[part].spec.shape[i] for i in grown)
 
 
 @every_pair
@@ -139,13 +158,13 @@ def test_a_codec_it_cannot_load_is_refused_by_name_and_form(runtime: ModuleType,
 
 
 def plan_of(folder: Path, runtime: ModuleType, codec: Codec, *, experts_only: bool = False) -> Plan:
-    rules = recipe.built_in("test", codec, experts_only=experts_only, mtp=True, keep_unfit=False)
+    rules = built_in.one_codec("test", codec, experts_only=experts_only, mtp=True, keep_unfit=False)
     return planned(folder, runtime, recipe.KEEP_ALL if codec == KEEP else rules)
 
 
 def planned(folder: Path, runtime: ModuleType, rules: recipe.Recipe) -> Plan:
     name = runtime.__name__.rpartition(".")[2]
-    return make_plan(Checkpoint.open(folder), runtime=name, recipe=rules, unsupported=True)
+    return make_plan(open_source(folder), runtime=name, recipe=rules, unsupported=True)
 
 
 @pytest.fixture(scope="module", params=["0.3b", "21b", "vl-28b"])
@@ -169,7 +188,9 @@ def test_config_json_promises_what_is_written(runtime: ModuleType, codec: Codec,
         if "0.3b" not in release.name:
             for wint4_layers in (0, 1, 2, None):
                 effort = codec.effort if isinstance(codec, ConvolutionalCode) else 16
-                assert_promise(runtime, planned(release, runtime, recipe.container("test", wint4_layers, effort=effort)))
+                assert_promise(
+                    runtime, planned(release, runtime, built_in.fastdeploy_container("test", wint4_layers, effort=effort))
+                )
         return
     for experts_only in (False, True) if "0.3b" not in release.name else (False,):
         plan = plan_of(release, runtime, codec, experts_only=experts_only)

@@ -27,20 +27,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ernie_quant.sources import open_source
+
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from ernie_quant.cli import _show
 from models import random_model
 from safetensors.torch import load_file
 from synthetic import write_bin, write_model, write_pdparams, write_safetensors
 
-from ernie_quant import codecs, names, recipe
+from ernie_quant import codecs
 from ernie_quant import inspect as inspection
-from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import MAX_LINE, MAX_LINES, ErnieQuantError
-from ernie_quant.plan import Plan, make_plan, summary
-from ernie_quant.run import run_plan
+from ernie_quant.plan import built_in, recipe
+from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.steps import Plan
+from ernie_quant.plan.summary import summary
+from ernie_quant.run.whole import run_plan
+from ernie_quant.weights import layouts
 from faults._mutations import BULKS, Archive, boundaries, changed_archive, changed_json, changed_pickle, changed_safetensors
 from faults._watch import watching
 
@@ -119,8 +125,8 @@ class Sandbox:
         write_safetensors(self.canary, {"model.norm.weight": torch.ones(32)})
         (root / "canary").mkdir()
         shutil.copy(self.canary, root / "canary" / "model.safetensors")
-        dense, moe = self.model("dense", names.PADDLE, DENSE), self.model("moe", names.PT, MOE)
-        mtp, vl = self.model("moe_mtp", names.PADDLE, MOE), self.model("vl", names.PADDLE, VL)
+        dense, moe = self.model("dense", layouts.PADDLE, DENSE), self.model("moe", layouts.PT, MOE)
+        mtp, vl = self.model("moe_mtp", layouts.PADDLE, MOE), self.model("vl", layouts.PADDLE, VL)
         self.variants: dict[str, list[Variant]] = {kind: [] for kind in KINDS}
         for i, (config, tensors) in enumerate((dense, moe)):
             sharded = write_model(root / f"sharded{i}", config, tensors, 2, "U16")
@@ -132,7 +138,7 @@ class Sandbox:
         for i, (config, tensors) in enumerate((mtp, vl)):
             self.add("config", write_model(root / f"other{i}", config, tensors), "config.json")
         out = root / "wint4"
-        run_plan(make_plan(Checkpoint.open(root / "single1"), runtime="vllm", recipe=wint4()), out, workers=1)
+        run_plan(make_plan(open_source(root / "single1"), runtime="vllm", recipe=wint4()), out, workers=1)
         self.add("config", out, "config.json", dequantize=True)
         for i, (protocol, split) in enumerate(((2, None), (3, 500), (4, None))):
             folder = self.folder(f"pdparams{i}", mtp[0])
@@ -214,7 +220,7 @@ def bulk(rng: random.Random, kind: str) -> bytes:
 def wint4() -> recipe.Recipe:
     """4 bits for every linear."""
     codec = codecs.make("rtn", {"bits": 4, "group_size": 32, "scale": "absmax"})
-    return recipe.built_in("wint4", codec, experts_only=False, mtp=False, keep_unfit=False)
+    return built_in.one_codec("wint4", codec, experts_only=False, mtp=False, keep_unfit=False)
 
 
 # --- one mutation ----------------------------------------------------------------------------------------------------
@@ -243,10 +249,10 @@ def time_limit() -> Iterator[None]:
 def look_and_plan(variant: Variant, rng: random.Random) -> list[Plan]:
     """What `inspect`, `convert --dry-run` and `wint4 --dry-run` do. Raises what they raise."""
     found = inspection.inspect(variant.folder)
-    shown = inspection.as_text(found) + json.dumps(inspection.as_json(found), ensure_ascii=False)
+    shown = _show.inspection(found) + json.dumps(vars(found), ensure_ascii=False)
     shown.encode()
     assert all(line.isprintable() for line in (*found.anomalies, *found.notes)), "inspect shows what does not print"
-    checkpoint = Checkpoint.open(variant.folder)
+    checkpoint = open_source(variant.folder)
     if variant.dequantize:
         return [make_plan(checkpoint, runtime=rng.choice(("vllm", "fastdeploy")), dequantize=True)]
     wanted = [("vllm", recipe.KEEP_ALL), ("fastdeploy", recipe.KEEP_ALL), ("vllm", wint4())]

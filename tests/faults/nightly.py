@@ -64,13 +64,14 @@ def serve() -> None:
     from ernie_quant.cli import nightly  # noqa: F401
     from models import write
 
-    from ernie_quant import recipe, verify
+    from ernie_quant.check import verify
     from ernie_quant.codecs.rtn import RoundToNearest
+    from ernie_quant.plan import built_in
 
     torch.set_num_threads(1)
     sys.modules["matplotlib"] = None  # type: ignore[assignment] # pictures take longer than all the rest, and are files as others
     huggingface_hub.utils.disable_progress_bars()
-    rules = recipe.built_in("wint4", RoundToNearest(4, 32), experts_only=False, mtp=False, keep_unfit=False)
+    rules = built_in.one_codec("wint4", RoundToNearest(4, 32), experts_only=False, mtp=False, keep_unfit=False)
     with tempfile.TemporaryDirectory() as warm:
         write(SOURCE, Path(warm) / "out", recipe=rules)
         verify.verify(Path(warm) / "out")

@@ -1,0 +1,110 @@
+"""What commands print: plans, results, inspections; for people or as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ernie_quant.errors import shown
+
+if TYPE_CHECKING:
+    from ernie_quant.inspect import Inspection
+    from ernie_quant.plan.steps import Plan
+    from ernie_quant.run.whole import RunResult
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one result on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    from ernie_quant.plan.summary import bits_per_weight
+
+    return {
+        "bytes_in": plan.origin.nbytes,
+        "bytes_out": plan.nbytes,
+        "disk_bytes": plan.disk_bytes,
+        "bits_per_weight": round(bits_per_weight(plan), 4),
+        "files": len(plan.shards),
+        "tp_sizes": list(plan.tp_sizes),
+        "notes": list(plan.notes),
+    }
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    from ernie_quant.plan.summary import summary
+    from ernie_quant.report.tables import table
+
+    facts, groups = _facts(plan), summary(plan)
+    if as_json:
+        print_json({"status": "planned", **facts, "groups": groups})
+        return
+    lines = [
+        (g["name"], g["codec"], str(g["tensors"]), f"{g['bytes_in'] / 1e9:.3f}", f"{g['bytes_out'] / 1e9:.3f}") for g in groups
+    ]
+    click.echo(table(("tensors", "codec", "count", "GB in", "GB out"), lines))
+    click.echo(
+        f"\n{facts['bytes_in'] / 1e9:.2f} GB -> {facts['bytes_out']} bytes ({facts['bytes_out'] / 1e9:.2f} GB) of tensors,"
+        f" {facts['bits_per_weight']:.3f} bits per weight, in {facts['files']} file(s); disk needed: {facts['disk_bytes']} bytes"
+    )
+    _show_notes(plan)
+
+
+def _show_notes(plan: Plan) -> None:
+    if plan.tp_sizes:
+        click.echo(f"tensor-parallel sizes that fit: {', '.join(map(str, plan.tp_sizes))}")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+
+
+def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> None:
+    from ernie_quant.report.rows import total
+    from ernie_quant.report.tables import tables
+    from ernie_quant.result.card import run_commands
+
+    plan, reports, complete = result.plan, result.reports, result.complete_before
+    if as_json:
+        changed = total([r for r in reports if r.changed])
+        errors = {"rel_error": changed.rel_error, "worst_rel_error": changed.worst, "quantized": changed.tensors}
+        errors["files_before"] = result.files_before
+        print_json(
+            {"status": "complete" if complete else "done", "out": str(out), **_facts(plan), **({} if complete else errors)}
+        )
+        return
+    if complete:
+        click.echo(f"{out}: complete")
+        return
+    if not quiet:
+        click.echo(tables(reports))
+        _show_notes(plan)
+        before = f" ({result.files_before} were finished before)" if result.files_before else ""
+        click.echo(f"\n{out}: {plan.nbytes / 1e9:.3f} GB in {len(plan.shards)} file(s){before}. To run it:")
+        for title, command in run_commands(plan, out):
+            click.echo(f"  {title}: {command}")
+
+
+def inspection(found: Inspection) -> str:
+    """For people."""
+    from ernie_quant.inspect import COUNTS
+    from ernie_quant.report.tables import table
+
+    ranks = f", {found.ranks} tensor-parallel ranks" if found.ranks > 1 else ""
+    dtypes = ", ".join(f"{n} x {dtype}" for dtype, n in sorted(found.dtypes.items()))
+    lines = [
+        f"{found.source}: {found.family}, {found.layout} layout{ranks}",
+        f"{found.tensors} tensors ({dtypes}), {found.bytes / 1e9:.2f} GB in {found.files} file(s)",
+        ", ".join(f"{COUNTS[key]} {n}" for key, n in found.counts.items() if n),
+        ", ".join(f"{key} {n}" for key, n in found.dims.items()),
+        "",
+        table(
+            ("role", "tensors", "GB"),
+            [(role, str(r["tensors"]), f"{r['bytes'] / 1e9:.3f}") for role, r in found.roles.items()],
+        ),
+    ]
+    lines += [f"note: {note}" for note in found.notes]
+    lines += shown([f"anomaly: {anomaly}" for anomaly in found.anomalies])
+    return "\n".join(lines if found.anomalies else [*lines, "", "no anomalies"])

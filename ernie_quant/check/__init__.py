@@ -1,0 +1,1 @@
+"""Is a result what it says? Read back from disk."""

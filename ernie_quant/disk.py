@@ -1,0 +1,73 @@
+"""Files that are whole or not there: written through a partial one, made durable, hashed, locked."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from ernie_quant.errors import OutputError, RetryError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PARTIAL = ".partial"
+CHUNK = 8 << 20
+
+
+@contextmanager
+def hold(place: Path, busy: str) -> Iterator[IO[str]]:
+    """The file `place`, locked for this process alone. Raises RetryError(busy), OutputError where no lock can be had."""
+    with open(place, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RetryError(busy) from None
+        except OSError as error:
+            raise OutputError(f"{place}: cannot be locked ({error.strerror}); choose a folder on another disk") from None
+        yield file
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
+    """The hash of a file on disk."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+            progress(len(data))
+    return digest.hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of a descriptor says the name of its file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_file(path: Path, data: bytes) -> str:
+    """Write a small file through a partial one; its sha256."""
+    partial = path.with_name(path.name + PARTIAL)
+    with naming(path), open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    fsync_folder(path.parent)
+    return hashlib.sha256(data).hexdigest()

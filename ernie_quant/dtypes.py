@@ -1,0 +1,42 @@
+"""The stored dtypes in safetensors' spelling: their sizes, and their names in torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# U16 in Paddle files holds bfloat16 bits; readers hand it on as BF16
+ITEMSIZE = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4,
+    "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+STORED_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+FLOATS = ("BF16", "F16", "F32")  # of plain weights
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of a stored one."""
+    import torch
+
+    found: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The stored dtype of torch's."""
+    return STORED_NAMES[str(dtype).removeprefix("torch.")]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied where it is on the CPU."""
+    import torch
+
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,1 @@
+"""Every night: from a repository to published quantized ones, or nothing to do."""

@@ -1,0 +1,167 @@
+"""job.toml: which repository becomes which published ones. Read and judged as a whole before anything starts.
+
+[source]
+repo = "hf://baidu/ERNIE-4.5-21B-A3B-Paddle"    # or a folder
+revision = "main"
+
+[[target]]
+repo = "my-org/ERNIE-4.5-21B-A3B-WINT4"
+recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, wint2; or [[target.rule]] tables
+experts_only = true
+
+[limits]
+disk_budget = "60GB"
+max_hours = 8
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ernie_quant import hubs, settings
+from ernie_quant.errors import PlanError
+from ernie_quant.plan import built_in, recipe
+from ernie_quant.plan.recipe import KEEP_ALL, Recipe
+from ernie_quant.plan.steps import SHARD_BYTES
+from ernie_quant.settings import Settings, parse_size
+
+REPO = re.compile(r"((?P<scheme>[a-z]+)://)?(?P<repo>[\w.-]+/[\w.-]+)")
+REVISION = re.compile(r"[\w./-]+")
+
+
+@dataclass(frozen=True)
+class JobTarget:
+    """One published repository."""
+
+    scheme: str
+    repo: str
+    revision: str
+    private: bool | None
+    tag: bool
+    recipe: Recipe
+    runtime: str
+    tp: int
+    shard_bytes: int
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder in which it is made."""
+        hub = "" if self.scheme == "hf" else f"{self.scheme}--"
+        return f"{hub}{self.repo}@{self.revision}".replace("/", "--")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job file says; `disk_budget` and `max_hours` None for no limit."""
+
+    source: str
+    targets: tuple[JobTarget, ...]
+    disk_budget: int | None
+    max_hours: float | None
+
+
+def read_job(path: Path) -> Job:
+    """The job in a TOML file. Raises PlanError with every mistake in it."""
+    table = settings.read_toml(path)
+    problems: list[str] = []
+    source = _source(Settings("[source]", table.pop("source", None), problems))
+    entries = table.pop("target", [])
+    if not isinstance(entries, list) or not entries:
+        problems.append("has no [[target]]")
+        entries = []
+    targets = [_target(Settings(f"[[target]] {number}", entry, problems)) for number, entry in enumerate(entries, 1)]
+    limits = _limits(Settings("[limits]", table.pop("limits", {}), problems))
+    problems += [f"{key}: unknown; a job has [source], [[target]] and [limits]" for key in table]
+    places = [target.folder for target in targets if target.repo]
+    twice = sorted({place for place in places if places.count(place) > 1})
+    problems += [f"{place}: is the place of more than one [[target]]" for place in twice]
+    if problems:
+        raise PlanError(f"{path}: {len(problems)} mistake(s)", problems)
+    return Job(source, tuple(targets), *limits)
+
+
+def _source(table: Settings) -> str:
+    repo, revision = table.take("repo", str), table.take("revision", str, "")
+    table.end()
+    if "://" not in repo:
+        if revision:
+            table.wrong(f"revision: {repo} is a folder and has none")
+        return repo
+    if revision and ("@" in repo or not REVISION.fullmatch(revision)):
+        table.wrong(f"revision {revision!r} is no name of a branch, tag or commit, or not the only one")
+        return repo
+    address = f"{repo}@{revision}" if revision else repo
+    table.attempt(lambda: hubs.parse(address), None)
+    return address
+
+
+def _limits(table: Settings) -> tuple[int | None, float | None]:
+    budget, hours = table.pop("disk_budget"), table.take("max_hours", float, float("inf"))
+    table.end()
+    if not hours > 0:
+        table.wrong(f"max_hours is {hours}, not a number above 0")
+    nbytes = None if budget is None else table.attempt(lambda: parse_size(budget), 0, "disk_budget")
+    return nbytes, None if hours == float("inf") else hours
+
+
+def _target(table: Settings) -> JobTarget:
+    repo, revision = table.take("repo", str), table.take("revision", str, "")
+    found = REPO.fullmatch(repo)
+    scheme, name = (found["scheme"] or "hf", found["repo"]) if found else ("", repo)
+    if repo and not found:
+        table.wrong(f"repo {repo!r} is not ORG/NAME or SCHEME://ORG/NAME")
+    if found and scheme not in hubs.schemes():
+        table.wrong(f"repo {repo!r}: nothing can be published there; there is {', '.join(f'{hub}://' for hub in hubs.schemes())}")
+    elif found:
+        revision = revision or hubs.default_branch(scheme)
+    if revision and not REVISION.fullmatch(revision):
+        table.wrong(f"revision {revision!r} is no name of a branch")
+    private = table.pop("private")
+    if private is not None and type(private) is not bool:
+        table.wrong(f"private is {private!r}, not true or false")
+    tag, tp = table.take("tag", bool, False), table.take("tp", int, 1)
+    size = table.pop("max_shard_size", SHARD_BYTES)
+    shard_bytes = table.attempt(lambda: parse_size(size), SHARD_BYTES, "max_shard_size")
+    rules, runtime = _recipe(table)
+    table.end()
+    if tp not in (1, 2, 4, 8, 16) or (tp > 1 and runtime != built_in.FASTDEPLOY):
+        table.wrong(f"tp is {tp}, not 1, or 2, 4, 8 or 16 with runtime fastdeploy")
+    return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes)
+
+
+def _recipe(table: Settings) -> tuple[Recipe, str]:
+    """Recipe and runtime: a built-in name with its options, or rules."""
+    rules = table.pop("rule")
+    if rules is not None:
+        runtime, keep = _runtime(table, *built_in.known_runtimes("wint8")), table.take("keep_unfit", bool, False)
+        return table.attempt(lambda: recipe.of_rules("rules", rules, keep_unfit=keep), KEEP_ALL), runtime
+    name = table.take("recipe", str)
+    if name not in built_in.KINDS:
+        if name:
+            table.wrong(f"recipe {name!r} is none of {', '.join(built_in.KINDS)}; for others give [[target.rule]] tables")
+        for option in (
+            "runtime",
+            *(o for kind in built_in.KINDS for r in built_in.known_runtimes(kind) for o in built_in.options(kind, r)),
+        ):
+            table.pop(option)  # of which recipe cannot be said
+        return KEEP_ALL, built_in.FASTDEPLOY
+    runtime = _runtime(table, *built_in.known_runtimes(name))
+    given = {key: _option(table, key, default) for key, default in built_in.options(name, runtime).items()}
+    return table.attempt(lambda: built_in.make(name, runtime, **given).recipe, KEEP_ALL), runtime
+
+
+def _option(table: Settings, key: str, default: Any) -> Any:
+    """A group size may be a number or a word, and the codec says which; of all others the type is known."""
+    return table.pop(key, default) if key == "group_size" else table.take(key, type(default), default)
+
+
+def _runtime(table: Settings, *known: str) -> str:
+    """One of `known`, the first if none is given."""
+    name = table.take("runtime", str, known[0])
+    if name in known:
+        return name
+    table.wrong(f"runtime is {name!r}, not {' or '.join(known)}")
+    return known[0]

@@ -1,0 +1,230 @@
+"""The nightly job: for every target, make it if it is not published already, verify it, publish it, and forget the files.
+
+A run that was killed, missed or doubled is harmless: what is begun goes on, what is published is known by its fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ernie_quant import hubs
+from ernie_quant.check.verify import verify
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.disk import FULL, hold
+from ernie_quant.errors import AnotherPlanError, ErnieQuantError, RetryError
+from ernie_quant.hubs import Publisher
+from ernie_quant.jsonio import read_object
+from ernie_quant.nightly.job import Job, JobTarget
+from ernie_quant.paths import MANIFEST
+from ernie_quant.plan.identity import fingerprint
+from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.reshard import check_size, shared_identity
+from ernie_quant.plan.steps import Plan
+from ernie_quant.publish import Target, publish, repair
+from ernie_quant.report.rows import FILENAME, TensorReport, total
+from ernie_quant.run.shared import run_shared
+from ernie_quant.run.whole import run_plan
+from ernie_quant.sources import open_source
+
+SAMPLE = 100  # tensors whose values are checked before they are published
+DROPPED = ".dropped"  # in the work folder: what is being deleted
+
+Log = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """What became of a target: published, up-to-date, failed or retry; the commit is that of the published repository."""
+
+    repo: str
+    status: str
+    commit: str = ""
+    bytes: int = 0
+    rel_error: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """`status` is the worst of the targets'."""
+
+    status: str
+    source: str
+    source_commit: str
+    targets: tuple[TargetResult, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 something failed that will fail again, 75 worth retrying."""
+        return {"failed": 1, "retry": RetryError.exit_code}.get(self.status, 0)
+
+
+def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = lambda **_: None) -> JobResult:
+    """All targets, one after the other; one that fails does not stop the others. Raises RetryError if a run is at work."""
+    work.mkdir(parents=True, exist_ok=True)
+    hours = max_hours or job.max_hours
+    deadline = time.monotonic() + 3600 * hours if hours else None
+    with _logged(log), hold(work / "lock", f"{work}: another run of a job is at work here"):
+        shutil.rmtree(work / DROPPED, ignore_errors=True)
+        source = open_source(job.source)
+        log(event="source", source=job.source, commit=source.revision, bytes=source.nbytes)
+        plans = [_plan(source, target, job.disk_budget) for target in job.targets]  # every refusal comes before any work
+        publishers = {t.scheme: hubs.publisher(t.scheme) for t in job.targets}
+        found = tuple(
+            _attempt(target, plan, job, work, publishers[target.scheme], deadline, log)
+            for target, plan in zip(job.targets, plans, strict=True)
+        )
+        log(event="end", status=_worst(found))
+    return JobResult(_worst(found), job.source, source.revision, found)
+
+
+def _plan(source: Checkpoint, target: JobTarget, disk_budget: int | None) -> Plan:
+    plan = make_plan(source, runtime=target.runtime, recipe=target.recipe, shard_bytes=target.shard_bytes)
+    if target.tp > 1:
+        check_size(plan, target.tp)
+    if disk_budget is not None and source.downloader is not None:
+        source.downloader.check_budget([shard.needs for shard in plan.shards], disk_budget)
+    return plan
+
+
+def _attempt(
+    target: JobTarget, plan: Plan, job: Job, work: Path, hub: Publisher, deadline: float | None, log: Log
+) -> TargetResult:
+    """A target, and its failure as a result."""
+    log(event="target", repo=target.repo)
+    try:
+        result = _target(target, plan, job, work, hub, deadline, log)
+    except ErnieQuantError as error:
+        status = "retry" if isinstance(error, RetryError) else "failed"
+        result = TargetResult(target.repo, status, error=str(error))
+    except OSError as error:
+        status = "retry" if error.errno in FULL else "failed"
+        result = TargetResult(target.repo, status, error=f"{error.filename or 'input/output'}: {error.strerror}")
+    log(event="result", **asdict(result))
+    return result
+
+
+def _target(
+    target: JobTarget, plan: Plan, job: Job, work: Path, hub: Publisher, deadline: float | None, log: Log
+) -> TargetResult:
+    out = work / target.folder
+    wanted = fingerprint(shared_identity(plan, target.tp))
+    tag = f"{plan.source.revision[:12] or 'local'}-{wanted[:12]}" if target.tag else ""
+    if (commit := _published(hub, target, wanted)) is not None:
+        _tag(hub, target, tag, commit)  # a run may have been killed just before it
+        _forget(out)
+        return TargetResult(target.repo, "up-to-date", commit)
+    repair(out, target.repo)  # the last run may have been killed while it wrote the card
+    report = _make(target, plan, job, out, deadline, log)
+    checked = verify(out, sample=SAMPLE)
+    log(event="verified", repo=target.repo, files=checked.files, tensors=checked.tensors, sampled=checked.sampled)
+    done = publish(out, hub, Target(target.repo, target.revision, target.private), _until(deadline))
+    _tag(hub, target, tag, done.commit)
+    _forget(out)
+    return replace(report, status=done.status, commit=done.commit)
+
+
+def _published(hub: Publisher, target: JobTarget, wanted: str) -> str | None:
+    """The commit of the target's branch, if that holds this very result: same source, recipe, options and versions."""
+    if hub.is_private(target.repo) is None:
+        return None
+    head = hub.head(target.repo, target.revision)
+    if head is None or MANIFEST not in head.files:
+        return None
+    try:
+        found = json.loads(hub.fetch(target.repo, head.commit, MANIFEST))
+        same = found["fingerprint"] == wanted and all(
+            (there := head.files.get(name)) is not None
+            and there.nbytes == entry["bytes"]
+            and there.sha256 in ("", entry["sha256"])
+            for name, entry in found["files"].items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a manifest of ours, or damaged
+        return None
+    return head.commit if same else None
+
+
+def _tag(hub: Publisher, target: JobTarget, tag: str, commit: str) -> None:
+    """Name a commit after source and recipe; one that has the name already holds the same files."""
+    if tag and hub.head(target.repo, tag) is None:
+        hub.tag(target.repo, tag, commit)
+
+
+def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | None, log: Log) -> TargetResult:
+    """Go on with what was begun for this very plan, begin anew otherwise."""
+    progress = _until(deadline)
+    progress(0)
+    how: dict[str, Any] = {"disk_budget": job.disk_budget, "progress": progress, "workers": 0}
+
+    def run(restart: bool) -> Any:
+        if target.tp > 1:
+            return run_shared(plan, out, target.tp, restart=restart, **how)
+        return run_plan(plan, out, restart=restart, **how)
+
+    try:
+        result = run(restart=False)
+    except AnotherPlanError as error:  # of a night that never ended, for a source or recipe of then
+        log(event="restart", repo=target.repo, why=str(error))
+        result = run(restart=True)
+    rows = result.reports or [TensorReport.from_json(row) for row in read_object(out / FILENAME)["tensors"]]
+    changed = total([r for r in rows if r.changed])
+    log(event="made", repo=target.repo, bytes=result.plan.nbytes, files_before=result.files_before, rel_error=changed.rel_error)
+    return TargetResult(target.repo, "", bytes=result.plan.nbytes, rel_error=changed.rel_error)
+
+
+def _until(deadline: float | None) -> Callable[[int], None]:
+    """A progress that raises RetryError once the time is up."""
+
+    def progress(_: int) -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            raise RetryError("max_hours have passed; the next run goes on where this one stopped")
+
+    return progress
+
+
+def _forget(out: Path) -> None:
+    """A published result needs no files here. It goes at once, so that half of it is not taken for something else."""
+    if out.is_dir():
+        (out.parent / DROPPED).mkdir(exist_ok=True)
+        os.replace(out, out.parent / DROPPED / out.name)
+        shutil.rmtree(out.parent / DROPPED)
+
+
+@contextmanager
+def _logged(log: Log) -> Iterator[None]:
+    """What ends the whole job is in its log too."""
+    try:
+        yield
+    except ErnieQuantError as error:
+        log(event="error", error=str(error), exit_code=error.exit_code)
+        raise
+
+
+def _worst(results: tuple[TargetResult, ...]) -> str:
+    found = {result.status for result in results}
+    return next(status for status in ("failed", "retry", "published", "up-to-date") if status in found)
+
+
+def summary(result: JobResult) -> str:
+    """For a mail: one line for the job, one for each target."""
+    lines = [f"{result.status}: {result.source}{f' at {result.source_commit[:12]}' if result.source_commit else ''}"]
+    for target in result.targets:
+        more = {
+            "published": f"{target.bytes / 1e9:.2f} GB, relative error {target.rel_error:.3g}, commit {target.commit[:12]}",
+            "up-to-date": f"commit {target.commit[:12]}",
+        }.get(target.status, target.error)
+        lines.append(f"  {target.status}: {target.repo}: {more}")
+    return "\n".join(lines)
+
+
+def as_json(result: JobResult) -> dict[str, Any]:
+    """For --json."""
+    return asdict(result)

@@ -1,0 +1,51 @@
+"""Names of files and folders in a checkpoint or a result, and that none of them leads out of its folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ernie_quant.errors import CheckpointError, MissingFileError
+
+MTP_FOLDER = "mtp"
+RANK_FOLDER = re.compile(r"rank(\d+)")
+MANIFEST, SUMS = "ernie-quant.json", "SHA256SUMS"
+STATE = ".ernie-quant"
+CONFIG, README, SOURCE_README = "config.json", "README.md", "README.source.md"
+
+
+def weight_folders(root: Path) -> list[Path]:
+    """The folders in which a result, of whatever number of ranks, may have weights: rank folders, mtp/ and the root."""
+    models = [root, root / MTP_FOLDER]
+    ranks = [p for m in models if m.is_dir() for p in sorted(m.iterdir()) if RANK_FOLDER.fullmatch(p.name) and p.is_dir()]
+    return [*ranks, *(m for m in reversed(models) if m.is_dir())]
+
+
+def inside(folder: Path, name: str, who: str) -> Path:
+    """`folder / name`, if that is a regular file that lies in it. Raises CheckpointError.
+
+    A link may point to the `blobs` of the download cache whose snapshot the folder is; nowhere else.
+    """
+    path = folder / plain(name, who)
+    try:
+        real, root = path.resolve(), folder.resolve()
+        exists, regular = path.exists(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for the disk, links in a circle
+        raise CheckpointError(f"{name[:200]}: named by {who}, but cannot be looked up: {error}"[:400]) from None
+    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    if not any(real.is_relative_to(r) for r in roots):
+        raise CheckpointError(f"{name}: is a link to {real}, outside the folder; copy the file or open its folder")
+    if not exists:
+        raise MissingFileError(f"{name}: named by {who}, but is not there")
+    if not regular:
+        raise CheckpointError(f"{name}: named by {who}, but is no regular file")
+    return path
+
+
+def plain(name: str, who: str) -> PurePosixPath:
+    """A relative name, without tricks on any system. Raises CheckpointError."""
+    parts = PurePosixPath(name).parts
+    good = name and parts == PureWindowsPath(name).parts and not PureWindowsPath(name).drive and name.isprintable()
+    if not good or ".." in parts or name.startswith("/") or any(":" in p for p in parts):
+        raise CheckpointError(f"{who} names the file {name[:200]!r}, which is not a plain name in the folder")
+    return PurePosixPath(name)

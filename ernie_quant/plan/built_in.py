@@ -1,0 +1,134 @@
+"""The recipes behind the short commands, with their options and defaults: the one place that knows them.
+
+The command line, the job file and `plan` ask here. A recipe is made of options by `make`; what an option may be is checked
+by the codecs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ernie_quant import codecs, runtimes
+from ernie_quant.codecs import Codec
+from ernie_quant.errors import PlanError
+from ernie_quant.names import MTP, QUANTIZABLE, ROLES
+from ernie_quant.plan.recipe import EXPERT_ROLES, KEEP_ALL, Recipe, RecipeRule
+
+WINT4_LAYERS = 7  # experts of layers below this one are WINT4 in a 2-bit model, as in the published ones
+MOST_LAYERS = 1000
+GROUP_SIZE, SCALE, EFFORT = 128, "mse", 16
+
+WHICH: Mapping[str, Any] = {"experts_only": False, "mtp": False, "keep_unfit": False}
+INTEGERS: Mapping[str, Any] = {"group_size": GROUP_SIZE, "scale": SCALE, **WHICH}
+WINT2: Mapping[str, Any] = {"wint4_layers": WINT4_LAYERS, "scale": SCALE, "effort": EFFORT}
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A recipe and the runtime that it is for."""
+
+    recipe: Recipe
+    runtime: str
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Options with their defaults, and the recipe that is made of them."""
+
+    options: Mapping[str, Any]
+    build: Callable[..., Recipe]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One name: the runtime that it is for if nobody says so, and what it is for a runtime ("" for all others)."""
+
+    default_runtime: str
+    forms: Mapping[str, _Form]
+
+    def form(self, runtime: str) -> _Form:
+        """What it is for this runtime."""
+        return self.forms[runtime if runtime in self.forms else ""]
+
+
+def options(name: str, runtime: str) -> Mapping[str, Any]:
+    """What a built-in recipe takes for a runtime: option -> default."""
+    return KINDS[name].form(runtime).options
+
+
+def known_runtimes(name: str) -> tuple[str, ...]:
+    """The runtimes that a built-in recipe is for, the usual one first."""
+    usual = KINDS[name].default_runtime
+    return (usual, *(other for other in runtimes.storing(name) if other != usual))
+
+
+def make(name: str, runtime: str = "", **given: Any) -> BuiltIn:
+    """The recipe `name` for a runtime, with defaults for what is not given. Raises PlanError or ValueError."""
+    runtime = runtime or KINDS[name].default_runtime
+    if runtime not in (known := known_runtimes(name)):
+        raise PlanError(f"{name} is not stored for {runtime}; it is for {', '.join(known)}", [])
+    form = KINDS[name].form(runtime)
+    if unknown := sorted(given.keys() - form.options.keys()):
+        raise PlanError(f"{name} for {runtime} has no option {', '.join(unknown)}", [])
+    return BuiltIn(form.build(name, **{**form.options, **given}), runtime)
+
+
+def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
+    """One codec for the experts, or for every quantizable linear."""
+    roles = EXPERT_ROLES if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and (r != MTP or mtp))
+    hint = "this model has no experts; without --experts-only its other linears are quantized"
+    return Recipe(name, (RecipeRule(codec, roles, if_unused=hint if experts_only else ""),), keep_unfit)
+
+
+def fastdeploy_container(name: str, wint4_layers: int | None, *, scale: str = SCALE, effort: int = EFFORT) -> Recipe:
+    """FastDeploy's container: WINT4 experts below layer `wint4_layers` (None: all of them), WINT2 above, WINT8 for all else."""
+    if wint4_layers is not None and not 0 <= wint4_layers <= MOST_LAYERS:
+        raise ValueError(f"wint4_layers is {wint4_layers}, not a number of layers")
+    hint = "this model has no experts; FastDeploy's container is for those that have"
+    experts = [RecipeRule(_wint(4, scale), EXPERT_ROLES, if_unused=hint)]
+    if wint4_layers is not None:
+        wint2 = RecipeRule(codecs.make("ccq", {"effort": effort}), EXPERT_ROLES, if_unused=hint)
+        below = rf"\.layers\.(?:{'|'.join(map(str, range(wint4_layers)))})\."
+        wint4 = RecipeRule(_wint(4, scale), EXPERT_ROLES, below, optional=True)
+        experts = [wint4, wint2] if wint4_layers else [wint2]
+    others = tuple(r for r in ROLES if r in QUANTIZABLE and r not in EXPERT_ROLES)
+    return Recipe(name, (*experts, RecipeRule(_wint(8, scale), others)))
+
+
+def all_wint8() -> Recipe:
+    """Every linear in WINT8, which FastDeploy makes itself when it loads a plain checkpoint."""
+    return Recipe("wint8", (RecipeRule(_wint(8, SCALE), tuple(r for r in ROLES if r in QUANTIZABLE)),))
+
+
+def _wint(bits: int, scale: str) -> Codec:
+    return codecs.make("rtn", {"bits": bits, "group_size": "channel", "scale": scale, "full_range": False})
+
+
+def _kept(name: str) -> Recipe:
+    return KEEP_ALL
+
+
+def _integers(name: str, *, group_size: int | str, scale: str, **which: bool) -> Recipe:
+    settings = {"bits": int(name.removeprefix("wint")), "group_size": group_size, "scale": scale}
+    return one_codec(name, codecs.make("rtn", settings), **which)
+
+
+def _float8(name: str, **which: bool) -> Recipe:
+    return one_codec(name, codecs.make("fp8", {}), **which)
+
+
+def _wint4_container(name: str, *, scale: str) -> Recipe:
+    return fastdeploy_container(name, None, scale=scale)
+
+
+VLLM, FASTDEPLOY = "vllm", "fastdeploy"
+KINDS: Mapping[str, _Kind] = {
+    "pt": _Kind(VLLM, {"": _Form({}, _kept)}),
+    "paddle": _Kind(FASTDEPLOY, {"": _Form({}, _kept)}),
+    "wint4": _Kind(VLLM, {"": _Form(INTEGERS, _integers), FASTDEPLOY: _Form({"scale": SCALE}, _wint4_container)}),
+    "wint8": _Kind(VLLM, {"": _Form(INTEGERS, _integers)}),
+    "fp8": _Kind(VLLM, {"": _Form(WHICH, _float8)}),
+    "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2, fastdeploy_container)}),
+}

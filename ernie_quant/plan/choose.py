@@ -1,0 +1,98 @@
+"""A codec for every weight: which one, what does not fit, and what a runtime sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ernie_quant import names
+from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.dtypes import FLOATS
+from ernie_quant.names import Weight
+from ernie_quant.plan.recipe import Recipe
+from ernie_quant.runtimes import Linear, Runtime
+from ernie_quant.views import build
+from ernie_quant.views.kinds import View, spec_of
+from ernie_quant.weights.layouts import LAYOUTS, Layout
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A weight of the result, its codec, and the spec of what the codec is given."""
+
+    weight: Weight
+    codec: Codec
+    spec: TensorSpec
+
+    def linear(self, layout: Layout) -> Linear:
+        """As a runtime sees it: [out, in], whatever the layout."""
+        rule = self.weight.row.rule
+        turned = isinstance(self.codec, Keep) and rule.op.transpose and not layout.out_first
+        spec = TensorSpec(self.spec.shape[::-1], self.spec.dtype) if turned else self.spec
+        return Linear(self.weight.name, spec, self.weight.role, self.codec, rule.ranks)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All of them, what does not fit, and what is kept because it does not fit."""
+
+    chosen: tuple[Choice, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices:
+    """A codec for every weight of a result for `target`."""
+    layout = LAYOUTS[target.LAYOUT]
+    chosen: list[Choice] = []
+    problems: list[str] = []
+    unfit: list[str] = []
+    unfit_layers: set[str] = set()  # layers in memory of which a part does not fit
+    for weight in weights:
+        codec = rules.codec_for(weight)
+        spec = spec_of(oriented(weight, codec, layout))
+        problem = codec.problem(spec)
+        if spec.dtype not in FLOATS:
+            problems.append(f"{weight.name}: is {spec.dtype}, not one of {', '.join(FLOATS)}")
+        elif problem and rules.keep_unfit:
+            unfit.append(f"{weight.name}: {problem}")
+            unfit_layers.add(target.layer_of(weight.name, weight.role))
+        elif problem:
+            problems.append(f"{weight.name}: {problem}")
+        chosen.append(Choice(weight, codec, spec))
+    # a layer in memory has one form: with one of its tensors the others are kept
+    fitting = [_kept(c) if target.layer_of(c.weight.name, c.weight.role) in unfit_layers else c for c in chosen]
+    notes = [f"kept, because {line}" for line in folded_problems(unfit)]
+    if others := _quantized(chosen) - _quantized(fitting) - len(unfit):
+        notes.append(f"{others} more tensors are kept, as parts of the same layers")
+    return Choices(tuple(fitting), tuple(problems), tuple(notes))
+
+
+def _kept(choice: Choice) -> Choice:
+    return Choice(choice.weight, KEEP, spec_of(choice.weight.view))
+
+
+def _quantized(chosen: Sequence[Choice]) -> int:
+    return sum(not isinstance(c.codec, Keep) for c in chosen)
+
+
+def oriented(weight: Weight, codec: Codec, layout: Layout) -> View:
+    """Codecs work on [out, in], whatever the layout of the result."""
+    turn = not isinstance(codec, Keep) and not layout.out_first
+    return build.transpose(weight.view) if turn else weight.view
+
+
+def linears_of(chosen: Sequence[Choice], layout: Layout) -> list[Linear]:
+    """The layers that a runtime's configuration speaks of."""
+    return [c.linear(layout) for c in chosen if names.is_layer(c.weight.name, c.weight.role, c.spec.shape)]
+
+
+def folded_problems(lines: Sequence[str]) -> list[str]:
+    """One line for all that differ in the numbers of their names only."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        name, _, rest = line.partition(": ")
+        groups.setdefault(names.folded(name) + ": " + rest, []).append(line)
+    return [group[0] if len(group) == 1 else f"{key} ({len(group)} tensors)" for key, group in groups.items()]

@@ -1,0 +1,114 @@
+"""Every decision and every check, from headers and config alone; the run that follows has nothing left to decide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_quant import runtimes
+from ernie_quant.archs._config import Facts
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.codecs.keep import Keep
+from ernie_quant.dtypes import FLOATS, TORCH_NAMES
+from ernie_quant.errors import ConfigError, PlanError
+from ernie_quant.names import EMBED
+from ernie_quant.plan.capacity import Model, gpus_needed
+from ernie_quant.plan.choose import Choice, choose, folded_problems, linears_of, oriented
+from ernie_quant.plan.files import into_files
+from ernie_quant.plan.identity import identity
+from ernie_quant.plan.recipe import KEEP_ALL, Recipe
+from ernie_quant.plan.steps import SHARD_BYTES, Plan, Step
+from ernie_quant.runtimes import Linear, Runtime, _sharing
+from ernie_quant.views.kinds import View
+from ernie_quant.weights.layouts import LAYOUTS, Layout
+from ernie_quant.weights.plain import Resolved, refuse_quantized, resolve
+from ernie_quant.weights.stored import resolve_quantized
+
+
+def make_plan(
+    source: Checkpoint,
+    *,
+    runtime: str,
+    recipe: Recipe = KEEP_ALL,
+    vl_config: str = "flat",
+    fixes: frozenset[str] = frozenset(),
+    copy_code: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    unsupported: bool = False,
+    dequantize: bool = False,
+    statistics: Mapping[str, Mapping[str, View]] | None = None,
+) -> Plan:
+    """Decide everything. `statistics`: weight -> what is known of its inputs, for codecs that look at it.
+
+    Raises PlanError with every problem found, or ConfigError."""
+    target = runtimes.find(runtime)
+    if not dequantize:
+        refuse_quantized(source)
+    table = resolve_quantized(source) if dequantize else resolve(source, fixes)
+    if table.problems:
+        raise PlanError(f"{source.folder}: {len(table.problems)} problem(s) in the checkpoint", table.problems)
+    layout = LAYOUTS[target.LAYOUT]
+    weights = layout.join(table.weights)
+    choices = choose(weights, recipe, target)
+    linears = linears_of(choices.chosen, layout)
+    refused = target.unsupported(linears)
+    problems = [*choices.problems, *recipe.unused(weights), *target.problems(linears), *([] if unsupported else refused)]
+    if problems:
+        raise PlanError(f"{source.folder}: cannot be done as asked", folded_problems(problems))
+    steps = [_step(choice, target, (statistics or {}).get(choice.weight.name, {})) for choice in choices.chosen]
+    copies, left = _copies(source, copy_code)
+    config = _config(table, layout, vl_config, steps, copy_code)
+    if (entry := target.quantization_config(linears)) is not None:
+        _check_promise(target, entry, linears)
+        config |= {**target.CONFIG, "quantization_config": entry}
+    model = Model.of(table.config, table.map.dims)
+    tp_sizes = _sharing.tp_sizes(target, linears, model.dims, model.heads)
+    options = {
+        "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes, "dequantize": dequantize
+    }  # fmt: skip
+    return Plan(
+        source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, copies, tp_sizes,
+        (*source.notes, *left, *choices.notes, *refused, *target.notes(linears)),
+        identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, tp_sizes, model),
+    )  # fmt: skip
+
+
+def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> Step:
+    weight, codec, spec = choice.weight, choice.codec, choice.spec
+    multiple = math.lcm(codec.rows, 1 if isinstance(codec, Keep) else target.ROWS)
+    view = oriented(weight, codec, LAYOUTS[target.LAYOUT])
+    parts = target.parts(weight.name, codec, spec)
+    return Step(weight.name, weight.role, view, spec, codec, parts, weight.sources, multiple, statistics=statistics)
+
+
+def _check_promise(target: Runtime, entry: Mapping[str, Any], linears: Sequence[Linear]) -> None:
+    """config.json is derived from what is written; here it is read back and must say the same."""
+    promised = target.codecs_of(entry, [(li.name, li.spec) for li in linears])
+    for linear in linears:
+        assert target.parts(linear.name, promised[linear.name], linear.spec) == target.parts(
+            linear.name, linear.codec, linear.spec
+        ), f"{linear.name}: config.json promises {promised[linear.name].describe()}, the plan says {linear.codec.describe()}"
+
+
+def _copies(source: Checkpoint, copy_code: bool) -> tuple[tuple[Path, ...], list[str]]:
+    code = [p for p in source.extra_files if p.suffix == ".py"]
+    if copy_code or not code:
+        return tuple(source.extra_files), []
+    kept = tuple(p for p in source.extra_files if p.suffix != ".py")
+    return kept, [f"Python files are not carried along: {', '.join(p.name for p in code)}; --copy-code does it"]
+
+
+def _config(table: Resolved, layout: Layout, vl_config: str, steps: Sequence[Step], copy_code: bool) -> dict[str, Any]:
+    dtype = next(s.spec.dtype for s in steps if s.role == EMBED)
+    if dtype not in FLOATS:
+        raise ConfigError(f"the embeddings are {dtype}, not one of {', '.join(FLOATS)}")
+    dims = table.map.dims
+    shared = dims.get("MS", 0) // dims["M"] if "M" in dims else 0
+    facts = Facts(TORCH_NAMES[dtype], shared, len(table.map.ids.get("mtp", ())))
+    spelling = "transformers" if vl_config == "transformers" and layout.out_first else layout.name
+    config: dict[str, Any] = table.arch.config_for(spelling, table.config, facts)
+    if not copy_code:  # it would point to files that are not there
+        config.pop("auto_map", None)
+    return config

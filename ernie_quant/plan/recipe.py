@@ -1,0 +1,144 @@
+"""Which codec for which tensor: by role or by name, first match wins, the rest is kept.
+
+# recipe.toml
+[[rule]]
+match = 'layers\\.(3|4)\\.mlp\\.experts'     # regex, searched in the PT name
+codec = "rtn"
+bits = 8
+
+[[rule]]
+role = "experts"
+codec = "rtn"
+bits = 4
+group_size = 128
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ernie_quant import codecs
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.keep import KEEP
+from ernie_quant.errors import PlanError
+from ernie_quant.names import EXPERT, QUANTIZABLE, ROLES, VISION_EXPERT, Weight
+from ernie_quant.settings import read_toml
+
+EXPERT_ROLES = (EXPERT, VISION_EXPERT)
+
+
+@dataclass(frozen=True)
+class RecipeRule:
+    """A codec for every quantizable linear of some roles (of any, if none is given) with one of `names`, or whose PT name
+    the regex `match` finds.
+
+    `if_unused` is what a user is told when no tensor fits; an `optional` rule need not fit any.
+    """
+
+    codec: Codec
+    roles: tuple[str, ...] = ()
+    match: str = ""
+    if_unused: str = ""
+    optional: bool = False
+    names: frozenset[str] = frozenset()
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(self.match)
+
+    def takes(self, weight: Weight) -> bool:
+        """Does the rule apply to this linear? (A fused one, in Paddle layout, where it applies to one of its PT names.)"""
+        if self.roles and weight.role not in self.roles:
+            return False
+        pt = (weight.name,) if weight.name in weight.row.pt else weight.row.pt
+        if self.names:
+            return not self.names.isdisjoint(pt)
+        return not self.match or any(self._pattern.search(name) for name in pt)
+
+    def describe(self) -> str:
+        """For people."""
+        roles = f"role {' or '.join(self.roles)}" if self.roles else ""
+        some = sorted(self.names)
+        which = f"{some[0]}{f' and {len(some) - 1} more' if some[1:] else ''}" if some else ""
+        return " and ".join(filter(None, [roles, f"match = {self.match!r}" if self.match else "", which]))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in order; `keep_unfit` leaves tensors that a codec cannot take as they are."""
+
+    name: str
+    rules: tuple[RecipeRule, ...] = ()
+    keep_unfit: bool = False
+
+    def codec_for(self, weight: Weight) -> Codec:
+        """The codec for a tensor; only linears of quantizable roles are ever changed."""
+        if weight.row.rule.linear:
+            for rule in self.rules:
+                if rule.takes(weight):
+                    return rule.codec
+        return KEEP
+
+    def unused(self, weights: Sequence[Weight]) -> list[str]:
+        """Rules that apply to nothing in this checkpoint."""
+        linears = [w for w in weights if w.row.rule.linear]
+        unused = [r for r in self.rules if not r.optional and not any(r.takes(w) for w in linears)]
+        return [r.if_unused or f"recipe {self.name}: no linear of this model fits {r.describe()}" for r in unused]
+
+
+KEEP_ALL = Recipe("keep")
+
+
+def read(path: Path, *, keep_unfit: bool = False) -> Recipe:
+    """The recipe in a TOML file. Raises PlanError with every mistake in it."""
+    table = read_toml(path)
+    entries = table.pop("rule", [])
+    unknown = [f"{key}: unknown; a recipe has [[rule]] tables only" for key in table]
+    return of_rules(path.stem, entries, keep_unfit=keep_unfit, where=str(path), problems=unknown)
+
+
+def of_rules(
+    name: str, entries: object, *, keep_unfit: bool = False, where: str = "rule", problems: Sequence[str] = ()
+) -> Recipe:
+    """The recipe of [[rule]] tables. Raises PlanError with every mistake in them, after `problems`."""
+    problems = list(problems)
+    if not isinstance(entries, list) or not entries:
+        raise PlanError(f"{where}: has no [[rule]]", problems)
+    rules = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            rules.append(_rule(dict(entry)))
+        except (PlanError, ValueError, TypeError) as error:
+            problems.append(f"rule {number}: {error}")
+    if problems:
+        raise PlanError(f"{where}: {len(problems)} mistake(s)", problems)
+    return Recipe(name, tuple(rules), keep_unfit)
+
+
+def _rule(entry: dict[str, Any]) -> RecipeRule:
+    role, match, names, codec = (entry.pop(key, "") for key in ("role", "match", "names", "codec"))
+    if sum(map(bool, (role, match, names))) != 1:
+        raise ValueError("needs one of role, match and names")
+    if role and role not in QUANTIZABLE:
+        raise ValueError(f"role {role!r} is not one that can be quantized ({', '.join(r for r in ROLES if r in QUANTIZABLE)})")
+    if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError("names is not a list of PT names")
+    if match:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"match {match!r} is no regular expression: {error}") from None
+    if not codec:
+        raise ValueError("needs a codec")
+    return RecipeRule(codecs.make(codec, entry), (role,) if role else (), match, names=frozenset(names))
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """For the manifest."""
+    rules = [{"applies_to": r.describe(), "codec": r.codec.describe()} for r in recipe.rules]
+    return {"name": recipe.name, "rules": rules, "keep_unfit": recipe.keep_unfit}

@@ -1,0 +1,94 @@
+"""A prequantized FastDeploy checkpoint of one tensor-parallel size as one of another, without loss.
+
+Every rank's tensors are cuts and joints of the stored ones, so nothing is decoded and nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ernie_quant import names, runtimes
+from ernie_quant.archs._config import whole
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.codecs.keep import KEEP
+from ernie_quant.errors import CheckpointError, PlanError
+from ernie_quant.jsonio import read_object
+from ernie_quant.paths import README
+from ernie_quant.plan.files import files
+from ernie_quant.plan.identity import Identity, identity
+from ernie_quant.plan.recipe import KEEP_ALL
+from ernie_quant.plan.steps import SHARD_BYTES, Plan, Shard, Step
+from ernie_quant.report.rows import FILENAME, TensorReport
+from ernie_quant.runtimes import _sharing, kept
+from ernie_quant.views import build
+from ernie_quant.views.kinds import spec_of
+from ernie_quant.weights import ranks
+from ernie_quant.weights.layouts import LAYOUTS
+from ernie_quant.weights.stored import Stored, open_stored, runtime_of, share_problems, table_of
+
+TP_KEY = "tensor_parallel_size"
+
+
+def make_reshard_plan(source: Checkpoint, tp: int, *, known: Identity | None = None, shard_bytes: int = SHARD_BYTES) -> Plan:
+    """The plan of `source` for `tp` ranks. Raises PlanError with every weight that cannot be shared so."""
+    target = runtime_of(source)
+    if "wint2" not in target.RECIPES:
+        raise PlanError(f"{source.folder}: is not FastDeploy's; only its checkpoints are stored per rank", [])
+    entries, problems = open_stored(source, target)
+    dims, heads = table_of(source, target).dims, whole(source.config, "num_attention_heads")
+    if problems := [*source.anomalies, *problems] or share_problems(entries, tp, dims, heads):
+        raise PlanError(f"{source.folder}: cannot be resharded to {tp} rank(s)", problems)
+    entries = sorted(entries, key=lambda e: names.natural(e.name))
+    shards: list[Shard] = []
+    for folder in dict.fromkeys(target.folder(e.rule.role) for e in entries):
+        inside = [e for e in entries if target.folder(e.rule.role) == folder]
+        for rank in range(tp):
+            place = "/".join(filter(None, [folder, f"rank{rank}" if tp > 1 else ""]))
+            steps = [step for entry in inside for step in _steps(entry, rank, tp, dims)]
+            shards += files(place, steps, target, shard_bytes)
+    config = {key: value for key, value in source.config.items() if key != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
+    copies = tuple(path for path in source.extra_files if path.name != README)
+    recipe, notes, reports = _reports(source)
+    runtime = runtimes.name_of(target)
+    fits = tuple(n for n in _sharing.TP_SIZES if n == tp or not share_problems(entries, n, dims, heads))
+    rules = replace(KEEP_ALL, name=recipe or f"reshard to {tp}")
+    known = known or identity(source, runtime, rules, {"reshard": tp, "max_shard_bytes": shard_bytes})
+    return Plan(
+        source, runtime, LAYOUTS[target.LAYOUT], rules, tuple(shards), dims, config, copies, fits, (*source.notes, *notes),
+        known, shard_bytes, weights=sum(e.spec.numel for e in entries), reports=reports,
+    )  # fmt: skip
+
+
+def check_size(plan: Plan, tp: int) -> None:
+    """Can the result of `plan` be shared by `tp` ranks? Raises PlanError with the sizes that can."""
+    if tp not in plan.tp_sizes:
+        fits = ", ".join(map(str, plan.tp_sizes))
+        raise PlanError(
+            f"{plan.source.folder}: cannot be shared by {tp} ranks; sizes that fit its heads, widths and groups: {fits}", []
+        )
+
+
+def shared_identity(plan: Plan, tp: int) -> Identity:
+    """The identity of the result of `plan`, shared among `tp` ranks."""
+    return plan.identity if tp == 1 else {**plan.identity, "options": {**plan.identity["options"], "tp": tp}}
+
+
+def _steps(entry: Stored, rank: int, tp: int, dims: ranks.Dims) -> list[Step]:
+    """One step for every stored tensor of a weight, in the order in which the runtime stores them."""
+    steps = []
+    for part in entry.expected:
+        view = ranks.share(entry.parts[part], entry.shares(part), rank, tp, dims)
+        spec = spec_of(view)
+        sources = tuple(dict.fromkeys(ref.name for ref in build.refs(view)))
+        steps.append(Step(part, entry.rule.role, view, spec, KEEP, {part: kept(spec)}, sources, multiple=2, group=entry.name))
+    return steps
+
+
+def _reports(source: Checkpoint) -> tuple[str, tuple[str, ...], tuple[TensorReport, ...]]:
+    """Recipe, notes and what was measured when the checkpoint was made; nothing for one that others published."""
+    try:
+        table = read_object(source.folder / FILENAME)
+        rows = tuple(TensorReport.from_json(row) for row in table["tensors"])
+        return str(table["recipe"]), tuple(n for n in table["notes"] if n not in source.notes), rows
+    except (CheckpointError, KeyError, TypeError):
+        return "", (), ()

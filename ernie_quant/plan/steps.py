@@ -1,0 +1,171 @@
+"""What a plan is made of: a step for every weight, a shard for every file, and the job that writes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ernie_quant import runtimes, writers
+from ernie_quant.checkpoint import Checkpoint, Stamp, TensorSpec
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.keep import Keep
+from ernie_quant.plan.identity import Identity
+from ernie_quant.plan.recipe import Recipe
+from ernie_quant.report.rows import TensorReport
+from ernie_quant.runtimes import Part
+from ernie_quant.views import build
+from ernie_quant.views.kinds import View
+from ernie_quant.views.read import CPU, slabs
+from ernie_quant.weights.layouts import Layout
+
+SHARD_BYTES = 5_000_000_000  # the field's usual size of an output file
+
+
+@dataclass(frozen=True)
+class Step:
+    """One weight of the result: where it comes from, what is done to it, what is stored.
+
+    `statistics`: what is known of its inputs, for codecs that look at it.
+    """
+
+    name: str
+    role: str
+    view: View
+    spec: TensorSpec
+    codec: Codec
+    parts: Mapping[str, Part]
+    sources: tuple[str, ...]
+    multiple: int = 1  # rows that must stay together in a slab
+    group: str = ""  # steps of one group, one after the other, stay in one file
+    statistics: Mapping[str, View] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return sum(part.spec.nbytes for part in self.parts.values())
+
+    @property
+    def quantized(self) -> bool:
+        """Does it change?"""
+        return not isinstance(self.codec, Keep)
+
+    def slabs(self) -> list[tuple[int, int]]:
+        """Ranges of rows that together are the tensor."""
+        return slabs(self.spec, self.multiple)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the result (its name may have a subfolder); `specs` in the order in which the tensors lie in it.
+
+    `after`: files that must be finished before this one is begun.
+    """
+
+    filename: str
+    steps: tuple[Step, ...]
+    specs: Mapping[str, TensorSpec]
+    after: tuple[str, ...] = ()
+
+    @property
+    def nbytes_in(self) -> int:
+        """Bytes of the tensors that it is made from."""
+        return sum(step.spec.nbytes for step in self.steps)
+
+    @cached_property
+    def needs(self) -> tuple[Path, ...]:
+        """Files of the source that it is made from, in order of their first use."""
+        views = [view for step in self.steps for view in (step.view, *step.statistics.values())]
+        return tuple(dict.fromkeys(ref.file for view in views for ref in build.refs(view)))
+
+    @property
+    def stacks(self) -> dict[str, int]:
+        """Stored tensors that hold several weights, and how many."""
+        return {name: part.stack for step in self.steps for name, part in step.parts.items() if part.stack > 1}
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """All that writing one file needs: values that can be sent to another process."""
+
+    shard: Shard
+    runtime: str
+    metadata: Mapping[str, str]
+    stamps: Mapping[Path, Stamp]  # of the files it reads, as far as they may change
+    device: str = CPU
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run needs to know."""
+
+    source: Checkpoint
+    runtime: str
+    layout: Layout
+    recipe: Recipe
+    shards: tuple[Shard, ...]
+    dims: Mapping[str, int]
+    config: Mapping[str, Any]
+    copies: tuple[Path, ...]
+    tp_sizes: tuple[int, ...]
+    notes: tuple[str, ...]
+    identity: Identity
+    shard_bytes: int = SHARD_BYTES
+    gpus: Mapping[str, int] = field(default_factory=dict)  # memory of a GPU -> how many take the result, where that is known
+    weights: int = 0  # elements of the model, where the steps do not tell
+    reports: tuple[TensorReport, ...] | None = None  # of an earlier run whose weights are only moved here
+    quantized_by: Plan | None = None  # the plan whose result, which is not kept, this one shares among ranks
+
+    @property
+    def origin(self) -> Checkpoint:
+        """What a user calls the source."""
+        return (self.quantized_by or self).source
+
+    @property
+    def format(self) -> writers.Format:
+        """The file format of the result."""
+        return writers.find(runtimes.find(self.runtime).FORMAT)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What every file says of itself."""
+        return {"format": self.layout.file_format}
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps, in order of the result's names."""
+        return [step for shard in self.shards for step in shard.steps]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(step.nbytes for step in self.steps)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the result's weight files and of what is carried along."""
+        weights = sum(self.format.lay_out(shard.specs, self.metadata).nbytes for shard in self.shards)
+        return weights + sum(path.stat().st_size for path in self.copies)
+
+    @property
+    def folders(self) -> dict[str, list[Shard]]:
+        """Subfolder ("" for the root) -> its files."""
+        folders: dict[str, list[Shard]] = {}
+        for shard in self.shards:
+            folders.setdefault(shard.filename.rpartition("/")[0], []).append(shard)
+        return folders
+
+
+def in_order(shards: Sequence[Shard]) -> list[Shard]:
+    """The same, each behind those that it must come after; otherwise as they are."""
+    placed: list[Shard] = []
+    left = list(shards)
+    while left:
+        names = {shard.filename for shard in left}
+        ready = next((shard for shard in left if not names & {*shard.after}), None)
+        assert ready is not None, f"{left[0].filename}: waits for itself"
+        placed.append(ready)
+        left.remove(ready)
+    return placed

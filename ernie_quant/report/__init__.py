@@ -1,0 +1,1 @@
+"""What a run did to every tensor: rows, tables, a page, pictures."""

@@ -1,0 +1,116 @@
+"""What a run did to every tensor: report.json, and tables for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ernie_quant.codecs.keep import KEPT
+
+FILENAME, PAGE = "report.json", "report.html"
+PLOTS_FOLDER, PLOTS = "plots", ("error-heatmap.png", "error-histogram.png", "bytes-by-role.png")  # beside the page
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor of the result. `squared_error` and `squared_norm` add up over tensors, `rel_error` does not."""
+
+    name: str
+    role: str
+    codec: str
+    shape: tuple[int, ...]
+    bytes: int  # stored
+    bits_per_weight: float
+    rel_error: float
+    sqnr_db: float | None
+    max_abs_error: float
+    squared_error: float
+    squared_norm: float
+    sources: tuple[str, ...]
+    crc32: str  # of its stored tensors: `writer.joint_crc32`
+
+    @property
+    def changed(self) -> bool:
+        """Was it quantized?"""
+        return self.codec != KEPT
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> TensorReport:
+        """The inverse of `to_json`. Raises TypeError or KeyError."""
+        values = {f.name: row[f.name] for f in fields(TensorReport)}
+        return TensorReport(**values | {"shape": tuple(row["shape"]), "sources": tuple(row["sources"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """As in report.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished weight file, and a row for every weight in it."""
+
+    filename: str
+    nbytes: int
+    sha256: str
+    reports: tuple[TensorReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What is remembered of it."""
+        return {"bytes": self.nbytes, "sha256": self.sha256, "reports": [row.to_json() for row in self.reports]}
+
+    @staticmethod
+    def from_json(filename: str, table: Mapping[str, Any]) -> ShardResult:
+        """The inverse of `to_json`. Raises TypeError or KeyError."""
+        rows = tuple(TensorReport.from_json(row) for row in table["reports"])
+        return ShardResult(filename, table["bytes"], table["sha256"], rows)
+
+
+@dataclass(frozen=True)
+class Total:
+    """Several tensors together."""
+
+    tensors: int
+    weights: int
+    bytes: int
+    rel_error: float
+    worst: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element."""
+        return 8 * self.bytes / self.weights if self.weights else 0.0
+
+
+def total(rows: Sequence[TensorReport]) -> Total:
+    """Sums over tensors; the relative error is that of all their weights as one vector."""
+    norm = sum(r.squared_norm for r in rows)
+    error = sum(r.squared_error for r in rows)
+    weights = sum(math.prod(r.shape) for r in rows)
+    worst = max((r.rel_error for r in rows), default=0.0)
+    return Total(len(rows), weights, sum(r.bytes for r in rows), error / norm if norm else 0.0, worst)
+
+
+def to_json(rows: Sequence[TensorReport], header: Mapping[str, Any]) -> str:
+    """report.json: one tensor a line, so that two reports can be compared with diff."""
+    by_role = {role: asdict(total(group)) for role, group in grouped(rows, lambda r: r.role).items()}
+    head = json.dumps({**header, "roles": by_role}, indent=2, ensure_ascii=False, allow_nan=False)
+    lines = ",\n".join("    " + json.dumps(r.to_json(), ensure_ascii=False, allow_nan=False) for r in rows)
+    return f'{head[:-2]},\n  "tensors": [\n{lines}\n  ]\n}}\n'
+
+
+def grouped(rows: Sequence[TensorReport], key: Callable[[TensorReport], str]) -> dict[str, list[TensorReport]]:
+    """Rows by what `key` says of them, in order."""
+    groups: dict[str, list[TensorReport]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def layer_of(name: str) -> str:
+    """`layer 3`, or what else the tensor belongs to."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return f"layer {found[1]}" if found else name.split(".")[1] if name.startswith(("model.", "ernie.")) else name.split(".")[0]

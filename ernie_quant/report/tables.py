@@ -1,0 +1,57 @@
+"""A report as tables for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ernie_quant.report.rows import FILENAME, TensorReport, grouped, layer_of, total
+
+WORST = 5
+LAYERS_SHOWN = 8
+
+
+HEAD = ("tensors", "GB", "bits/weight", "rel. error", "worst")
+
+
+def tables(rows: Sequence[TensorReport]) -> str:
+    """By role, by layer (the worst ones) and the worst tensors, as text."""
+    text = [table(("role", *HEAD), [_line(role, group) for role, group in grouped(rows, lambda r: r.role).items()])]
+    changed = [r for r in rows if r.changed]
+    if not changed:
+        return text[0]
+    layers = sorted(grouped(changed, lambda r: layer_of(r.name)).items(), key=lambda item: -total(item[1]).rel_error)
+    note = f" ({LAYERS_SHOWN} of {len(layers)}; all are in {FILENAME})" if len(layers) > LAYERS_SHOWN else ""
+    lines = [_line(layer, group) for layer, group in layers[:LAYERS_SHOWN]]
+    text += [f"\nLayers, worst first{note}:", table(("layer", *HEAD), lines)]
+    worst = sorted(changed, key=lambda r: -r.rel_error)[:WORST]
+    lines = [(r.name, r.codec, _error(r.rel_error), _decibels(r.sqnr_db), f"{r.max_abs_error:.4g}") for r in worst]
+    text += ["\nWorst tensors:", table(("tensor", "codec", "rel. error", "SQNR dB", "max |error|"), lines)]
+    return "\n".join(text)
+
+
+def _line(name: str, group: Sequence[TensorReport]) -> tuple[str, ...]:
+    t = total(group)
+    changed = any(r.changed for r in group)
+    errors = (_error(t.rel_error), _error(t.worst)) if changed else ("-", "-")
+    return (name, str(t.tensors), f"{t.bytes / 1e9:.3f}", f"{t.bits_per_weight:.3f}", *errors)
+
+
+def _error(value: float) -> str:
+    return f"{value:.5f}" if value >= 1e-3 else f"{value:.2e}"
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns under their heads; numbers to the right."""
+    widths = [max(len(str(line[i])) for line in [head, *lines]) for i in range(len(head))]
+    numeric = [bool(lines) and all(re.fullmatch(r"[-\d.,e+]+", str(line[i])) for line in lines) for i in range(len(head))]
+
+    def row(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([row(head), row(["-" * w for w in widths]), *(row(line) for line in lines)])

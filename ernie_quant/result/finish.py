@@ -1,0 +1,45 @@
+"""What completes a folder: small files of the source, index, config, report, card, hashes, and the manifest last."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ernie_quant.disk import write_file
+from ernie_quant.jsonio import dumps
+from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, SUMS
+from ernie_quant.plan.steps import Plan
+from ernie_quant.report import rows as report
+from ernie_quant.report.rows import ShardResult, TensorReport
+from ernie_quant.result import card
+from ernie_quant.result.folder import OutputFolder
+from ernie_quant.result.manifest import describe, manifest, sums
+
+
+def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> None:
+    """Write all but the weights, whose files are `shards`. Raises OSError, or CheckpointError for a source that changed."""
+    out = folder.path
+    entries: dict[str, dict[str, object]] = {s.filename: {"bytes": s.nbytes, "sha256": s.sha256} for s in shards}
+
+    def put(name: str, data: bytes) -> None:
+        entries[name] = {"bytes": len(data), "sha256": write_file(out / name, data)}
+
+    for source in plan.copies:
+        data = source.read_bytes()
+        plan.source.extra_files[source].check(source)
+        put(SOURCE_README if source.name == README else source.name, data)
+    for place, inside in plan.folders.items():
+        if len(inside) > 1 and plan.format.INDEX:
+            index = plan.format.index({shard.filename.rpartition("/")[2]: shard.specs for shard in inside})
+            put(f"{place}/{plan.format.INDEX}".lstrip("/"), dumps(index).encode())
+    for model in sorted({"", *(re.sub(r"(^|/)rank\d+$", "", place) for place in plan.folders)}):
+        put(f"{model}/{CONFIG}".lstrip("/"), dumps(plan.config).encode())
+    if rows:
+        header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
+        put(report.FILENAME, report.to_json(rows, header).encode())
+    described = describe(plan)
+    put(README, card.readme(described, plan.config, rows, out.name).encode())
+    text = dumps(manifest(described, plan, entries)).encode()
+    write_file(out / SUMS, sums(entries, text).encode())
+    write_file(out / MANIFEST, text)
+    folder.drop_state()

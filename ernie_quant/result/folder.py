@@ -1,0 +1,207 @@
+"""The output folder: whether it is ours, what of it is finished, and the files that are written last.
+
+A folder is ours if it has the manifest `ernie-quant.json` (written last: the result is complete) or the private
+state `.ernie-quant/` (a run has begun). Anything else that is not empty is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ernie_quant import writers
+from ernie_quant.disk import FULL, PARTIAL, file_sha256, fsync_folder, hold, write_file
+from ernie_quant.errors import AnotherPlanError, CheckpointError, OutputError, RetryError
+from ernie_quant.jsonio import dumps, read_object
+from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, STATE, SUMS, inside, weight_folders
+from ernie_quant.plan.identity import changes, libraries
+from ernie_quant.plan.steps import Plan, Shard
+from ernie_quant.report import rows as report
+from ernie_quant.report.rows import ShardResult
+
+BEGUN, SWEPT = "plan.json", "swept.json"  # in the private state: what was begun; the manifest of a result that is dropped
+JUST_FINISHED = "another run has just finished here; run the same command again"
+BYTES_PER_TENSOR = 1000  # what index, report and manifest say of one
+
+
+class OutputFolder:
+    """The folder that a plan is written to. `begin` decides whether it may be, and locks it; `finish` completes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.state = path, path / STATE
+        self.unsplit = self.state / "unsplit"  # a result that is made only to be shared among ranks
+
+    @contextmanager
+    def begin(self, plan: Plan, *, restart: bool, copies: int = 1) -> Iterator[bool]:
+        """Hold the folder for a run of `plan`; gives True if it is complete already.
+
+        `copies`: how often the disk must have room for the result. Raises OutputError or RetryError.
+        """
+        self._refuse_strangers(plan)
+        if self._is_complete() and not restart and not self.state.is_dir():
+            self._check_complete(plan)
+            yield True
+            return
+        self._check_space(plan, copies)
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        with self._lock():
+            complete = self._is_complete() and not restart
+            if complete:  # finished by another run just now, or by one that was killed before it had swept its state
+                self._check_complete(plan)
+                self.drop_state()
+            else:
+                self._prepare(plan, restart)
+            yield complete
+
+    def _refuse_strangers(self, plan: Plan) -> None:
+        source = plan.source.folder.resolve()
+        if self.path.resolve() == source or source in self.path.resolve().parents or self.path.resolve() in source.parents:
+            raise OutputError(f"{self.path}: the output folder must lie beside the source {source}, not in or around it")
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path}: is a file, not a folder")
+        if self.path.is_dir() and not (self._is_complete() or self.state.is_dir()) and any(self.path.iterdir()):
+            raise OutputError(f"{self.path}: is not empty and was not made by ernie-quant; choose another folder")
+
+    def _is_complete(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+    def _unwritable(self, error: OSError) -> OutputError | RetryError:
+        kind = RetryError if error.errno in FULL else OutputError
+        return kind(f"{error.filename or self.path}: cannot be written: {error.strerror}")
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One run at a time; the lock of a dead run vanishes with it. Raises RetryError or OutputError."""
+        place = self.state / "lock"
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(hold(place, f"{self.path}: another run is at work in this folder"))
+            except FileNotFoundError:
+                raise RetryError(f"{self.path}: {JUST_FINISHED}") from None
+            except OSError as error:
+                raise self._unwritable(error) from None
+            if not (place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat())):
+                raise RetryError(f"{self.path}: {JUST_FINISHED}")  # between our two steps, and swept its lock
+            yield
+
+    def _check_complete(self, plan: Plan) -> None:
+        """Is the finished result that of this plan, and all there? Raises OutputError."""
+        found = read_object(self.path / MANIFEST)
+        self._refuse("holds the result of another plan", {key: found.get(key) for key in plan.identity}, plan.identity)
+        files = found.get("files")
+        for name, entry in files.items() if isinstance(files, dict) else ():
+            try:
+                nbytes = inside(self.path, name, MANIFEST).stat().st_size
+            except CheckpointError as error:
+                raise OutputError(f"{self.path}: {error}; --restart makes it again") from None
+            if not isinstance(entry, dict) or nbytes != entry.get("bytes"):
+                raise OutputError(
+                    f"{self.path}: {name}: has {nbytes} bytes, the manifest says otherwise; --restart makes it again"
+                )
+
+    def _refuse(self, what: str, before: Any, now: Any) -> None:
+        if differ := changes(before, now):
+            raise AnotherPlanError(
+                f"{self.path}: {what} ({'; '.join(differ)}); choose another folder, or --restart to begin anew here"
+            )
+
+    def _prepare(self, plan: Plan, restart: bool) -> None:
+        """Go on with what was begun, or begin. Raises OutputError or RetryError."""
+        # mtimes, because equal sizes and headers are not yet equal weights; private, as they say nothing about the result
+        stamps = {} if plan.source.downloader else plan.source.stamps
+        times = {plan.source.name_of(path): stamp.mtime_ns for path, stamp in stamps.items()}
+        now = {**plan.identity, "libraries": libraries(), "mtime_ns": times}
+        begun = self.state / BEGUN
+        if begun.is_file() and not restart:
+            self._refuse("holds the beginning of another plan", read_object(begun).get("identity"), now)
+            _unlink(path for folder in (*weight_folders(self.path), self.state) for path in folder.glob(f"*{PARTIAL}"))
+        else:
+            self._sweep()
+        copied = [SOURCE_README if path.name == README else path.name for path in plan.copies]
+        try:
+            write_file(begun, dumps({"identity": now, "copied": copied}).encode())
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _sweep(self) -> None:
+        """Remove what a run writes, and nothing else; from the first step on the folder is not complete."""
+        if self._is_complete():
+            os.replace(self.path / MANIFEST, self.state / SWEPT)
+            fsync_folder(self.path)
+        own = {MANIFEST, SUMS, *writers.indexes(), report.FILENAME, report.PAGE, CONFIG, README, SOURCE_README, *self._copied()}
+        for folder in weight_folders(self.path):
+            found = [p for p in folder.iterdir() if p.is_symlink() or p.is_file()]
+            _unlink(p for p in found if p.name in own or _is_shard(p) or p.name.endswith(PARTIAL))
+            if folder != self.path and not any(folder.iterdir()):  # ranks that the new plan may not have; a loader reads them
+                folder.rmdir()
+        _unlink(p for name in report.PLOTS if (p := self.path / report.PLOTS_FOLDER / name).is_file())
+        shutil.rmtree(self.unsplit, ignore_errors=True)
+        fsync_folder(self.path)
+        _unlink(p for p in self.state.iterdir() if p.name not in ("lock", SWEPT))
+        (self.state / SWEPT).unlink(missing_ok=True)
+
+    def _copied(self) -> set[str]:
+        """Files of the source that an earlier run carried along."""
+        found: set[str] = set()
+        for name, key in ((SWEPT, "files"), (BEGUN, "copied")):
+            with suppress(CheckpointError):  # one that cannot be read any more names nothing
+                found |= set(map(str, read_object(self.state / name).get(key) or ()))
+        return {name for name in found if "/" not in name}
+
+    def drop_state(self) -> None:
+        """The lock last: another run may come at any moment, and may finish what this one begins here."""
+        for path in [p for p in self.state.iterdir() if p.name != "lock"]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        with suppress(OSError):
+            (self.state / "lock").unlink()
+            self.state.rmdir()
+        fsync_folder(self.path)
+
+    def _check_space(self, plan: Plan, copies: int) -> None:
+        """Room for the result, counting what its files take already or will give back. Raises RetryError."""
+        there = next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
+        places = [*weight_folders(self.path), *weight_folders(self.unsplit)]
+        free = shutil.disk_usage(there).free + sum(p.stat().st_size for f in places for p in f.iterdir() if _is_shard(p))
+        needed = copies * (plan.disk_bytes + BYTES_PER_TENSOR * len(plan.steps))
+        if free < needed:
+            missing = (needed - free) / 1e9
+            raise RetryError(f"{self.path}: needs {needed / 1e9:.2f} GB, {missing:.2f} GB more than the disk has free")
+
+    def record(self, result: ShardResult) -> None:
+        """Remember a finished file."""
+        write_file(self._record_of(result.filename), json.dumps(result.to_json(), allow_nan=False).encode())
+
+    def _record_of(self, filename: str) -> Path:
+        return self.state / f"{filename.replace('/', '-')}.json"
+
+    def finished(self, shard: Shard) -> ShardResult | None:
+        """What was remembered of a file that is still there, and still what it was."""
+        record, file = self._record_of(shard.filename), self.path / shard.filename
+        if not record.is_file() or not file.is_file():
+            return None
+        try:
+            result = ShardResult.from_json(shard.filename, read_object(record))
+        except (CheckpointError, KeyError, TypeError):
+            return None
+        return result if file.stat().st_size == result.nbytes and file_sha256(file) == result.sha256 else None
+
+
+def _is_shard(path: Path) -> bool:
+    """A weight file of ours, whole or half-written."""
+    return path.is_file() and path.name.startswith("model") and path.name.removesuffix(PARTIAL).endswith(writers.extensions())
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink()

@@ -1,0 +1,141 @@
+"""The only loop over tensors.
+
+Read `run_shard` from top to bottom and you know the program: what is read, encoded, measured, packed and written,
+and in which order. Threads work ahead on slabs; results are taken in order, so that a file and its report do not
+depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ernie_quant import runtimes, writers
+from ernie_quant.checkpoint import Download
+from ernie_quant.measure import Difference, compare
+from ernie_quant.plan.steps import ShardJob, Step
+from ernie_quant.report.rows import ShardResult, TensorReport
+from ernie_quant.runtimes import Runtime
+from ernie_quant.threads import Progress, one_torch_thread, ordered
+from ernie_quant.views.files import Files
+from ernie_quant.views.read import read, row_bytes
+from ernie_quant.writers import ShardWriter
+
+if TYPE_CHECKING:
+    import torch
+
+    from ernie_quant.codecs import Encoded, Encoder
+
+
+class Rows(NamedTuple):
+    """A slab that is to be done: rows `first` to `last` of a step's weight."""
+
+    step: Step
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A finished one: its stored tensors, what it lost, and, with the first slab, what is stored once per weight."""
+
+    parts: Mapping[str, torch.Tensor]
+    difference: Difference
+    once: Mapping[str, torch.Tensor]
+
+
+def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, download: Download) -> ShardResult:
+    """Write one file of the result. Raises CheckpointError; nothing stays under the final name then."""
+    shard, runtime = job.shard, runtimes.find(job.runtime)
+    path = folder / shard.filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    todo = [Rows(step, *rows) for step in shard.steps for rows in step.slabs() or [(0, 0)]]
+    layout = writers.find(runtime.FORMAT).lay_out(shard.specs, job.metadata)
+    sums = {step.name: Difference() for step in shard.steps}
+    with (
+        one_torch_thread(),
+        Files(job.stamps, download.path) as files,
+        ShardWriter(path, shard.specs, layout, shard.stacks) as writer,
+    ):
+        encoders = _Encoders(todo, files, job.device)
+
+        def work(rows: Rows) -> Slab:
+            step = rows.step
+            weight = read(step.view, files, (rows.first, rows.last), job.device)
+            with encoders.of(step) as encoder:
+                slab = encode_slab(step, runtime, weight, encoder)
+                return slab if rows.first == 0 else Slab(slab.parts, slab.difference, {})
+
+        for rows, slab in zip(todo, ordered(work, todo, workers, download.stop), strict=True):
+            step, out = rows.step, max((1, *rows.step.spec.shape[:1]))
+            for name, tensor in slab.once.items():
+                writer.write(name, tensor, index=step.parts[name].index)
+            for name, tensor in slab.parts.items():
+                part = step.parts[name]
+                first = 0 if part.out_axis is None else part.span((rows.first, rows.last), out)[0]
+                writer.write(name, tensor, part.out_axis, first, part.index)
+            sums[step.name] += slab.difference
+            progress((rows.last - rows.first) * row_bytes(step.spec))
+        files.check()
+        sha256 = writer.close()
+    reports = tuple(_row(step, sums[step.name], writer) for step in shard.steps)
+    return ShardResult(shard.filename, writer.nbytes, sha256, reports)
+
+
+def encode_slab(step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None) -> Slab:
+    """What is stored of rows of a weight, and what they lost; nothing is written."""
+    once: Encoded = encoder.once if encoder else {}
+    encoded = encoder.encode(weight) if encoder else step.codec.encode(weight)
+    difference = Difference()
+    if step.quantized:
+        difference = compare(step.name, weight, step.codec.decode({**once, **encoded}))
+    constants = runtime.constants(step.name, step.codec, step.spec, once)
+    return Slab(runtime.pack(step.name, step.codec, encoded), difference, constants)
+
+
+def _row(step: Step, difference: Difference, writer: ShardWriter) -> TensorReport:
+    crc32 = writer.crc32((name, part.index) for name, part in step.parts.items())
+    return TensorReport(
+        step.name, step.role, step.codec.describe(), step.spec.shape, step.nbytes,
+        step.codec.bits_per_weight(step.spec), difference.rel_error, difference.sqnr_db, difference.largest,
+        difference.error, difference.total, step.sources, crc32,
+    )  # fmt: skip
+
+
+class _Encoders:
+    """What codecs prepare once per weight: made with its first slab, shared by its threads, dropped with its last.
+
+    Slabs are worked on in order and few at a time, so that few are alive.
+    """
+
+    def __init__(self, todo: Sequence[Rows], files: Files, device: str) -> None:
+        self._files, self._device = files, device
+        self._left = Counter(rows.step.name for rows in todo)
+        self._alive: dict[str, Future[Encoder | None]] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def of(self, step: Step) -> Iterator[Encoder | None]:
+        """The encoder of a weight, for one of its slabs; None where the codec needs none."""
+        with self._lock:
+            mine = step.name not in self._alive
+            future = self._alive.setdefault(step.name, Future())
+        if mine:
+            try:
+                statistics = {name: read(view, self._files, device=self._device) for name, view in step.statistics.items()}
+                future.set_result(step.codec.prepare(step.spec, statistics))
+            except BaseException as error:
+                future.set_exception(error)
+        try:
+            yield future.result()
+        finally:
+            with self._lock:
+                self._left[step.name] -= 1
+                if not self._left[step.name]:
+                    del self._alive[step.name]

@@ -1,0 +1,31 @@
+"""Quantize once, share among ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ernie_quant.plan.reshard import check_size, make_reshard_plan, shared_identity
+from ernie_quant.plan.steps import Plan
+from ernie_quant.result.folder import OutputFolder
+from ernie_quant.run.whole import RunResult, run_plan, write_all
+from ernie_quant.sources import open_source
+from ernie_quant.threads import Progress
+
+
+def run_shared(
+    plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress, disk_budget: int | None = None
+) -> RunResult:
+    """Quantize once and unsplit, in the private state of `out`, then share among `tp` ranks as `reshard` would.
+
+    Raises PlanError before anything is written if the widths do not fit.
+    """
+    check_size(plan, tp)
+    known = shared_identity(plan, tp)
+    folder = OutputFolder(out)
+    with folder.begin(replace(plan, identity=known), restart=restart, copies=2) as complete:
+        if complete:
+            return RunResult(plan, complete_before=True, reports=())
+        run_plan(plan, folder.unsplit, workers=workers, disk_budget=disk_budget, progress=progress)
+        ranked = make_reshard_plan(open_source(folder.unsplit), tp, known=known, shard_bytes=plan.shard_bytes)
+        return write_all(replace(ranked, quantized_by=plan), folder, workers)

@@ -1,0 +1,64 @@
+"""A plan from beginning to end: what is left of it is written, then what completes the folder."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from ernie_quant import runners
+from ernie_quant.plan.steps import Plan, ShardJob, in_order
+from ernie_quant.report.rows import TensorReport
+from ernie_quant.result.finish import finish
+from ernie_quant.result.folder import OutputFolder
+from ernie_quant.run.shard import run_shard
+from ernie_quant.threads import Progress, default_workers
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did, by which plan; no reports where the folder was complete before."""
+
+    plan: Plan
+    complete_before: bool
+    reports: tuple[TensorReport, ...]
+    files_before: int = 0  # weight files that an earlier run had finished
+
+
+def run_plan(
+    plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, disk_budget: int | None = None,
+    progress: Progress = lambda _: None, runner: str = "local",
+) -> RunResult:  # fmt: skip
+    """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError.
+
+    `workers`: threads per file, 0 for as many as there are processors, at most 8. `disk_budget`: bytes of a hub's files
+    that may lie on disk at a time. `runner`: a file of `ernie_quant.runners`.
+    """
+    folder = OutputFolder(out)
+    with folder.begin(plan, restart=restart) as complete:
+        if complete:
+            return RunResult(plan, complete_before=True, reports=())
+        return write_all(plan, folder, workers, disk_budget, progress, runner)
+
+
+def write_all(
+    plan: Plan, folder: OutputFolder, workers: int = 0, disk_budget: int | None = None,
+    progress: Progress = lambda _: None, runner: str = "local",
+) -> RunResult:  # fmt: skip
+    """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
+    results = {shard.filename: known for shard in plan.shards if (known := folder.finished(shard)) is not None}
+    before = len(results)
+    left = in_order([shard for shard in plan.shards if shard.filename not in results])
+    progress(sum(shard.nbytes_in for shard in plan.shards if shard.filename in results))
+    work = functools.partial(run_shard, folder=folder.path, workers=workers or default_workers())
+    with plan.source.download([shard.needs for shard in left], disk_budget) as download:
+        jobs = [ShardJob(shard, plan.runtime, plan.metadata, download.stamps) for shard in left]
+        for result in runners.find(runner).map_jobs(work, jobs, progress, download):
+            results[result.filename] = result
+            folder.record(result)
+    ordered = [results[shard.filename] for shard in plan.shards]
+    reports = plan.reports
+    if reports is None:
+        reports = tuple(row for result in ordered for row in result.reports)
+    finish(folder, plan, ordered, reports)
+    return RunResult(plan, complete_before=False, reports=reports, files_before=before)

@@ -1,0 +1,57 @@
+"""Threads that work ahead, with results in order; how many of them there are."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+Progress = Callable[[int], None]  # is told the bytes of source data that are done
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ordered(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int, stop: Callable[[], object] = lambda: None
+) -> Iterator[Result]:
+    """`map` on threads, in order, with at most one finished result waiting per worker: memory stays bounded.
+
+    `stop` is called when no more results are wanted, and must wake whoever waits in `work`.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BaseException:
+            stop()
+            raise
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def default_workers() -> int:
+    """The processors that this process may use; more than 8 wait for the disk."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, usable)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Slabs are the parallel work; threads inside torch's operations would fight with ours."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

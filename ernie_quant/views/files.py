@@ -1,0 +1,115 @@
+"""Open files that are read at offsets."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from ernie_quant.checkpoint import Extent, Stamp, TensorRef
+from ernie_quant.errors import CheckpointError
+
+TEXT_BLOCK = 1 << 16
+CONTINUATION = bytes(range(0x80, 0xC0))  # second and later bytes of a UTF-8 character
+
+
+class Files:
+    """Open files, read at offsets: safe for several threads, closed together.
+
+    A file of which there is a stamp must be the one that was stamped, when it is opened and when `check` is called.
+    `locate` tells where the bytes of a file lie, if not there.
+    """
+
+    def __init__(self, stamps: Mapping[Path, Stamp] | None = None, locate: Callable[[Path], Path] = lambda path: path) -> None:
+        self._stamps, self._locate = stamps or {}, locate
+        self._fds: dict[Path, int] = {}
+        self._counts: dict[tuple[Path, Extent], list[int]] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def fd(self, path: Path) -> int:
+        """The descriptor of `path`, opened on first use. Raises CheckpointError."""
+        if path not in self._fds:
+            try:
+                fd = os.open(self._locate(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            except OSError as error:
+                raise CheckpointError(f"{path}: was there when the run began, and now: {error.strerror}") from None
+            if path in self._stamps:
+                try:
+                    self._stamps[path].check(path, fd)
+                except CheckpointError:
+                    os.close(fd)
+                    raise
+            if self._fds.setdefault(path, fd) != fd:
+                os.close(fd)  # another thread was first
+        return self._fds[path]
+
+    def check(self) -> None:
+        """Are the files that were read still the same? Raises CheckpointError."""
+        for path in self._fds.keys() & self._stamps.keys():
+            self._stamps[path].check(path)
+
+    def read_into(self, ref: TensorRef, buffer: memoryview, at: int) -> None:
+        """Fill `buffer` from byte `at` of the tensor's payload. Raises CheckpointError."""
+        for extent in ref.extents:
+            if at < extent.nbytes and len(buffer):
+                count = min(len(buffer), extent.nbytes - at)
+                self._read_extent(ref, extent, buffer[:count], at)
+                buffer, at = buffer[count:], 0
+            else:
+                at -= min(at, extent.nbytes)
+
+    def _read_extent(self, ref: TensorRef, extent: Extent, buffer: memoryview, at: int) -> None:
+        fd = self.fd(ref.file)
+        if extent.latin1:
+            buffer[:] = self._latin1(fd, ref, extent, at, at + len(buffer))
+            return
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(fd, [buffer[done:]], extent.start + at + done)
+            except OSError as error:
+                raise CheckpointError(f"{ref.file}: {ref.name}: cannot be read: {error.strerror}") from None
+            if got == 0:
+                raise CheckpointError(f"{ref.file.name}: {ref.name}: the file ended while it was read; it has changed")
+            done += got
+
+    def _latin1(self, fd: int, ref: TensorRef, extent: Extent, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of a payload that pickle protocol 2 wraps as UTF-8, one or two bytes for each.
+
+        No offset is known there; one pass counts the payload before every block, and the blocks needed are decoded.
+        """
+        if (ref.file, extent) not in self._counts:
+            self._counts[ref.file, extent] = [0, *itertools.accumulate(self._count(fd, extent))]
+        before = self._counts[ref.file, extent]
+        if before[-1] != extent.nbytes:
+            raise CheckpointError(f"{ref.file.name}: {ref.name}: its text holds {before[-1]} bytes, not {extent.nbytes}")
+        first, last = bisect.bisect_right(before, start) - 1, bisect.bisect_left(before, stop)
+        begin, end = first * TEXT_BLOCK, min(last * TEXT_BLOCK + 1, extent.stored)
+        raw = os.pread(fd, end - begin, extent.start + begin)
+        if first and raw[:1] and raw[0] in CONTINUATION:  # the second half of a byte of the block before
+            raw = raw[1:]
+        if end < extent.stored and raw[-1:] and raw[-1] not in CONTINUATION:  # the first byte of the block after
+            raw = raw[:-1]
+        try:
+            data = raw.decode("utf-8").encode("latin-1")[start - before[first] : stop - before[first]]
+        except UnicodeError:
+            raise CheckpointError(f"{ref.file.name}: {ref.name}: its text is not latin-1 in UTF-8") from None
+        if len(data) != stop - start:
+            raise CheckpointError(f"{ref.file.name}: {ref.name}: the file ended while it was read; it has changed")
+        return data
+
+    @staticmethod
+    def _count(fd: int, extent: Extent) -> Iterator[int]:
+        """Bytes of payload that begin in each block of the text."""
+        for at in range(0, extent.stored, TEXT_BLOCK):
+            raw = os.pread(fd, min(TEXT_BLOCK, extent.stored - at), extent.start + at)
+            yield len(raw.translate(None, CONTINUATION))

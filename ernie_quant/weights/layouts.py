@@ -1,0 +1,80 @@
+"""Layouts of names and weights: which stored tensors hold a row of the table, and the way back.
+
+PT is the canonical one: a linear's weight is [out, in], one tensor per projection. Paddle stores linears as [in, out],
+with q, k, v and gate, up in one tensor each. The third layout, of paddleformers, is Paddle's with other first parts of
+names and with q, k and v interleaved per kv head; it is only read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ernie_quant.names import COPY, Op, Row, Weight, natural
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One stored tensor of a row: `op` makes the PT tensors `pt`, whose shapes are `shapes`, of it."""
+
+    name: str
+    op: Op
+    pt: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored tensor."""
+        return self.op.stored_shape(self.shapes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`file_format`: what `__metadata__` of a safetensors file says; transformers refuses PT files without it."""
+
+    name: str
+    title: str
+    file_format: str
+    out_first: bool  # linears are stored [out, in], one tensor per projection
+    root: str = "ernie."  # how the names of the model begin
+    kv_groups: bool = False  # q, k and v take turns, a kv head at a time
+
+    def stored(self, row: Row) -> list[StoredTensor]:
+        """There: the stored tensors that hold a row of the table."""
+        if self.out_first:
+            return [StoredTensor(name, COPY, (name,), (shape,)) for name, shape in zip(row.pt, row.shapes, strict=True)]
+        op = replace(row.rule.op, groups="kv_heads") if self.kv_groups and "KV" in row.rule.op.split else row.rule.op
+        return [StoredTensor(re.sub(r"^ernie\.", self.root, row.paddle), op, row.pt, row.shapes)]
+
+    def join(self, weights: Sequence[Weight]) -> list[Weight]:
+        """And back: canonical weights under the names of this layout, in natural order."""
+        assert not self.kv_groups, "the interleaved layout is only read"
+        if self.out_first:
+            return list(weights)
+        by_row: dict[str, list[Weight]] = {}
+        for weight in weights:
+            by_row.setdefault(weight.row.paddle, []).append(weight)
+        joined = []
+        for name, group in by_row.items():
+            row = group[0].row
+            pieces = {w.name: w.view for w in group}
+            joined.append(Weight(name, row.rule.op.inverse([pieces[p] for p in row.pt]), row))
+        return sorted(joined, key=lambda w: natural(w.name))
+
+
+PT = Layout("pt", "PT", "pt", out_first=True)
+PADDLE = Layout("paddle", "Paddle", "np", out_first=False)
+PADDLEFORMERS = Layout("paddleformers", "paddleformers (third layout)", "np", out_first=False, root="model.", kv_groups=True)
+LAYOUTS = {layout.name: layout for layout in (PT, PADDLE, PADDLEFORMERS)}
+
+
+def layout_of(names: Iterable[str]) -> Layout:
+    """Paddle, PT or the third layout; only names tell (config keys have misled others)."""
+    plain = False
+    for name in names:
+        if name.startswith("ernie."):
+            return PADDLE
+        if name.startswith("model.") and ".qkv_proj." in name:
+            plain = True
+    return PADDLEFORMERS if plain else PT

@@ -1,0 +1,228 @@
+"""The weights of a checkpoint that a runtime loads, plain or quantized: which stored tensors hold each, and how.
+
+Nothing is taken from a report: names and shapes follow from the architecture's table, the form from config.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ernie_quant import archs, names, runtimes
+from ernie_quant.checkpoint import Checkpoint, TensorRef, TensorSpec
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.errors import PlanError
+from ernie_quant.names import NameMap, Row, Rule, Weight
+from ernie_quant.runtimes import Linear, Part, Runtime, _sharing
+from ernie_quant.views import build
+from ernie_quant.views.files import Files
+from ernie_quant.views.kinds import Decoded, View, spec_of
+from ernie_quant.views.read import CPU, read, slabs
+from ernie_quant.weights import ranks
+from ernie_quant.weights.layouts import LAYOUTS, Layout
+from ernie_quant.weights.plain import Resolved
+
+if TYPE_CHECKING:
+    import torch
+
+    from ernie_quant.codecs import Encoded
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight: the row of the table, its spec ([out, in] where it is quantized), and the tensors that hold it."""
+
+    name: str
+    row: Row
+    spec: TensorSpec
+    codec: Codec
+    runtime: str
+    parts: Mapping[str, View]
+
+    @property
+    def rule(self) -> Rule:
+        """Its line of the table."""
+        return self.row.rule
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.spec.shape
+
+    @property
+    def target(self) -> Runtime:
+        """The runtime whose files these are."""
+        return runtimes.find(self.runtime)
+
+    @property
+    def linear(self) -> Linear:
+        """As the runtime sees it."""
+        turned = isinstance(self.codec, Keep) and _turned(self.rule, LAYOUTS[self.target.LAYOUT])
+        spec = TensorSpec(self.shape[::-1], self.spec.dtype) if turned else self.spec
+        return Linear(self.name, spec, self.rule.role, self.codec, self.rule.ranks)
+
+    @cached_property
+    def expected(self) -> dict[str, Part]:
+        """The stored tensors that the runtime asks for."""
+        return self.target.parts(self.name, self.codec, self.spec)
+
+    def shares(self, part: str) -> ranks.Shares:
+        """How ranks share one of its stored tensors; one that the runtime does not know is everybody's."""
+        if part not in self.expected:
+            return ranks.WHOLE
+        turned = isinstance(self.codec, Keep) and _turned(self.rule, LAYOUTS[self.target.LAYOUT])
+        return ranks.shares_of(self.expected[part], self.rule, turned=turned and len(self.shape) > 1)
+
+    def slabs(self) -> list[tuple[int, int]]:
+        """Ranges of rows that can be decoded by themselves."""
+        return slabs(self.spec, math.lcm(self.codec.rows, 1 if isinstance(self.codec, Keep) else self.target.ROWS))
+
+    def read(self, files: Files, rows: tuple[int, int], device: str = CPU) -> torch.Tensor:
+        """Rows of the weight as the runtime will see them; `rows` as `slabs` gives them."""
+        return self.codec.decode(self.encoded(files, rows, device))
+
+    def encoded(self, files: Files, rows: tuple[int, int], device: str = CPU) -> Encoded:
+        """The codec's fields for these rows."""
+        out = self.shape[0] if self.shape else 1
+        tensors = {}
+        for name, view in self.parts.items():
+            part = self.expected[name]
+            if part.out_axis is not None:
+                view = build.cut(view, part.out_axis, *part.span(rows, out))
+            tensors[name] = read(view, files, device=device)
+        return self.target.unpack(self.name, self.codec, tensors)
+
+
+def share_problems(entries: Sequence[Stored], of: int, dims: ranks.Dims, heads: int) -> list[str]:
+    """Why weights cannot be shared by `of` ranks."""
+    if not entries:
+        return []
+    linears = [entry.linear for entry in entries if names.is_layer(entry.name, entry.rule.role, entry.shape)]
+    if found := list(_sharing.problems(entries[0].target, linears, dims, heads, of)):
+        return found
+    for entry in entries:
+        for part, view in entry.parts.items():
+            assert ranks.divides(view, entry.shares(part), of, dims), f"{part} cannot be cut for {of} ranks"
+    return []
+
+
+def table_of(checkpoint: Checkpoint, target: Runtime) -> NameMap:
+    """The table of a checkpoint whose weights are stored as `target` wants them. Raises ConfigError."""
+    arch = archs.find(checkpoint.config)
+    return arch.name_map(arch.flat(checkpoint.config), [target.weight_of(name)[0] for name in checkpoint.refs])
+
+
+def open_stored(checkpoint: Checkpoint, target: Runtime) -> tuple[list[Stored], list[str]]:
+    """Every weight that the table expects, and every disagreement. Raises ConfigError."""
+    table, layout = table_of(checkpoint, target), LAYOUTS[target.LAYOUT]
+    if problem := table.size_problem(len(checkpoint.refs)):
+        return [], [problem]
+    groups, problems = _by_weight(checkpoint, target)
+    expected = {tensor.name: (row, tensor.shape) for row in table.rows() for tensor in layout.stored(row)}
+    codecs = _promised(checkpoint, target, expected, groups)
+    stored: list[Stored] = []
+    for name, (row, shape) in expected.items():
+        refs = groups.pop(name, None)
+        if refs is None:
+            if row.rule.need in ("always", *table.flags):
+                problems.append(f"{name}: is missing")
+            continue
+        codec = codecs.get(name, KEEP) if row.rule.linear or layout.out_first else KEEP
+        kept = isinstance(codec, Keep)
+        dtype = next(iter(refs.values()))[0].spec.dtype if kept else "BF16"  # what codecs decode to
+        turned = not (kept or layout.out_first)  # codecs work on [out, in]
+        entry = Stored(name, row, TensorSpec(shape[::-1] if turned else shape, dtype), codec, runtimes.name_of(target), {})
+        views = {part: _joined(entry, part, copies, table.dims) for part, copies in refs.items()}
+        entry = replace(entry, parts=views)
+        problems += _spec_problems(entry)
+        stored.append(entry)
+    return stored, problems + [f"{name}: is unknown to this architecture" for refs in groups.values() for name in refs]
+
+
+def _by_weight(checkpoint: Checkpoint, target: Runtime) -> tuple[dict[str, dict[str, list[TensorRef]]], list[str]]:
+    """Weight -> its stored tensors -> their copies in the ranks; and where ranks disagree."""
+    groups: dict[str, dict[str, list[TensorRef]]] = {}
+    problems: list[str] = []
+    for name in dict.fromkeys(name for rank in checkpoint.ranks for name in rank.refs):
+        copies = [rank.refs[name] for rank in checkpoint.ranks if name in rank.refs]
+        if len(copies) < len(checkpoint.ranks):
+            problems.append(f"{name}: is in {len(copies)} of {len(checkpoint.ranks)} ranks")
+        else:
+            if odd := next((i for i, ref in enumerate(copies) if ref.spec != copies[0].spec), 0):
+                problems.append(f"{name}: is {_words(copies[0].spec)} in rank 0, {_words(copies[odd].spec)} in rank {odd}")
+                copies = [copies[0]] * len(copies)
+            groups.setdefault(target.weight_of(name)[0], {})[name] = copies
+    return groups, problems
+
+
+def _promised(
+    checkpoint: Checkpoint, target: Runtime, expected: Mapping[str, tuple[Row, tuple[int, ...]]], there: Mapping[str, Any]
+) -> dict[str, Codec]:
+    """What config.json says of the linears that are there. Raises ConfigError."""
+    promise = checkpoint.config.get("quantization_config")
+    linears = [
+        (name, TensorSpec(shape, "BF16"))
+        for name, (row, shape) in expected.items()
+        if name in there and names.is_layer(name, row.rule.role, shape)
+    ]
+    return target.codecs_of(promise, linears) if promise else {}
+
+
+def _joined(entry: Stored, part: str, copies: Sequence[TensorRef], dims: ranks.Dims) -> View:
+    return ranks.join([build.leaf(ref) for ref in copies], entry.shares(part), dims)
+
+
+def _turned(rule: Rule, layout: Layout) -> bool:
+    """Is a kept weight stored as [in, out]?"""
+    return rule.op.transpose and not layout.out_first
+
+
+QUANTIZED = ("quantization_config", "is_quantized", "tensor_parallel_size")  # keys of config.json of a quantized checkpoint
+
+
+def runtime_of(checkpoint: Checkpoint) -> Runtime:
+    """The runtime whose files these are, by quantization_config. Raises PlanError or ConfigError."""
+    promise = checkpoint.config.get("quantization_config")
+    if not isinstance(promise, dict) or not promise:
+        raise PlanError(f"{checkpoint.folder}: is not quantized (config.json has no quantization_config); convert it", [])
+    return runtimes.recognize(promise)
+
+
+def resolve_quantized(checkpoint: Checkpoint) -> Resolved:
+    """As `plain.resolve`, of a quantized checkpoint: its weights are decoded when read. Raises PlanError or ConfigError."""
+    target = runtime_of(checkpoint)
+    entries, problems = open_stored(checkpoint, target)
+    arch, name_map = archs.find(checkpoint.config), table_of(checkpoint, target)
+    config = {key: value for key, value in arch.flat(checkpoint.config).items() if key not in QUANTIZED}
+    return Resolved(arch, config, name_map, _canonical(entries, name_map), [*checkpoint.anomalies, *problems])
+
+
+def _canonical(stored: Sequence[Stored], table: NameMap) -> list[Weight]:
+    """The weights in PT form, to be decoded when they are read."""
+    found = []
+    for entry in stored:
+        kept, layout = isinstance(entry.codec, Keep), LAYOUTS[entry.target.LAYOUT]
+        view: View = next(iter(entry.parts.values())) if kept else Decoded(entry)
+        if layout.out_first:
+            found.append(Weight(entry.name, view, entry.row))
+            continue
+        pieces = entry.rule.op.apply(view if kept else build.transpose(view), table.dims)
+        found += [Weight(name, piece, entry.row) for name, piece in zip(entry.row.pt, pieces, strict=True)]
+    return sorted(found, key=lambda w: names.natural(w.name))
+
+
+def _spec_problems(entry: Stored) -> Iterator[str]:
+    promised = {name: part.stored for name, part in entry.expected.items()}
+    there = {name: spec_of(view) for name, view in entry.parts.items()}
+    for name in sorted(promised.keys() | there.keys()):
+        if there.get(name) != promised.get(name):
+            said = f"config.json ({entry.codec.describe()}) wants {_words(promised.get(name))}"
+            yield f"{name}: is {_words(there.get(name))}, {said}"
+
+
+def _words(spec: TensorSpec | None) -> str:
+    return f"{spec.dtype} {spec.shape}" if spec else "not there"
