@@ -72,7 +72,7 @@ def write_options(command: F) -> F:
 
 
 def run_options(command: F) -> F:
-    """The same, and those of commands that read an unquantized checkpoint."""
+    """`write_options`, and those of commands that read an unquantized checkpoint."""
     for option in (
         fix,
         click.option("--copy-code", is_flag=True, help="Carry Python files of the source along; they are never run."),
@@ -89,7 +89,7 @@ class Size(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse."""
+        """Bytes, whatever the unit."""
         try:
             return parse_size(value)
         except ValueError as error:

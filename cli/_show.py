@@ -36,6 +36,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:
+    """What would happen to each group of tensors, and the bytes of the result."""
     from ernie_quant.plan.summary import summary
     from ernie_quant.report.tables import table
 
@@ -62,6 +63,7 @@ def _show_notes(plan: Plan) -> None:
 
 
 def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> None:
+    """What a run did and lost, and how to run what it made."""
     from ernie_quant.report.rows import total
     from ernie_quant.report.tables import tables
     from ernie_quant.result.card import run_commands

@@ -45,11 +45,11 @@ def compare(name: str, weight: torch.Tensor, decoded: torch.Tensor) -> Differenc
     """The sums for a weight (or a slab of it) and what became of it. Raises CheckpointError for NaN or infinity."""
     import torch
 
-    from ernie_quant.kernels.difference import squares
+    from ernie_quant import kernels
 
     if weight.dtype not in (torch.bfloat16, torch.float32):
         weight = weight.float()
-    error, total, largest = squares(weight, decoded)
+    error, total, largest = kernels.of("difference", weight).squares(weight, decoded)
     if not math.isfinite(total):
         raise CheckpointError(f"{name}: holds NaN or infinity, which cannot be quantized")
     return Difference(error, total, largest)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import DataFree
 
@@ -95,21 +96,17 @@ class ConvolutionalCode(DataFree):
         Rows that hold NaN, infinity or more than 2**120 become zeros, whose relative error of 1 the report shows; NaN and
         infinity are refused by name when the caller measures (`measure.compare`).
         """
-        from ernie_quant.kernels import ccq
-
-        return ccq.encode(weight, CANDIDATES[: self.effort])
+        encoded: Encoded = kernels.of("ccq", weight).encode(weight, CANDIDATES[: self.effort])
+        return encoded
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """bf16 [out, in], inputs in the order of the weight."""
-        from ernie_quant.kernels import ccq
-
-        return ccq.decode(encoded)
+        weight: torch.Tensor = kernels.of("ccq", encoded["codes"]).decode(encoded)
+        return weight
 
     def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
         """The bytes that decode nearest to the weight, at the four scales; the lower one of two that decode alike."""
-        from ernie_quant.kernels import ccq
-
-        return encoded | {"codes": ccq.recode(weight, encoded)}
+        return encoded | {"codes": kernels.of("ccq", weight).recode(weight, encoded)}
 
 
 def _near(n: int, multiple: int) -> list[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import DataFree
 
@@ -101,14 +102,14 @@ class RoundToNearest(DataFree):
         import numpy as np
         import torch
 
-        from ernie_quant.kernels import rtn, weight_quantize
-
         if weight.dtype != torch.bfloat16:
             weight = weight.float()
         group = weight.shape[1] if self.group_size == CHANNEL else int(self.group_size)
         high = 2 ** (self.bits - 1) - 1
         if self.scale == "absmax" and not self.full_range:
-            codes, scale = weight_quantize.absmax_codes(weight.reshape(-1, group), self.bits, torch.bfloat16)
+            codes, scale = kernels.of("weight_quantize", weight).absmax_codes(
+                weight.reshape(-1, group), self.bits, torch.bfloat16
+            )
             return {"codes": codes.reshape(weight.shape), "scale": scale.reshape(len(weight), -1)}
         ratios: tuple[float, ...]
         low = -high - 1
@@ -120,14 +121,15 @@ class RoundToNearest(DataFree):
         else:
             ratios, refine = (SYMMETRIC_RATIOS_INT8, 1) if self.bits == 8 else (SYMMETRIC_RATIOS, 2)
             low, divisor, signed = -high, high, False
-        codes, scale = rtn.encode(weight, group, low, high, divisor, np.array(ratios, np.float32), refine, signed)
+        codes, scale = kernels.of("rtn", weight).encode(
+            weight, group, low, high, divisor, np.array(ratios, np.float32), refine, signed
+        )
         return {"codes": codes, "scale": scale}
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """bf16 [out, in]."""
-        from ernie_quant.kernels import rtn
-
-        return rtn.decode(encoded["codes"], encoded["scale"])
+        weight: torch.Tensor = kernels.of("rtn", encoded["codes"]).decode(encoded["codes"], encoded["scale"])
+        return weight
 
     def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
         """Codes of weight / scale, rounded."""

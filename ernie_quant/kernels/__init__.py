@@ -3,3 +3,24 @@
 Both do the same float32 operations in the same order, without fused multiply-add and without reordered sums, so
 they agree to the bit and a file does not depend on the machine that wrote it.
 """
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from ernie_quant.errors import ErnieQuantError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = {"cpu": ""}  # type of a torch device -> how the names of its kernels' files end
+
+
+def of(name: str, tensor: torch.Tensor) -> ModuleType:
+    """The kernels `name` for the device on which a tensor lies. Raises ErnieQuantError where there are none."""
+    device = tensor.device.type
+    if device not in DEVICES:
+        raise ErnieQuantError(f"kernels {name}: there are none for the device {device}; there are for {', '.join(DEVICES)}")
+    return importlib.import_module(f"{__name__}.{name}{DEVICES[device]}")

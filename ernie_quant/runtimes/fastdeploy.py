@@ -12,7 +12,6 @@ inputs, N its outputs:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.ccq import ConvolutionalCode
-from ernie_quant.codecs.keep import KEEP, Keep
-from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT, MTP, OUT, VISION_EXPERT
+from ernie_quant.codecs.keep import Keep
+from ernie_quant.codecs.rtn import RoundToNearest
+from ernie_quant.names import MTP, OUT, VISION_EXPERT
 from ernie_quant.paths import MTP_FOLDER
 from ernie_quant.runtimes import Linear, Part, kept
+from ernie_quant.runtimes import _w4w2 as w4w2
+from ernie_quant.runtimes._w4w2 import EXPERTS, GROUP, LINEAR, WINT2, WINT4, WINT8, wint2_from, wint4_to
 
 if TYPE_CHECKING:
     import torch
@@ -38,12 +38,6 @@ CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
 SPLITS_VOCABULARY = True
-WINT2 = ConvolutionalCode()
-WINT4 = RoundToNearest(4, CHANNEL, full_range=False)
-WINT8 = RoundToNearest(8, CHANNEL, full_range=False)
-EXPERTS = (EXPERT, VISION_EXPERT)
-GROUP = 64  # inputs per local scale
-LINEAR = re.compile(r"\.(qkv|o|up_gate|down)_proj\.weight$")
 
 
 def folder(role: str) -> str:
@@ -171,7 +165,7 @@ def problems(linears: Sequence[Linear]) -> list[str]:
         if not any(linear.codec.form == w.form for w in wanted):
             words = " or ".join(w.describe() for w in wanted)
             found.append(f"{linear.name}: FastDeploy's container wants {words}, not {linear.codec.describe()}")
-    first, last = _wint2_from(linears), _wint4_to(linears)
+    first, last = wint2_from(linears), wint4_to(linears)
     if first <= last:
         found.append(f"experts: WINT4 must come before WINT2, but layer {last} is WINT4 and layer {first} WINT2")
     return found
@@ -187,20 +181,6 @@ def unsupported(linears: Sequence[Linear]) -> list[str]:
     return []
 
 
-def _layer(name: str) -> int:
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else -1
-
-
-def _wint2_from(linears: Sequence[Linear]) -> int:
-    return min((_layer(li.name) for li in linears if isinstance(li.codec, ConvolutionalCode)), default=1 << 30)
-
-
-def _wint4_to(linears: Sequence[Linear]) -> int:
-    experts = [li for li in linears if li.role in EXPERTS and isinstance(li.codec, RoundToNearest)]
-    return max((_layer(li.name) for li in experts), default=-1)
-
-
 def notes(linears: Sequence[Linear]) -> list[str]:
     """What a version of FastDeploy does wrong with such files."""
     if all(isinstance(li.codec, Keep) for li in linears):
@@ -209,51 +189,13 @@ def notes(linears: Sequence[Linear]) -> list[str]:
 
 
 def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
-    """The entry of config.json. What the loader reads: quantization, moe_quant_type, quant_end_layer, the two quant_types."""
-    if all(isinstance(li.codec, Keep) for li in linears):
-        return None
-    last = max(_layer(li.name) for li in linears)
-    return {
-        "quantization": "wint2",
-        "dense_quant_type": "wint8",
-        "moe_quant_type": "w4w2",
-        "dense_quant_config": {"quant_type": "wint8", "quant_granularity": "per_channel"},
-        "moe_quant_config": {
-            "quant_type": "w4w2",
-            "moe_w4_quant_config": {
-                "quant_type": "wint4",
-                "quant_granularity": "per_channel",
-                "quant_start_layer": 0,
-                "quant_end_layer": _wint4_to(linears),
-            },
-            "moe_w2_quant_config": {
-                "quant_type": "wint2",
-                "quant_granularity": "pp_acc",
-                "quant_group_size": GROUP,
-                "quant_start_layer": _wint4_to(linears) + 1,
-                "quant_end_layer": last,
-            },
-        },
-    }
+    """The entry of config.json."""
+    return None if all(isinstance(li.codec, Keep) for li in linears) else w4w2.config(linears)
 
 
 def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec]]) -> dict[str, Codec]:
     """The codec that `quantization_config` promises for each linear (Paddle name). Raises ConfigError."""
-    try:
-        moe = config["moe_quant_config"]
-        last_wint4 = moe.get("moe_w4_quant_config", {}).get("quant_end_layer", 6)
-        known = config["quantization"] == "wint2" and moe.get("quant_type", "w4w2") == "w4w2" and type(last_wint4) is int
-    except (KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise ConfigError("config.json: quantization_config is none that this tool writes (wint2 with w4w2 experts)")
-    found: dict[str, Codec] = {}
-    for name, _ in linears:
-        codec: Codec = WINT8 if LINEAR.search(name) else KEEP
-        if ".experts." in name:
-            codec = WINT4 if _layer(name) <= last_wint4 else WINT2
-        found[name] = codec
-    return found
+    return w4w2.codecs_of(config, [name for name, _ in linears])
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import BLOCK, Float8Block
@@ -20,7 +21,7 @@ from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import EXPERT, IN, VISION_EXPERT
 from ernie_quant.runtimes import Linear, Part, kept
-from ernie_quant.runtimes._patterns import cover
+from ernie_quant.runtimes import _compressed_tensors as compressed_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -84,13 +85,11 @@ def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[
 
 def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
     """Stored tensors of a slab of rows."""
-    from ernie_quant.kernels import packing
-
     module = name.removesuffix(".weight")
     match codec:
         case RoundToNearest(bits=bits):
             return {
-                f"{module}.weight_packed": packing.pack(encoded["codes"], bits),
+                f"{module}.weight_packed": kernels.of("packing", encoded["codes"]).pack(encoded["codes"], bits),
                 f"{module}.weight_scale": encoded["scale"],
             }
         case Float8Block():
@@ -100,13 +99,12 @@ def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
 
 def unpack(name: str, codec: Codec, stored: Mapping[str, torch.Tensor]) -> Encoded:
     """What was encoded, from the stored tensors of a slab of rows."""
-    from ernie_quant.kernels import packing
-
     module = name.removesuffix(".weight")
     match codec:
         case RoundToNearest(bits=bits):
             columns = int(stored[f"{module}.weight_shape"][1])
-            codes = packing.unpack(stored[f"{module}.weight_packed"], bits, columns)
+            packed = stored[f"{module}.weight_packed"]
+            codes = kernels.of("packing", packed).unpack(packed, bits, columns)
             return {"codes": codes, "scale": stored[f"{module}.weight_scale"]}
         case Float8Block():
             return {"codes": stored[f"{module}.weight"], "scale": stored[f"{module}.weight_scale_inv"]}
@@ -194,53 +192,7 @@ def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
             "weight_block_size": [BLOCK, BLOCK],
             "modules_to_not_convert": [li.module for li in kept],
         }
-    schemes: dict[tuple[int, int | str], list[Linear]] = defaultdict(list)
-    for linear in quantized:
-        assert isinstance(linear.codec, RoundToNearest)
-        schemes[linear.codec.bits, linear.codec.group_size].append(linear)
-    scheme_of = {li.name: scheme for scheme, members in schemes.items() for li in members}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head", *_regexes(kept, quantized), *_vl_routers(linears)],
-        "config_groups": {
-            f"group_{i}": {
-                "format": "pack-quantized",  # no fallback to the global one
-                "targets": _regexes(members, [li for li in linears if scheme_of.get(li.name) != (bits, group)]),
-                "weights": {
-                    "num_bits": bits,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "channel" if group == CHANNEL else "group",
-                    **({} if group == CHANNEL else {"group_size": group}),
-                    "dynamic": False,
-                },
-            }
-            for i, ((bits, group), members) in enumerate(sorted(schemes.items(), key=str))
-        },
-    }
-
-
-def _regexes(chosen: Sequence[Linear], others: Sequence[Linear]) -> list[str]:
-    """`re:` patterns for layers, under their names in the file and in vLLM."""
-    found = cover([li.module for li in chosen], [li.module for li in others])
-    roles, rest = {li.role for li in chosen}, {li.role for li in others}
-    patterns = []
-    for pattern in found:
-        # vLLM keeps the experts of VL models as text_experts and vision_experts, numbered from 0 each
-        if r"\.experts\.\d+\." in pattern:
-            pattern = pattern.replace(r"\.experts\.", r"\.(?:text_|vision_)?experts\.")
-        elif r"\.experts\." in pattern and (both := roles & set(EXPERTS)) and not both & rest:
-            own = "|".join("text" if role == EXPERT else "vision" for role in sorted(both))
-            pattern = re.sub(r"experts(\\\.\(\?:[\d|]+\))", rf"(?:experts\1|(?:{own})_experts\\.\\d+)", pattern)
-        patterns.append(f"re:.*{pattern.removeprefix('model')}$")
-    return list(dict.fromkeys(patterns))
-
-
-def _vl_routers(linears: Sequence[Linear]) -> list[str]:
-    """vLLM's own names of the routers of VL models."""
-    return [r"re:.*\.(?:text|vision)_experts_gate$"] if any(li.role == VISION_EXPERT for li in linears) else []
+    return compressed_tensors.config(linears)
 
 
 def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec]]) -> dict[str, Codec]:
@@ -250,28 +202,7 @@ def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec
         return {name: KEEP if name.removesuffix(".weight") in kept else Float8Block() for name, _ in linears}
     if config.get("quant_method") != "compressed-tensors":
         raise ConfigError(f"config.json: quant_method {config.get('quant_method')!r} is none that this tool writes")
-    try:
-        groups = [(_compiled(g["targets"]), _codec(g["weights"])) for g in config["config_groups"].values()]
-        ignore = _compiled(config["ignore"])
-    except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
-        raise ConfigError(f"config.json: quantization_config is none that this tool writes ({error!r:.100})") from None
-    found: dict[str, Codec] = {}
-    for name, _ in linears:
-        module = name.removesuffix(".weight")
-        codecs = [codec for targets, codec in groups if any(t.match(module) for t in targets)]
-        ignored = any(i.match(module) for i in ignore)
-        if len(codecs) + ignored != 1:
-            raise ConfigError(f"config.json: {module} matches {len(codecs)} of config_groups, and ignore: {ignored}")
-        found[name] = codecs[0] if codecs else KEEP
-    return found
-
-
-def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
-    return [re.compile(p.removeprefix("re:") if p.startswith("re:") else re.escape(p) + "$") for p in patterns]
-
-
-def _codec(weights: Mapping[str, Any]) -> Codec:
-    return RoundToNearest(weights["num_bits"], CHANNEL if weights["strategy"] == "channel" else weights["group_size"])
+    return compressed_tensors.codecs_of(config, [name for name, _ in linears])
 
 
 def share_multiple(linear: Linear) -> int:

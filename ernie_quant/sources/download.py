@@ -112,7 +112,7 @@ class HubDownload:
             )
 
     def start(self) -> None:
-        """Begin."""
+        """Fetch the first file."""
         self._thread.start()
 
     def stop(self) -> None:
