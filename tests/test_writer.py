@@ -84,7 +84,7 @@ def test_data_begin_at_a_multiple_of_eight_and_so_does_every_tensor_of_a_plan(tm
     for i, shape in enumerate([(5, 32), (3, 64), (7, 24)]):  # scales of 10, 6 and 14 bytes
         name, spec = f"l{i}.up_proj.weight", TensorSpec(shape, "BF16")
         steps.append(Step(name, "mlp", None, spec, codec, vllm.parts(name, codec, spec), ()))  # type: ignore[arg-type]
-    specs = safetensors.order({name: part.stored for step in steps for name, part in step.parts.items()})
+    specs = safetensors.order({name: part.spec for step in steps for name, part in step.parts.items()})
     at = 0
     for name, spec in specs.items():
         itemsize = torch_dtype(spec.dtype).itemsize
@@ -146,7 +146,7 @@ def test_several_weights_in_one_stored_tensor(tmp_path: Path) -> None:
     """A stack of 3: each weight by itself, in slabs along its own axes, in any order; each has a checksum of its own."""
     stack = torch.arange(3 * 2 * 4, dtype=torch.int16).reshape(3, 2, 4)
     specs = {"experts": TensorSpec((3, 2, 4), "I16"), "b": SPECS["b"]}
-    with writer(tmp_path / "m.safetensors", specs, stacks={"experts": 3}) as out:
+    with writer(tmp_path / "m.safetensors", specs, stacks=["experts"]) as out:
         out.write("b", TENSORS["b"])
         out.write("experts", stack[2], index=2)
         out.write("experts", stack[0, :, 1:].contiguous(), 1, 1, index=0)

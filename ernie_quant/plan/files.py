@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 
 from ernie_quant import writers
-from ernie_quant.plan.steps import Shard, Step
+from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.plan.steps import Shard, Step, stacks_of
 from ernie_quant.runtimes import Runtime
 
 
@@ -36,7 +37,13 @@ def files(folder: str, steps: Sequence[Step], target: Runtime, shard_bytes: int)
     numbers = [f"-{i:05d}-of-{total:05d}" for i in range(1, total + 1)] if total > 1 else [""]
     shards = []
     for number, inside in zip(numbers, groups, strict=True):
-        specs = {name: part.stored for step in inside for name, part in step.parts.items()}
+        stacks = stacks_of(inside)
+        specs = {name: _stored(part.spec, stacks.get(name)) for step in inside for name, part in step.parts.items()}
         name = f"{prefix}model{number}{file_format.EXTENSION}"
         shards.append(Shard(name, tuple(inside), file_format.order(specs)))
     return shards
+
+
+def _stored(spec: TensorSpec, stacked: int | None) -> TensorSpec:
+    """The whole of a stored tensor, of which one weight has `spec`."""
+    return spec if stacked is None else TensorSpec((stacked, *spec.shape), spec.dtype)

@@ -80,7 +80,9 @@ def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> St
     multiple = math.lcm(codec.rows, 1 if isinstance(codec, Keep) else target.ROWS)
     view = oriented(weight, codec, LAYOUTS[target.LAYOUT])
     parts = target.parts(weight.name, codec, spec)
-    return Step(weight.name, weight.role, view, spec, codec, parts, weight.sources, multiple, statistics=statistics)
+    stacked = any(part.index is not None for part in parts.values())
+    group = target.layer_of(weight.name, weight.role) if stacked else ""
+    return Step(weight.name, weight.role, view, spec, codec, parts, weight.sources, multiple, group, statistics)
 
 
 def _check_promise(target: Runtime, entry: Mapping[str, Any], linears: Sequence[Linear]) -> None:

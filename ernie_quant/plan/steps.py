@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +84,12 @@ class Shard:
     @property
     def stacks(self) -> dict[str, int]:
         """Stored tensors that hold several weights, and how many."""
-        return {name: part.stack for step in self.steps for name, part in step.parts.items() if part.stack > 1}
+        return stacks_of(self.steps)
+
+
+def stacks_of(steps: Iterable[Step]) -> dict[str, int]:
+    """Stored tensor -> number of weights that are stacked in it."""
+    return dict(Counter(name for step in steps for name, part in step.parts.items() if part.index is not None))
 
 
 @dataclass(frozen=True)

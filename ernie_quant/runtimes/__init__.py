@@ -24,21 +24,15 @@ class Part:
     """What a weight [out, in] has of one stored tensor, and along which of its axes it grows with the weight's.
 
     Where inputs are shared among ranks, `interleave` rows of the tensor take turns along `in_axis` and are cut together.
-    With a `stack` of n, the stored tensor is n such parts of n weights, one after the other along a new first axis, and
-    this one is number `index`.
+    With an `index` the stored tensor is a stack of several weights' parts, one after the other along a new first axis, and
+    this is the one of that number.
     """
 
     spec: TensorSpec
     out_axis: int | None = 0
     in_axis: int | None = None
     interleave: int = 1
-    index: int = 0
-    stack: int = 1
-
-    @property
-    def stored(self) -> TensorSpec:
-        """Shape and dtype of the whole stored tensor."""
-        return self.spec if self.stack == 1 else TensorSpec((self.stack, *self.spec.shape), self.spec.dtype)
+    index: int | None = None
 
     def span(self, rows: tuple[int, int], out: int) -> tuple[int, int]:
         """Where rows of a weight of `out` rows lie along `out_axis`."""

@@ -216,7 +216,7 @@ def _canonical(stored: Sequence[Stored], table: NameMap) -> list[Weight]:
 
 
 def _spec_problems(entry: Stored) -> Iterator[str]:
-    promised = {name: part.stored for name, part in entry.expected.items()}
+    promised = {name: part.spec for name, part in entry.expected.items()}
     there = {name: spec_of(view) for name, view in entry.parts.items()}
     for name in sorted(promised.keys() | there.keys()):
         if there.get(name) != promised.get(name):

@@ -98,19 +98,19 @@ class _Region:
 class ShardWriter:
     """One output file. `write` in any order; `close` completes it; leaving with an error drops it.
 
-    `stacks`: how many weights lie in a tensor one after the other, where there are several. The hash follows the writes
+    `stacks`: tensors in which several weights lie one after the other. The hash follows the writes
     while they come in file order, and reads back (from the page cache) the little that came early.
     """
 
-    def __init__(self, path: Path, specs: Specs, layout: FileLayout, stacks: Mapping[str, int] | None = None) -> None:
+    def __init__(self, path: Path, specs: Specs, layout: FileLayout, stacks: Iterable[str] = ()) -> None:
         self.path, self.nbytes = path, layout.nbytes
         self.partial = path.with_name(path.name + PARTIAL)
-        self._regions: dict[tuple[str, int], _Region] = {}
+        self._regions: dict[tuple[str, int | None], _Region] = {}
         for name in sorted(specs, key=layout.starts.__getitem__):
-            count = (stacks or {}).get(name, 1)
-            spec = TensorSpec(specs[name].shape[1:], specs[name].dtype) if count > 1 else specs[name]
-            for index in range(count):
-                start = layout.starts[name] + index * spec.nbytes
+            stacked = name in stacks
+            spec = TensorSpec(specs[name].shape[1:], specs[name].dtype) if stacked else specs[name]
+            for index in range(specs[name].shape[0]) if stacked else [None]:
+                start = layout.starts[name] + (index or 0) * spec.nbytes
                 self._regions[name, index] = _Region(spec, start, spec.nbytes)
         self._order = iter(self._regions.values())
         self._next: _Region | None = next(self._order, None)
@@ -136,7 +136,7 @@ class ShardWriter:
             self._fd = -1
         self.partial.unlink(missing_ok=True)
 
-    def write(self, name: str, tensor: torch.Tensor, axis: int | None = None, first: int = 0, index: int = 0) -> None:
+    def write(self, name: str, tensor: torch.Tensor, axis: int | None = None, first: int = 0, index: int | None = None) -> None:
         """Store what one weight has of `name`, or a slab of it: what begins at `first` along `axis`.
 
         `index`: which weight of a stack it is.
@@ -172,9 +172,9 @@ class ShardWriter:
         region.crc32 = zlib.crc32(data, region.crc32)
         self._hashed += len(data)
 
-    def crc32(self, parts: Iterable[tuple[str, int]]) -> str:
+    def crc32(self, parts: Iterable[tuple[str, int | None]]) -> str:
         """`joint_crc32` of what a weight has of stored tensors: their names, and its number in each."""
-        return joint_crc32(self._regions[part].crc32 for part in sorted(parts))
+        return joint_crc32(self._regions[part].crc32 for part in sorted(parts, key=lambda part: (part[0], part[1] or 0)))
 
     def _catch_up(self) -> None:
         """Hash what was written before its turn, and the zeros before it."""

@@ -103,7 +103,7 @@ def test_parts_constants_and_pack_agree(runtime: ModuleType, codec: Codec) -> No
     assert packed.keys() & constants.keys() == set()
     stored = packed | constants
     specs = {part: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for part, t in stored.items()}
-    assert specs == {n: part.stored for n, part in runtime.parts(name, codec, SPEC).items()}
+    assert specs == {n: part.spec for n, part in runtime.parts(name, codec, SPEC).items()}
     back = codec.decode(runtime.unpack(name, codec, stored))
     assert torch.equal(back.view(torch.int16), codec.decode(encoded).view(torch.int16))
 
