@@ -64,6 +64,9 @@ class ProblemsError(ErnieQuantError):
         self.headline = headline
         self.problems = list(problems)
 
+    def __reduce__(self) -> tuple[type[ProblemsError], tuple[str, list[str]]]:
+        return type(self), (self.headline, self.problems)  # with the arguments that it is made of
+
     def __str__(self) -> str:
         return "\n".join([super().__str__(), *(f"  {line}" for line in shown(self.problems))])
 

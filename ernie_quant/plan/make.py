@@ -42,7 +42,8 @@ def make_plan(
 ) -> Plan:
     """Decide everything. `statistics`: weight -> what is known of its inputs, for codecs that look at it.
 
-    Raises PlanError with every problem found, or ConfigError."""
+    Raises PlanError with every problem found, or ConfigError.
+    """
     target = runtimes.find(runtime)
     if not dequantize:
         refuse_quantized(source)
