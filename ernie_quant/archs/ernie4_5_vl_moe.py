@@ -28,6 +28,8 @@ from ernie_quant.errors import ConfigError
 from ernie_quant.names import COPY, EXPERT, RESAMPLER, ROUTER, SHARED, TRANSPOSE, VISION, VISION_EXPERT, NameMap, Rule
 
 MODEL_TYPES = ("ernie4_5_moe_vl", "ernie4_5_vl_moe")
+# what the released model code takes where config.json says nothing (configuration_ernie4_5_vl.py of the -PT repositories)
+UNSAID_ROPE_THETA, UNSAID_FREQ_ALLOCATION, UNSAID_VISION_EPS, UNSAID_TEMPORAL_CONV = 500000.0, 20, 1e-6, 2
 
 # VD vision width, VF vision FFN, VP values per patch, RS spatial width, RT temporal input of the resampler
 _S, _B, _M = "ernie.resampler_model.spatial_linear", "vision_model.blocks.{block}", "ernie.layers.{moe}.mlp"
@@ -114,7 +116,7 @@ def _vision_dims(config: Config) -> dict[str, int]:
         "VF": whole(vision, "intermediate_size", default=width * whole(vision, "mlp_ratio", default=4)),
         "VP": whole(vision, "in_channels", default=3) * whole(vision, "patch_size", default=14) ** 2,
         "RS": resampler,
-        "RT": resampler * whole(config, "temporal_conv_size", default=2),
+        "RT": resampler * whole(config, "temporal_conv_size", default=UNSAID_TEMPORAL_CONV),
     }
 
 
@@ -180,9 +182,9 @@ def _nested(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     end = last_moe_layer(pair(config, "moe_layer_end_index", -1, layers - 1)[0], layers)
     moe = set(moe_layers(config, pair(config, "moe_layer_start_index", 0, 0)[0], end))
     dims = attention_dims(config)
-    time = whole(config, "freq_allocation", default=20)
+    time = whole(config, "freq_allocation", default=UNSAID_FREQ_ALLOCATION)
     space = (dims["KV"] // dims["kv_heads"] // 2 - time) // 2
-    theta = config.get("rope_theta", 500000.0)
+    theta = config.get("rope_theta", UNSAID_ROPE_THETA)
     copied = (
         "hidden_size", "intermediate_size", "max_position_embeddings", "moe_k", "num_attention_heads", "num_hidden_layers",
         "num_key_value_heads", "rms_norm_eps", "vocab_size", "tie_word_embeddings", "use_bias", "pad_token_id",
@@ -211,7 +213,7 @@ def _nested(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
             "model_type": "ernie4_5_vl_moe_vision",
             "hidden_size": vision_dims["VD"],
             "intermediate_size": vision_dims["VF"],
-            "temporal_merge_size": whole(config, "temporal_conv_size", default=2),
-            "rms_norm_eps": vision.get("rms_norm_eps", 1e-6),
+            "temporal_merge_size": whole(config, "temporal_conv_size", default=UNSAID_TEMPORAL_CONV),
+            "rms_norm_eps": vision.get("rms_norm_eps", UNSAID_VISION_EPS),
         },
     }

@@ -54,10 +54,12 @@ def _sums_problem(out: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     return {SUMS: f"{SUMS}: disagrees with the manifest about {', '.join(odd[:5])}"} if odd else {}
 
 
-def damaged_weights(stored: list[Stored], rows: Mapping[str, TensorReport], files: Files, suspects: set[Path]) -> Iterator[str]:
+def damaged_weights(
+    stored: list[Stored], reports: Mapping[str, TensorReport], files: Files, suspects: set[Path]
+) -> Iterator[str]:
     """The weights in `suspects` that do not have the checksum of the report."""
     for entry in stored:
-        row = rows.get(entry.name)
+        row = reports.get(entry.name)
         if row is None or not suspects & {ref.file for view in entry.parts.values() for ref in build.refs(view)}:
             continue
         try:

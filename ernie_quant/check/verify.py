@@ -64,15 +64,15 @@ def verify(
     checkpoint = open_source(out)
     target = runtimes.find(manifest["runtime"])
     stored, problems = open_stored(checkpoint, target)
-    rows, more = _reports(out, stored) if _has_report(manifest) else ({}, [])
+    reports, more = _reports(out, stored) if _has_report(manifest) else ({}, [])
     problems += [*checkpoint.anomalies, *more]
     if problems:
         raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
-    chosen = stored if sample is None else _sample(stored, rows, sample)
+    chosen = stored if sample is None else _sample(stored, reports, sample)
     with one_torch_thread(), Files(checkpoint.stamps) as files:
         problems = list(_value_problems(chosen, files))
         if against is not None:
-            problems += _against(stored, chosen, rows, target, files, open_source(against))
+            problems += _against(stored, chosen, reports, target, files, open_source(against))
         files.check()
     if problems:
         raise VerifyError(f"{out}: {len(problems)} tensor(s) are not as reported", problems)
@@ -96,14 +96,14 @@ def _by_name(out: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str])
         return []
     try:
         stored, _ = open_stored(open_source(out), runtimes.find(manifest["runtime"]))
-        rows, _ = _reports(out, stored)
+        reports, _ = _reports(out, stored)
         with Files() as files:
-            return list(damaged_weights(stored, rows, files, suspects))
+            return list(damaged_weights(stored, reports, files, suspects))
     except ErnieQuantError as error:
         return [f"which weights are damaged cannot be said: {error}"]
 
 
-def _sample(stored: list[Stored], rows: Mapping[str, TensorReport], count: int) -> list[Stored]:
+def _sample(stored: list[Stored], reports: Mapping[str, TensorReport], count: int) -> list[Stored]:
     """About `count` weights: of every role and codec its share, at even distances, and the one that lost most."""
     groups: dict[tuple[str, str], list[Stored]] = {}
     for entry in stored:
@@ -112,19 +112,20 @@ def _sample(stored: list[Stored], rows: Mapping[str, TensorReport], count: int) 
     for members in groups.values():
         share = max(1, count * len(members) // len(stored))
         places = {i * len(members) // share for i in range(share)}
-        worst = max(range(len(members)), key=lambda i: rows[members[i].name].rel_error if rows else 0.0)
+        worst = max(range(len(members)), key=lambda i: reports[members[i].name].rel_error if reports else 0.0)
         chosen += [members[i] for i in sorted(places | {worst})]
     return chosen
 
 
 def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], list[str]]:
+    """Weight -> its row of report.json, and where these are not what the files say. Raises VerifyError."""
     try:
-        rows = {r["name"]: TensorReport.from_json(r) for r in read_object(out / FILENAME)["tensors"]}
+        reports = {r["name"]: TensorReport.from_json(r) for r in read_object(out / FILENAME)["tensors"]}
     except (KeyError, TypeError):
         raise VerifyError(f"{out / FILENAME}: lacks the rows of its tensors", []) from None
-    problems = [f"{n}: is in the report, not in the files" for n in rows.keys() - {s.name for s in stored}]
+    problems = [f"{n}: is in the report, not in the files" for n in reports.keys() - {s.name for s in stored}]
     for entry in stored:
-        row = rows.get(entry.name)
+        row = reports.get(entry.name)
         nbytes = sum(kinds.spec_of(part).nbytes for part in entry.parts.values())
         if row is None:
             problems.append(f"{entry.name}: is in the files, not in the report")
@@ -137,7 +138,7 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
                 f" bits per weight; the files hold {entry.rule.role}, {entry.codec.describe()} {entry.shape} in {nbytes} bytes,"
                 f" {bits:g} bits per weight"
             )
-    return rows, problems
+    return reports, problems
 
 
 def _value_problems(chosen: list[Stored], files: Files) -> Iterator[str]:
@@ -170,7 +171,7 @@ def _slab_problem(entry: Stored, files: Files, rows: tuple[int, int]) -> str | N
 
 
 def _against(
-    stored: list[Stored], chosen: list[Stored], rows: Mapping[str, TensorReport], target: Runtime, files: Files,
+    stored: list[Stored], chosen: list[Stored], reports: Mapping[str, TensorReport], target: Runtime, files: Files,
     source: Checkpoint,
 ) -> list[str]:  # fmt: skip
     """Kept tensors have the source's bytes; decoded ones have the error that was reported; none is missing."""
@@ -179,16 +180,16 @@ def _against(
     if table.problems:
         raise VerifyError(f"{source.folder}: the source itself has {len(table.problems)} problem(s)", table.problems)
     weights = {w.name: w for w in LAYOUTS[target.LAYOUT].join(table.weights)}
-    found = {s.name for s in stored}
-    problems = [f"{name}: is in the source, not in the result" for name in weights.keys() - found]
-    problems += [f"{name}: is in the result, not in the source" for name in found - weights.keys()]
+    there = {s.name for s in stored}
+    problems = [f"{name}: is in the source, not in the result" for name in weights.keys() - there]
+    problems += [f"{name}: is in the result, not in the source" for name in there - weights.keys()]
     chosen = [entry for entry in chosen if entry.name in weights]
     needs = [[ref.file for ref in build.refs(weights[entry.name].view)] for entry in chosen]
     with source.download(needs) as download:
         for number, entry in enumerate(chosen):
             with Files(download.stamps, download.path) as originals:
                 try:
-                    problems += _difference(entry, weights[entry.name], rows.get(entry.name), files, originals)
+                    problems += _difference(entry, weights[entry.name], reports.get(entry.name), files, originals)
                 except ErnieQuantError as error:
                     problems.append(str(error))
             download.done(number)
