@@ -18,6 +18,8 @@ from ernie_quant.codecs import Codec
 from ernie_quant.jsonio import dumps
 from ernie_quant.plan import recipe
 from ernie_quant.plan.recipe import Recipe
+from ernie_quant.views.build import refs
+from ernie_quant.views.kinds import View
 
 LIBRARIES = ("numba", "numpy", "torch")  # what computes the bytes
 SHOWN = 4  # changes that an error names
@@ -56,6 +58,16 @@ def _of_source(source: Checkpoint) -> dict[str, Any]:
     files |= {source.name_of(file): {"bytes": stamp.nbytes} for file, stamp in source.extra_files.items()}
     config = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode()).hexdigest()
     return {"revision": source.revision, "config": config, "files": files}
+
+
+def of_statistics(statistics: Mapping[str, Mapping[str, View]]) -> str:
+    """A hash that changes with what statistics are given for which weights, and with the files they lie in."""
+    digest = hashlib.sha256()
+    for name, values in sorted(statistics.items()):
+        for key, view in sorted(values.items()):
+            stamps = [(ref.name, ref.file.name, ref.file.stat().st_size, ref.file.stat().st_mtime_ns) for ref in refs(view)]
+            digest.update(repr((name, key, view.shape, view.dtype, stamps)).encode())
+    return digest.hexdigest()
 
 
 def fingerprint(what: Identity) -> str:

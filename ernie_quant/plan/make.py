@@ -17,7 +17,7 @@ from ernie_quant.names import EMBED
 from ernie_quant.plan.capacity import Model, gpus_needed
 from ernie_quant.plan.choose import Choice, choose, folded_problems, linears_of, oriented
 from ernie_quant.plan.files import into_files
-from ernie_quant.plan.identity import identity
+from ernie_quant.plan.identity import identity, of_statistics
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
 from ernie_quant.plan.steps import SHARD_BYTES, Plan, Step
 from ernie_quant.runtimes import Linear, Runtime, _sharing
@@ -67,7 +67,8 @@ def make_plan(
     model = Model.of(table.config, table.map.dims)
     tp_sizes = _sharing.tp_sizes(target, linears, model.dims, model.heads)
     options = {
-        "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes, "dequantize": dequantize
+        "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes,
+        "dequantize": dequantize, **({"statistics": of_statistics(statistics)} if statistics else {}),
     }  # fmt: skip
     return Plan(
         source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, copies, tp_sizes,

@@ -78,8 +78,12 @@ class Shard:
     @cached_property
     def needs(self) -> tuple[Path, ...]:
         """Files of the source that it is made from, in order of their first use."""
-        views = [view for step in self.steps for view in (step.view, *step.statistics.values())]
-        return tuple(dict.fromkeys(ref.file for view in views for ref in build.refs(view)))
+        return tuple(dict.fromkeys(ref.file for step in self.steps for ref in build.refs(step.view)))
+
+    @property
+    def statistics_files(self) -> set[Path]:
+        """Files that statistics of its weights' inputs are read from; they lie on this machine."""
+        return {ref.file for step in self.steps for view in step.statistics.values() for ref in build.refs(view)}
 
     @property
     def stacks(self) -> dict[str, int]:
@@ -98,7 +102,7 @@ class ShardJob:
 
     shard: Shard
     runtime: str
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     stamps: Mapping[Path, Stamp]  # of the files it reads, as far as they may change
     device: str = CPU
 
@@ -135,9 +139,9 @@ class Plan:
         return writers.find(runtimes.find(self.runtime).FORMAT)
 
     @property
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, Any]:
         """What every file says of itself."""
-        return {"format": self.layout.file_format}
+        return runtimes.find(self.runtime).metadata(self.config)
 
     @property
     def steps(self) -> list[Step]:

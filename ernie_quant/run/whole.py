@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ernie_quant import runners
+from ernie_quant.checkpoint import Stamp
 from ernie_quant.plan.steps import Plan, ShardJob, in_order
 from ernie_quant.report.rows import TensorReport
 from ernie_quant.result.finish import finish
@@ -52,7 +53,8 @@ def write_all(
     progress(sum(shard.nbytes_in for shard in plan.shards if shard.filename in results))
     work = functools.partial(run_shard, folder=folder.path, workers=workers or default_workers())
     with plan.source.download([shard.needs for shard in left], disk_budget) as download:
-        jobs = [ShardJob(shard, plan.runtime, plan.metadata, download.stamps) for shard in left]
+        stamps = {**download.stamps, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
+        jobs = [ShardJob(shard, plan.runtime, plan.metadata, stamps) for shard in left]
         for result in runners.find(runner).map_jobs(work, jobs, progress, download):
             results[result.filename] = result
             folder.record(result)

@@ -109,6 +109,10 @@ class Runtime(Protocol):
         """Is this quantization_config of its files?"""
         ...
 
+    def metadata(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What every weight file says of itself and the model, in the words of its format; `config`: config.json."""
+        ...
+
     def parts(self, name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
         """Stored tensors of a weight [out, in], in the order in which they are written."""
         ...

@@ -50,6 +50,11 @@ def recognizes(config: Mapping[str, Any]) -> bool:
     return "quantization" in config
 
 
+def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As in the published files."""
+    return {"format": "np"}
+
+
 def share_multiple(linear: Linear) -> int:
     """Tiles of 8 outputs, of gate and of up; no local scale cut in two, and WINT2 stores two of them to a byte."""
     if linear.name.endswith("qkv_proj.weight"):

@@ -50,6 +50,11 @@ def recognizes(config: Mapping[str, Any]) -> bool:
     return config.get("quant_method") in ("compressed-tensors", "fp8")
 
 
+def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers refuses files without it."""
+    return {"format": "pt"}
+
+
 def unsupported(linears: Sequence[Linear]) -> list[str]:
     """Nothing that could be written all the same."""
     return []

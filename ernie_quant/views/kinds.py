@@ -1,6 +1,6 @@
 """The kinds of views: tensors that are not read yet, transposed, cut or joined from what lies in the files.
 
-They are made by the functions of `ernie_quant.views`, which simplify, and read there.
+They are made by the functions of `views.build`, which simplify, and read by `views.read`.
 """
 
 from __future__ import annotations

@@ -31,11 +31,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """`file_format`: what `__metadata__` of a safetensors file says; transformers refuses PT files without it."""
+    """Names and orientation of the stored tensors."""
 
     name: str
     title: str
-    file_format: str
     out_first: bool  # linears are stored [out, in], one tensor per projection
     root: str = "ernie."  # how the names of the model begin
     kv_groups: bool = False  # q, k and v take turns, a kv head at a time
@@ -63,9 +62,9 @@ class Layout:
         return sorted(joined, key=lambda w: natural(w.name))
 
 
-PT = Layout("pt", "PT", "pt", out_first=True)
-PADDLE = Layout("paddle", "Paddle", "np", out_first=False)
-PADDLEFORMERS = Layout("paddleformers", "paddleformers (third layout)", "np", out_first=False, root="model.", kv_groups=True)
+PT = Layout("pt", "PT", out_first=True)
+PADDLE = Layout("paddle", "Paddle", out_first=False)
+PADDLEFORMERS = Layout("paddleformers", "paddleformers (third layout)", out_first=False, root="model.", kv_groups=True)
 LAYOUTS = {layout.name: layout for layout in (PT, PADDLE, PADDLEFORMERS)}
 
 

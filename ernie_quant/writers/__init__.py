@@ -52,7 +52,7 @@ class Format(Protocol):
         """The order in which tensors, given step after step, lie in a file."""
         ...
 
-    def lay_out(self, specs: Specs, metadata: Mapping[str, str]) -> FileLayout:
+    def lay_out(self, specs: Specs, metadata: Mapping[str, Any]) -> FileLayout:
         """The header of a file whose tensors follow each other in the order of `specs`, and their places."""
         ...
 

@@ -21,7 +21,7 @@ def order(specs: Specs) -> dict[str, TensorSpec]:
     return dict(aligned + sorted(odd, key=lambda item: -ITEMSIZE[item[1].dtype]))
 
 
-def lay_out(specs: Specs, metadata: Mapping[str, str]) -> FileLayout:
+def lay_out(specs: Specs, metadata: Mapping[str, Any]) -> FileLayout:
     """The 8 bytes of its length and the JSON of the header, a multiple of 8 bytes; data follow at once."""
     table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     starts: dict[str, int] = {}

@@ -123,7 +123,7 @@ from ernie_quant.runtimes import Part, kept, vllm
 LAYOUT, FORMAT, ROWS, CONFIG, RECIPES, SPLITS_VOCABULARY = "pt", "box", 1, {}, ("pt",), False
 CODECS = (Keep,)
 EXPERT = re.compile(r"experts\\.(\\d+)\\.(\\w+)\\.weight$")
-folder, layer_of, share_multiple = vllm.folder, vllm.layer_of, vllm.share_multiple
+folder, layer_of, share_multiple, metadata = vllm.folder, vllm.layer_of, vllm.share_multiple, vllm.metadata
 
 def recognizes(config):
     return config.get("quant_method") == "by input"
