@@ -78,7 +78,9 @@ class Stamp:
             raise CheckpointError(f"{path}: was there when the run began, and now: {error.strerror}") from None
         if now != self:
             what = f"has {now.nbytes} bytes, had {self.nbytes}" if now.nbytes != self.nbytes else "was written to"
-            raise CheckpointError(f"{path}: has changed since the run began ({what}); begin anew with --restart")
+            raise CheckpointError(
+                f"{path}: has changed since the run began ({what}); run it again, and what was begun with --restart"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from models import GOLDEN, write
+from models import GOLDEN, copy, write
 
+from ernie_quant.check import verify as check
 from ernie_quant.check.verify import verify
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.errors import CheckpointError
+from ernie_quant.errors import CheckpointError, VerifyError
 from ernie_quant.plan.recipe import Recipe, RecipeRule
 from ernie_quant.readers import read_header
 
@@ -70,3 +73,40 @@ def test_a_file_that_changes_while_it_is_verified_is_noticed(how: str, out: Path
         "gone": "was there when the run began, and now: No such file or directory",
     }
     assert str(error.value).startswith(f"{file}: {expected[how]}")
+
+
+def test_a_file_that_changes_after_its_hash_is_noticed(out: Path) -> None:
+    """While a later file is hashed: no value of it is read any more."""
+    file = out / "model.safetensors"
+    order = list(json.loads((out / "ernie-quant.json").read_text())["files"])
+    assert file.name in order[:-1]
+    hashed, before = [0], sum((out / name).stat().st_size for name in order[: order.index(file.name) + 1])
+
+    def progress(nbytes: int) -> None:
+        hashed[0] += nbytes
+        if hashed[0] > before and file.stat().st_mtime_ns != 1:
+            with open(file, "r+b") as opened:
+                opened.seek(-1, os.SEEK_END)
+                opened.write(b"\xaa")
+            os.utime(file, ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: has changed since the run began"):
+        verify(out, progress=progress)
+
+
+def test_a_source_that_changes_while_it_is_compared_is_noticed(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the back of the comparison, which has its file open."""
+    source = copy(GOLDEN / "moe/pt", tmp_path / "source")
+    compare = check.compare
+
+    def changing(*arguments: Any) -> Any:
+        os.utime(source / "model.safetensors", ns=(1, 1))
+        return compare(*arguments)
+
+    assert verify(out, source).against
+    monkeypatch.setattr(check, "compare", changing)
+    with pytest.raises(VerifyError) as error:
+        verify(out, source)
+    assert "was written to" in error.value.problems[0]

@@ -14,12 +14,13 @@ from typing import Any
 
 from ernie_quant import runtimes
 from ernie_quant.check.integrity import Progress, damaged_files, damaged_weights
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.checkpoint import Checkpoint, Stamp
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import CheckpointError, ErnieQuantError, VerifyError
 from ernie_quant.jsonio import read_object
 from ernie_quant.measure import Difference, compare
 from ernie_quant.names import Weight
+from ernie_quant.paths import weight_folders
 from ernie_quant.plan.choose import oriented
 from ernie_quant.report.rows import FILENAME, TensorReport
 from ernie_quant.result.manifest import read_manifest
@@ -58,6 +59,8 @@ def verify(
     the same again, and against the source they must have the error that was reported.
     """
     manifest = read_manifest(out)
+    # before the first hash: what is hashed is still what is there at the end
+    stamps = {path: Stamp.of(path) for folder in weight_folders(out) for path in folder.iterdir() if path.is_file()}
     if damaged := damaged_files(out, manifest, progress):
         problems = [*damaged.values(), *_by_name(out, manifest, damaged)]
         raise VerifyError(f"{out}: {len(damaged)} file(s) are not as they were written", problems)
@@ -73,7 +76,8 @@ def verify(
         problems = list(_value_problems(chosen, files))
         if against is not None:
             problems += _against(stored, chosen, reports, target, files, open_source(against))
-        files.check()
+    for path, stamp in stamps.items():
+        stamp.check(path)
     if problems:
         raise VerifyError(f"{out}: {len(problems)} tensor(s) are not as reported", problems)
     quantized = sum(not isinstance(s.codec, Keep) for s in stored)
@@ -190,6 +194,7 @@ def _against(
             with Files(download.stamps, download.path) as originals:
                 try:
                     problems += _difference(entry, weights[entry.name], reports.get(entry.name), files, originals)
+                    originals.check()
                 except ErnieQuantError as error:
                     problems.append(str(error))
             download.done(number)

@@ -6,6 +6,7 @@ Formats: vllm-project/compressed-tensors (compressors/pack_quantized), vllm-proj
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -214,7 +215,7 @@ def share_multiple(linear: Linear) -> int:
     """Marlin's tile, and no group or block cut in two."""
     match linear.codec:
         case RoundToNearest(group_size=int(group)) if linear.ranks == IN:
-            return max(group, TILE)
+            return math.lcm(group, TILE)
         case RoundToNearest():
             return TILE
         case Float8Block():
