@@ -128,7 +128,7 @@ def estimate(
         linears = [li for li in linears_of(chosen, LAYOUTS[target.LAYOUT]) if li.role != MTP]
         sizes = _sharing.tp_sizes(target, linears, model.dims, model.heads)
         sizes = tuple(tp for tp in sizes if all(_whole_blocks(li, form.multiple * tp) for li in linears))
-        rows.append(capacity(form.name, form.runtimes, chosen, sizes, model, limits))
+        rows.append(capacity(form.name, form.runtimes, Held.of(chosen), sizes, model, limits))
     return rows
 
 
@@ -136,18 +136,28 @@ def _whole_blocks(linear: Linear, multiple: int) -> bool:
     return linear.ranks != IN or isinstance(linear.codec, Keep) or linear.spec.shape[1] % multiple == 0
 
 
-def capacity(
-    name: str, programs: str, chosen: Sequence[Choice], tp_sizes: Sequence[int], model: Model, limits: Limits
-) -> Capacity:
+@dataclass(frozen=True)
+class Held:
+    """Bytes of weights that ranks share, and that each of them has whole; the MTP block is not counted."""
+
+    shared: float
+    replicated: float
+
+    @staticmethod
+    def of(chosen: Sequence[Choice]) -> Held:
+        """By the codecs that were chosen."""
+        counted = [(c.weight.role in REPLICATED, _bytes(c)) for c in chosen if c.weight.role != MTP]
+        replicated = sum(nbytes for everywhere, nbytes in counted if everywhere)
+        return Held(sum(nbytes for everywhere, nbytes in counted if not everywhere), replicated)
+
+
+def capacity(name: str, programs: str, held: Held, tp_sizes: Sequence[int], model: Model, limits: Limits) -> Capacity:
     """One row: the smallest of `tp_sizes` that has room."""
-    counted = [(c.weight.role in REPLICATED, _bytes(c)) for c in chosen if c.weight.role != MTP]
-    replicated = sum(nbytes for everywhere, nbytes in counted if everywhere)
-    shared = sum(nbytes for everywhere, nbytes in counted if not everywhere)
-    total = int(shared + replicated)
+    total = int(held.shared + held.replicated)
     kv_heads = model.dims["kv_heads"]
     kv = KV_BYTES[limits.kv_dtype] * 2 * model.layers * (model.dims["Q"] // model.heads)  # per token and kv head
     for tp in tp_sizes:
-        per_gpu = shared / tp + replicated
+        per_gpu = held.shared / tp + held.replicated
         sequence = kv * max(kv_heads // tp, 1) * limits.max_model_len
         if per_gpu + sequence <= limits.usable:
             count = min(limits.max_num_seqs, int((limits.usable - per_gpu) // sequence))
@@ -157,7 +167,8 @@ def capacity(
 
 def gpus_needed(chosen: Sequence[Choice], tp_sizes: Sequence[int], model: Model) -> dict[str, int]:
     """How many GPUs of which memory take the result, with one sequence of 32768 tokens."""
-    rows = {memory: capacity("", "", chosen, tp_sizes, model, Limits(gpu_memory=nbytes)) for memory, nbytes in GPUS}
+    held = Held.of(chosen)
+    rows = {memory: capacity("", "", held, tp_sizes, model, Limits(gpu_memory=nbytes)) for memory, nbytes in GPUS}
     return {memory: row.gpus for memory, row in rows.items() if row.gpus}
 
 

@@ -90,10 +90,15 @@ def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> St
 def _check_promise(target: Runtime, entry: Mapping[str, Any], linears: Sequence[Linear]) -> None:
     """config.json is derived from what is written; here it is read back and must say the same."""
     promised = target.codecs_of(entry, [(li.name, li.spec) for li in linears])
+    checked = set()  # many linears are alike
     for linear in linears:
-        assert target.parts(linear.name, promised[linear.name], linear.spec) == target.parts(
-            linear.name, linear.codec, linear.spec
-        ), f"{linear.name}: config.json promises {promised[linear.name].describe()}, the plan says {linear.codec.describe()}"
+        codec = promised[linear.name]
+        if (kind := (codec, linear.codec, linear.spec)) not in checked:
+            checked.add(kind)
+            said, stored = (target.parts(linear.name, c, linear.spec) for c in (codec, linear.codec))
+            assert said == stored, (
+                f"{linear.name}: config.json promises {codec.describe()}, the plan says {linear.codec.describe()}"
+            )
 
 
 def _copies(source: Checkpoint, copy_code: bool) -> tuple[tuple[Path, ...], list[str]]:
