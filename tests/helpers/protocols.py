@@ -1,0 +1,32 @@
+"""Every plug-in against its protocol, for mypy: modules and classes of whose members a name, a type or an argument is wrong
+are found here and not by a user. `tests/contract/test_protocols.py` sees to it that no file is missing."""
+
+from __future__ import annotations
+
+from ernie_quant.archs import Arch, ernie4_5, ernie4_5_moe, ernie4_5_vl_moe
+from ernie_quant.codecs import Codec, ccq, fp8, keep, rtn
+from ernie_quant.hubs import Hub, Publisher
+from ernie_quant.hubs.aistudio import publish as aistudio_publish
+from ernie_quant.hubs.aistudio import read as aistudio
+from ernie_quant.hubs.hf import publish as hf_publish
+from ernie_quant.hubs.hf import read as hf
+from ernie_quant.hubs.modelscope import publish as modelscope_publish
+from ernie_quant.hubs.modelscope import read as modelscope
+from ernie_quant.runners import Runner, local, processes
+from ernie_quant.runtimes import Runtime, fastdeploy, transformers, vllm
+from ernie_quant.writers import Format, safetensors
+
+ARCHS: tuple[Arch, ...] = (ernie4_5, ernie4_5_moe, ernie4_5_vl_moe)
+CODECS: tuple[Codec, ...] = (*ccq.EXAMPLES, *fp8.EXAMPLES, *keep.EXAMPLES, *rtn.EXAMPLES)
+FORMATS: tuple[Format, ...] = (safetensors,)
+RUNNERS: tuple[Runner, ...] = (local, processes)
+RUNTIMES: tuple[Runtime, ...] = (fastdeploy, transformers, vllm)
+
+
+def hubs() -> tuple[tuple[Hub, Publisher], ...]:
+    """What reads from each, and what publishes to it."""
+    return (
+        (aistudio.connect(), aistudio_publish.connect()),
+        (hf.connect(), hf_publish.connect()),
+        (modelscope.connect(), modelscope_publish.connect()),
+    )
