@@ -66,7 +66,7 @@ def nearest_rows(weight, tables, pair, local_scale, super_scale, codes):  # type
 
 @nb.njit(nogil=True, cache=True)
 def decode_rows(codes, local_scale, super_scale, code_scale, code_zp, out):  # type: ignore[no-untyped-def]
-    """What bytes and scales decode to: out uint32 [out, in/2], two bf16 each; inputs 2j, 2j + 1 are neighbours in stored order."""
+    """What bytes and scales decode to: out uint32 [out, in/2], two bf16 each; 2j and 2j + 1 stay neighbours in stored order."""
     rows, groups = local_scale.shape
     table, windows = np.empty(256, np.uint32), np.empty(16, np.uint32)  # of four signed bytes each
     values, scale, product = windows.view(np.int8), np.empty(1, F), np.empty(64, F)
