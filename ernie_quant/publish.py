@@ -18,6 +18,7 @@ from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.paths import MANIFEST, README, SUMS, inside
 from ernie_quant.report import page
 from ernie_quant.report.rows import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
+from ernie_quant.report.saved import Report, read
 from ernie_quant.result import card
 from ernie_quant.result.manifest import read_manifest, sums
 
@@ -102,10 +103,10 @@ def _entitled(out: Path, repo: str) -> dict[str, Any]:
     rows: list[TensorReport] = []
     made: dict[str, bytes] = {}
     if FILENAME in manifest["files"]:
-        found = replace(page.read(out), name=repo.rpartition("/")[2])
-        rows = list(found.rows)
-        made[PAGE] = page.render(found)
-        made |= {f"{PLOTS_FOLDER}/{name}": data for name, data in _pictures(found).items()}
+        report = replace(read(out), name=repo.rpartition("/")[2])
+        rows = list(report.rows)
+        made[PAGE] = page.render(report)
+        made |= {f"{PLOTS_FOLDER}/{name}": data for name, data in _pictures(report).items()}
     made[README] = card.readme(manifest, config, rows, repo, [name for name in made if name != PAGE]).encode()
     entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in made.items()}
     if any(manifest["files"].get(name) != entry for name, entry in entries.items()):
@@ -126,13 +127,13 @@ def repair(out: Path, repo: str) -> None:
             _entitled(out, repo)
 
 
-def _pictures(found: page.Report) -> dict[str, bytes]:
+def _pictures(report: Report) -> dict[str, bytes]:
     """The plots of the card, if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return {}
     from ernie_quant.report.plots import draw
 
-    return draw(found)
+    return draw(report)
 
 
 def _files(out: Path, manifest: Mapping[str, Any], target: Target) -> list[LocalFile]:
