@@ -28,7 +28,8 @@ from ernie_quant.plan.identity import fingerprint
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.reshard import check_size, shared_identity
 from ernie_quant.plan.steps import Plan
-from ernie_quant.publish import Target, publish, repair
+from ernie_quant.publish import Target, publish
+from ernie_quant.publish.files import repair
 from ernie_quant.report.rows import FILENAME, TensorReport, total
 from ernie_quant.run.shared import run_shared
 from ernie_quant.run.whole import run_plan
