@@ -22,8 +22,8 @@ import argparse
 import numba as nb
 import numpy as np
 
-from ernie_quant.kernels.ccq import best_scores, gains
 from ernie_quant.kernels.ccq_reference import GROUP, score_tables
+from ernie_quant.kernels.ccq_scores import best_scores, gains
 
 ROWS, WIDTH = 192, 2048
 RATIOS = np.array([0.8, 0.9, 1.0, 1.1, 1.22])  # of rms / 15.5, the scale that fits a Gaussian group best

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.ccq import CANDIDATES, EFFORTS, ConvolutionalCode
 from ernie_quant.errors import CheckpointError
-from ernie_quant.kernels import ccq, ccq_reference
+from ernie_quant.kernels import ccq, ccq_reference, ccq_scores
 from ernie_quant.measure import compare
 
 CODEC = ConvolutionalCode()
@@ -207,7 +207,7 @@ def test_gains_are_exact_in_any_order(seed: int, spread: float) -> None:
     expected = score.amax(2).view(2, 3, 16).sum(2) * scale.double() ** 2
     planes, found, scratch = weight.view(2, 48, 4).mT.contiguous().numpy(), np.empty(3), np.empty((6, 48), F)
     for row in range(2):
-        ccq.gains(planes[row], scale[row].numpy(), table[0].numpy(), scratch, found)
+        ccq_scores.gains(planes[row], scale[row].numpy(), table[0].numpy(), scratch, found)
         assert (found == expected[row].numpy()).all()
 
 

@@ -19,7 +19,6 @@ from hub_fixtures import ADDRESS, NAME, SOURCE, contents, files_of, weights_aske
 from models import logits, random_model
 from test_run import OF_128S
 
-from ernie_quant import publish as publishing
 from ernie_quant.check.verify import verify
 from ernie_quant.disk import hold
 from ernie_quant.errors import PlanError, RetryError
@@ -28,6 +27,7 @@ from ernie_quant.nightly import run as nightly
 from ernie_quant.nightly.job import Job, read_job
 from ernie_quant.nightly.run import JobResult, run_job, summary
 from ernie_quant.plan.built_in import KINDS
+from ernie_quant.publish import files as publishing
 from ernie_quant.sources import open_source
 
 # the client uploads with a deprecated argument of its own HTTP library

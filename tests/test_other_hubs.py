@@ -19,7 +19,6 @@ from hub_others.modelscope import FakeModelScope
 from models import GOLDEN
 
 from ernie_quant import hubs, sources
-from ernie_quant import publish as publishing
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.errors import HubError, RetryError, VerifyError
 from ernie_quant.paths import MANIFEST
@@ -27,6 +26,7 @@ from ernie_quant.plan import built_in
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.steps import Plan
 from ernie_quant.publish import Published, Target, publish
+from ernie_quant.publish import files as publishing
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import download, open_source
 from ernie_quant.sources import hub as sources_hub

@@ -34,6 +34,7 @@ from ernie_quant.errors import ErnieQuantError, OutputError
 from ernie_quant.plan import built_in
 from ernie_quant.report import page
 from ernie_quant.report import rows as report
+from ernie_quant.report.place import Place
 from ernie_quant.report.rows import TensorReport, to_json
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -154,13 +155,13 @@ def test_the_page_holds_every_tensor_of_the_report(name: str, results: dict[str,
 
 
 def test_names_are_taken_apart() -> None:
-    place = page.Place.of("ernie.layers.3.mlp.experts.7.up_gate_proj.weight")
+    place = Place.of("ernie.layers.3.mlp.experts.7.up_gate_proj.weight")
     assert place.parts == ("ernie.layers.", ".mlp.experts.", ".up_gate_proj.weight")
     assert (place.ids, place.layer, place.expert, place.block, place.projection) == ((3, 7), 0, 1, "layer", "up_gate_proj")
-    place = page.Place.of("model.mtp_block.0.self_attn.q_proj.weight")
+    place = Place.of("model.mtp_block.0.self_attn.q_proj.weight")
     assert (place.ids, place.layer, place.expert, place.block, place.projection) == ((0,), 0, None, "MTP", "self_attn.q_proj")
-    assert page.Place.of("vision_model.blocks.3.norm1.bias").layer is None
-    assert page.Place.of("model.layers.007.x").ids == ()  # or the name could not be put together again
+    assert Place.of("vision_model.blocks.3.norm1.bias").layer is None
+    assert Place.of("model.layers.007.x").ids == ()  # or the name could not be put together again
 
 
 def test_54_layers_of_128_experts_take_half_a_megabyte(results: dict[str, Path]) -> None:

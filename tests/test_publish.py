@@ -16,11 +16,12 @@ from hub import LoopbackHub
 from hub.storage import Repo
 from hub_fixtures import ADDRESS, NAME, contents, planned, writes
 
-from ernie_quant import publish as publishing
 from ernie_quant.errors import HubError, OutputError, RetryError, VerifyError
 from ernie_quant.hubs import publisher
 from ernie_quant.hubs.hf.publish import HuggingFacePublisher
-from ernie_quant.publish import RACES, UPLOADED, Published, Target, publish
+from ernie_quant.publish import RACES, Published, Target, publish
+from ernie_quant.publish import files as publishing
+from ernie_quant.publish.files import UPLOADED
 from ernie_quant.run.whole import run_plan
 
 # the client uploads with a deprecated argument of its own HTTP library

@@ -428,7 +428,7 @@ def test_the_budget_of_texts_is_what_they_take(tmp_path: Path) -> None:
             file.write((b"X\xf4\x01\0\0" + text) * 4000 + b".")
         tracemalloc.start()
         with open(tmp_path / "m.pdparams", "rb") as file:
-            machine = _pickle._Machine(file, "m.pdparams", 1 << 30, {})
+            machine = _pickle.Machine(file, "m.pdparams", 1 << 30, {}, _pickle.MAX_STRING_BYTES)
             for _ in range(4000):
                 machine.take(1)
                 machine.stack.append(machine.string(machine.integer(4), True))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.dtypes import dtype_name
-from ernie_quant.kernels import rtn
+from ernie_quant.kernels import rtn, rtn_reference
 from ernie_quant.kernels.weight_quantize import ROWS, absmax_codes, pack, pack_reference, unpack, unpack_reference
 
 FOLDER = GOLDEN / "weight_quantize"
@@ -203,7 +203,7 @@ def test_the_search_without_the_lowest_code_is_the_plain_search(bits: int, low: 
     weight = gaussian(67, 256)
     ratios = np.array([1.0, 0.9, 0.8], np.float32)
     codes, scale = rtn.encode(weight, 256, low, -low, -low, ratios, 2, False)
-    plain_codes, plain_scale = rtn.encode_reference(weight, 256, low, -low, -low, ratios, 2, False)
+    plain_codes, plain_scale = rtn_reference.encode(weight, 256, low, -low, -low, ratios, 2, False)
     assert same(codes, plain_codes)
     assert same(scale, plain_scale)
 

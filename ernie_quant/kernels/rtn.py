@@ -181,49 +181,6 @@ def _store(tile, group, n, codes, first, column):  # type: ignore[no-untyped-def
             codes[first + i, column + j] = tile[j, i]
 
 
-def encode_reference(
-    weight: torch.Tensor, group: int, low: int, high: int, divisor: int, ratios: Array, refine: int, signed: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`encode` in plain torch, on any device."""
-    x = weight.float().reshape(weight.shape[0], -1, group)
-    top_high, top_low = x.amax(-1).clamp(min=0), x.amin(-1).clamp(max=0)
-    top = torch.where(top_high > -top_low, -top_high, -top_low) if signed else torch.maximum(top_high, -top_low)
-    scale = best = torch.empty(0)
-    for k, ratio in enumerate(ratios.tolist()):
-        trial = _scale_reference(top * ratio / divisor)
-        error = _judge_reference(x, _codes_reference(x, trial, low, high), trial)
-        better = error < best if k else torch.ones_like(error, dtype=torch.bool)
-        scale, best = (torch.where(better, trial, scale), torch.where(better, error, best)) if k else (trial, error)
-    for _ in range(refine):
-        q = _codes_reference(x, scale, low, high)
-        sum_xq, sum_qq = _sum_in_order(x * q), _sum_in_order(q * q)
-        trial = _scale_reference(torch.where(sum_qq > 0, sum_xq / sum_qq, 1.0))
-        error = _judge_reference(x, _codes_reference(x, trial, low, high), trial)
-        scale, best = torch.where(error < best, trial, scale), torch.where(error < best, error, best)
-    codes = _codes_reference(x, scale, low, high)
-    return codes.to(torch.int8).reshape(weight.shape), scale.bfloat16()
-
-
-def _scale_reference(scale: torch.Tensor) -> torch.Tensor:
-    scale = scale.bfloat16().float()
-    return torch.where((scale.abs() >= float(SMALLEST)) & scale.isfinite(), scale, 1.0)
-
-
-def _codes_reference(x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    return (x * (1.0 / scale)[..., None]).clamp(low, high).round()
-
-
-def _judge_reference(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return _sum_in_order((x - q * scale[..., None]).square())
-
-
-def _sum_in_order(values: torch.Tensor) -> torch.Tensor:
-    total = torch.zeros_like(values[..., 0])
-    for j in range(values.shape[-1]):
-        total += values[..., j]
-    return total
-
-
 def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """bf16(code * scale): bf16 [out, in]; what transformers and vLLM compute when they unpack."""
     out = torch.empty(codes.shape, dtype=torch.bfloat16)
@@ -248,9 +205,3 @@ def _decode(codes, scales, out):  # type: ignore[no-untyped-def]
             for j in range(group):
                 rounded = bits[j] + np.uint32(0x7FFF) + ((bits[j] >> np.uint32(16)) & np.uint32(1))
                 out[r, g * group + j] = np.uint16(rounded >> np.uint32(16))
-
-
-def decode_reference(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`decode` in plain torch."""
-    groups = codes.float().reshape(*scale.shape, -1)
-    return (groups * scale.float()[..., None]).bfloat16().reshape(codes.shape)

@@ -28,7 +28,8 @@ from ernie_quant.plan.identity import fingerprint
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.reshard import check_size, shared_identity
 from ernie_quant.plan.steps import Plan
-from ernie_quant.publish import Target, publish, repair
+from ernie_quant.publish import Target, publish
+from ernie_quant.publish.files import repair
 from ernie_quant.report.rows import FILENAME, TensorReport, total
 from ernie_quant.run.shared import run_shared
 from ernie_quant.run.whole import run_plan
@@ -54,7 +55,7 @@ class TargetResult:
 
 @dataclass(frozen=True)
 class JobResult:
-    """`status` is the worst of the targets'."""
+    """What became of a job; `status` is the worst of the targets'."""
 
     status: str
     source: str
@@ -78,12 +79,12 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
         log(event="source", source=job.source, commit=source.revision, bytes=source.nbytes)
         plans = [_plan(source, target, job.disk_budget) for target in job.targets]  # every refusal comes before any work
         publishers = {t.scheme: hubs.publisher(t.scheme) for t in job.targets}
-        found = tuple(
+        results = tuple(
             _attempt(target, plan, job, work, publishers[target.scheme], deadline, log)
             for target, plan in zip(job.targets, plans, strict=True)
         )
-        log(event="end", status=_worst(found))
-    return JobResult(_worst(found), job.source, source.revision, found)
+        log(event="end", status=_worst(results))
+    return JobResult(_worst(results), job.source, source.revision, results)
 
 
 def _plan(source: Checkpoint, target: JobTarget, disk_budget: int | None) -> Plan:
@@ -98,7 +99,7 @@ def _plan(source: Checkpoint, target: JobTarget, disk_budget: int | None) -> Pla
 def _attempt(
     target: JobTarget, plan: Plan, job: Job, work: Path, hub: Publisher, deadline: float | None, log: Log
 ) -> TargetResult:
-    """A target, and its failure as a result."""
+    """What became of a target; its failure is a result too."""
     log(event="target", repo=target.repo)
     try:
         result = _target(target, plan, job, work, hub, deadline, log)
@@ -140,12 +141,12 @@ def _published(hub: Publisher, target: JobTarget, wanted: str) -> str | None:
     if head is None or MANIFEST not in head.files:
         return None
     try:
-        found = json.loads(hub.fetch(target.repo, head.commit, MANIFEST))
-        same = found["fingerprint"] == wanted and all(
+        manifest = json.loads(hub.fetch(target.repo, head.commit, MANIFEST))
+        same = manifest["fingerprint"] == wanted and all(
             (there := head.files.get(name)) is not None
             and there.nbytes == entry["bytes"]
             and there.sha256 in ("", entry["sha256"])
-            for name, entry in found["files"].items()
+            for name, entry in manifest["files"].items()
         )
     except (ValueError, KeyError, TypeError, AttributeError):  # not a manifest of ours, or damaged
         return None
@@ -159,7 +160,7 @@ def _tag(hub: Publisher, target: JobTarget, tag: str, commit: str) -> None:
 
 
 def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | None, log: Log) -> TargetResult:
-    """Go on with what was begun for this very plan, begin anew otherwise."""
+    """Make the result of a target: go on with what was begun for this very plan, begin anew otherwise."""
     progress = _until(deadline)
     progress(0)
     how: dict[str, Any] = {"disk_budget": job.disk_budget, "progress": progress, "workers": 0}
@@ -209,12 +210,12 @@ def _logged(log: Log) -> Iterator[None]:
 
 
 def _worst(results: tuple[TargetResult, ...]) -> str:
-    found = {result.status for result in results}
-    return next(status for status in ("failed", "retry", "published", "up-to-date") if status in found)
+    statuses = {result.status for result in results}
+    return next(status for status in ("failed", "retry", "published", "up-to-date") if status in statuses)
 
 
 def summary(result: JobResult) -> str:
-    """For a mail: one line for the job, one for each target."""
+    """Text for a mail: one line for the job, one for each target."""
     lines = [f"{result.status}: {result.source}{f' at {result.source_commit[:12]}' if result.source_commit else ''}"]
     for target in result.targets:
         more = {
@@ -226,5 +227,5 @@ def summary(result: JobResult) -> str:
 
 
 def as_json(result: JobResult) -> dict[str, Any]:
-    """For --json."""
+    """What the command prints with --json."""
     return asdict(result)

@@ -13,7 +13,8 @@ from typing import Any
 from ernie_quant.checkpoint import Extent, TensorRef, TensorSpec
 from ernie_quant.dtypes import ITEMSIZE
 from ernie_quant.errors import CheckpointError
-from ernie_quant.readers._pickle import Call, Payload, Text, walk
+from ernie_quant.readers._pickle import walk
+from ernie_quant.readers._pickle_machine import Call, Payload, Text
 
 SUFFIXES = (".pdparams",)
 

@@ -12,7 +12,8 @@ from ernie_quant.checkpoint import Extent, TensorRef, TensorSpec
 from ernie_quant.dtypes import ITEMSIZE
 from ernie_quant.errors import CheckpointError
 from ernie_quant.readers import _zip
-from ernie_quant.readers._pickle import Call, Global, walk
+from ernie_quant.readers._pickle import walk
+from ernie_quant.readers._pickle_machine import Call, Global
 
 SUFFIXES = (".bin", ".pt")
 

@@ -1,4 +1,4 @@
-"""What a run did to every tensor: report.json, and tables for people."""
+"""What a run did to every tensor: the rows of report.json, and their sums."""
 
 from __future__ import annotations
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ernie_quant.disk import write_file
-from ernie_quant.errors import ErnieQuantError, HubError, OutputError, RetryError, VerifyError
+from ernie_quant.errors import HubError, RetryError, VerifyError
 from ernie_quant.hubs import Conflict, Head, LocalFile, Publisher, RemoteFile
-from ernie_quant.jsonio import dumps, read_object
-from ernie_quant.paths import MANIFEST, README, SUMS, inside
-from ernie_quant.report import page
-from ernie_quant.report.rows import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
-from ernie_quant.result import card
-from ernie_quant.result.manifest import read_manifest, sums
+from ernie_quant.paths import MANIFEST, README
+from ernie_quant.publish.files import delete, entitled, local_files
 
-UPLOADED = ".ernie-quant-published.json"  # what was uploaded and deleted here, for a publish that is interrupted
 RACES = 5  # lost ones before we give up
 # a repository that holds no more is as good as empty
 NEUTRAL = (".gitattributes", README, "LICENSE", ".gitignore", "configuration.json")
@@ -59,8 +50,8 @@ def publish(out: Path, hub: Publisher, target: Target, progress: Progress = lamb
     target = replace(target, revision=target.revision or hub.default_branch)
     if target.pr and not hub.pull_requests:
         raise HubError(f"{target.repo}: this hub has no pull requests that a program could open; leave --pr out")
-    manifest = _entitled(out, target.repo)
-    files = _files(out, manifest, target)
+    manifest = entitled(out, target.repo)
+    files = local_files(out, manifest, target.repo)
     _open_repository(hub, target)
     sent: dict[str, LocalFile] = {}
     tagged = hub.head(target.repo, target.tag) if target.tag and not target.pr else None
@@ -76,8 +67,8 @@ def publish(out: Path, hub: Publisher, target: Target, progress: Progress = lamb
         for file in (f for f in missing if f.name not in sent):
             stored = hub.upload(target.repo, target.revision, file)
             sent[file.name] = file
-            if stored:
-                _delete(out, target, file)
+            if stored and target.delete:
+                delete(out, target.repo, file)
             progress(file.nbytes)
         message = f"{manifest['recipe']['name']} of {manifest['source_name']}, ernie-quant {manifest['version']}"
         try:
@@ -93,83 +84,6 @@ def publish(out: Path, hub: Publisher, target: Target, progress: Progress = lamb
     raise RetryError(f"{target.repo}: others committed {RACES} times while this was at work")
 
 
-def _entitled(out: Path, repo: str) -> dict[str, Any]:
-    """The manifest, after card, page and pictures were made under the repository's name and entered in it."""
-    manifest = read_manifest(out)
-    if README not in manifest["files"]:
-        return manifest
-    config = read_object(inside(out, "config.json", MANIFEST))
-    rows: list[TensorReport] = []
-    made: dict[str, bytes] = {}
-    if FILENAME in manifest["files"]:
-        found = replace(page.read(out), name=repo.rpartition("/")[2])
-        rows = list(found.rows)
-        made[PAGE] = page.render(found)
-        made |= {f"{PLOTS_FOLDER}/{name}": data for name, data in _pictures(found).items()}
-    made[README] = card.readme(manifest, config, rows, repo, [name for name in made if name != PAGE]).encode()
-    entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in made.items()}
-    if any(manifest["files"].get(name) != entry for name, entry in entries.items()):
-        for name, data in made.items():
-            (out / name).parent.mkdir(exist_ok=True)
-            write_file(out / name, data)
-        manifest["files"] |= entries
-        text = dumps(manifest).encode()
-        write_file(out / SUMS, sums(manifest["files"], text).encode())
-        write_file(out / MANIFEST, text)
-    return manifest
-
-
-def repair(out: Path, repo: str) -> None:
-    """Finish what a publish to `repo` was killed in: card, page, hashes and manifest follow from the other files."""
-    if (out / MANIFEST).is_file():
-        with suppress(ErnieQuantError, KeyError, TypeError):  # what else is wrong is found by whoever reads it next
-            _entitled(out, repo)
-
-
-def _pictures(found: page.Report) -> dict[str, bytes]:
-    """The plots of the card, if matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return {}
-    from ernie_quant.report.plots import draw
-
-    return draw(found)
-
-
-def _files(out: Path, manifest: Mapping[str, Any], target: Target) -> list[LocalFile]:
-    """Every file of the result, the manifest last. Raises OutputError for one that is neither here nor uploaded."""
-    uploaded = _uploaded(out, target)
-    found = []
-    for name, entry in manifest["files"].items():
-        if (out / name).exists() or name not in uploaded or uploaded[name] != entry["sha256"]:
-            path = inside(out, name, MANIFEST)
-            if (nbytes := path.stat().st_size) != entry["bytes"]:
-                raise OutputError(f"{path}: has {nbytes} bytes, the manifest says {entry['bytes']}; `verify` tells more")
-            found.append(LocalFile(name, entry["bytes"], entry["sha256"], path))
-        else:
-            found.append(LocalFile(name, entry["bytes"], entry["sha256"], None))
-    for name in (SUMS, MANIFEST):
-        data = inside(out, name, "the result").read_bytes()
-        found.append(LocalFile(name, len(data), hashlib.sha256(data).hexdigest(), out / name))
-    return found
-
-
-def _uploaded(out: Path, target: Target) -> dict[str, str]:
-    """File -> sha256 of what was uploaded to this repository and deleted."""
-    if not (out / UPLOADED).is_file():
-        return {}
-    table = read_object(out / UPLOADED)
-    return {str(k): str(v) for k, v in table.get("files", {}).items()} if table.get("repo") == target.repo else {}
-
-
-def _delete(out: Path, target: Target, file: LocalFile) -> None:
-    """Delete a weight file that is uploaded; first remember that it is."""
-    if not target.delete or file.path is None or file.path.suffix != ".safetensors":
-        return
-    table = {"repo": target.repo, "files": _uploaded(out, target) | {file.name: file.sha256}}
-    write_file(out / UPLOADED, dumps(table).encode())
-    file.path.unlink()
-
-
 def _open_repository(hub: Publisher, target: Target) -> None:
     """Make it if there is none, private if nobody says otherwise; the visibility of one that is there is left alone."""
     if target.repo.count("/") != 1:  # a hub would make it in the namespace of the token's owner
@@ -183,6 +97,7 @@ def _open_repository(hub: Publisher, target: Target) -> None:
 
 
 def _head(hub: Publisher, target: Target) -> Head:
+    """The branch that is published to, made if there is none."""
     head = hub.head(target.repo, target.revision)
     if head is None:
         hub.branch(target.repo, target.revision)
@@ -248,5 +163,5 @@ def _done(
 
 
 def as_json(result: Published) -> dict[str, Any]:
-    """For --json."""
+    """What the command prints with --json."""
     return asdict(result)

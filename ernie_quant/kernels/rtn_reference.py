@@ -1,0 +1,56 @@
+"""Round to nearest with a searched scale in plain torch: what the compiled `rtn` is held to, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+
+from ernie_quant.kernels.rtn import SMALLEST, Array
+
+
+def encode(
+    weight: torch.Tensor, group: int, low: int, high: int, divisor: int, ratios: Array, refine: int, signed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rtn.encode` in plain torch, on any device."""
+    x = weight.float().reshape(weight.shape[0], -1, group)
+    top_high, top_low = x.amax(-1).clamp(min=0), x.amin(-1).clamp(max=0)
+    top = torch.where(top_high > -top_low, -top_high, -top_low) if signed else torch.maximum(top_high, -top_low)
+    scale = best = torch.empty(0)
+    for k, ratio in enumerate(ratios.tolist()):
+        trial = _scale(top * ratio / divisor)
+        error = _judge(x, _codes(x, trial, low, high), trial)
+        better = error < best if k else torch.ones_like(error, dtype=torch.bool)
+        scale, best = (torch.where(better, trial, scale), torch.where(better, error, best)) if k else (trial, error)
+    for _ in range(refine):
+        q = _codes(x, scale, low, high)
+        sum_xq, sum_qq = _sum_in_order(x * q), _sum_in_order(q * q)
+        trial = _scale(torch.where(sum_qq > 0, sum_xq / sum_qq, 1.0))
+        error = _judge(x, _codes(x, trial, low, high), trial)
+        scale, best = torch.where(error < best, trial, scale), torch.where(error < best, error, best)
+    codes = _codes(x, scale, low, high)
+    return codes.to(torch.int8).reshape(weight.shape), scale.bfloat16()
+
+
+def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`rtn.decode` in plain torch."""
+    groups = codes.float().reshape(*scale.shape, -1)
+    return (groups * scale.float()[..., None]).bfloat16().reshape(codes.shape)
+
+
+def _scale(scale: torch.Tensor) -> torch.Tensor:
+    scale = scale.bfloat16().float()
+    return torch.where((scale.abs() >= float(SMALLEST)) & scale.isfinite(), scale, 1.0)
+
+
+def _codes(x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    return (x * (1.0 / scale)[..., None]).clamp(low, high).round()
+
+
+def _judge(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return _sum_in_order((x - q * scale[..., None]).square())
+
+
+def _sum_in_order(values: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros_like(values[..., 0])
+    for j in range(values.shape[-1]):
+        total += values[..., j]
+    return total

@@ -1,0 +1,101 @@
+"""The files of a result as they are published: card and page under the repository's name, hashes, what is uploaded already."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ernie_quant.disk import write_file
+from ernie_quant.errors import ErnieQuantError, OutputError
+from ernie_quant.hubs import LocalFile
+from ernie_quant.jsonio import dumps, read_object
+from ernie_quant.paths import MANIFEST, README, SUMS, inside
+from ernie_quant.report.page import render
+from ernie_quant.report.rows import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
+from ernie_quant.report.saved import Report, read
+from ernie_quant.result import card
+from ernie_quant.result.manifest import read_manifest, sums
+
+UPLOADED = ".ernie-quant-published.json"  # what was uploaded and deleted here, for a publish that is interrupted
+
+
+def entitled(out: Path, repo: str) -> dict[str, Any]:
+    """The manifest, after card, page and pictures were made under the repository's name and entered in it."""
+    manifest = read_manifest(out)
+    if README not in manifest["files"]:
+        return manifest
+    config = read_object(inside(out, "config.json", MANIFEST))
+    rows: list[TensorReport] = []
+    made: dict[str, bytes] = {}
+    if FILENAME in manifest["files"]:
+        report = replace(read(out), name=repo.rpartition("/")[2])
+        rows = list(report.rows)
+        made[PAGE] = render(report)
+        made |= {f"{PLOTS_FOLDER}/{name}": data for name, data in _pictures(report).items()}
+    made[README] = card.readme(manifest, config, rows, repo, [name for name in made if name != PAGE]).encode()
+    entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in made.items()}
+    if any(manifest["files"].get(name) != entry for name, entry in entries.items()):
+        for name, data in made.items():
+            (out / name).parent.mkdir(exist_ok=True)
+            write_file(out / name, data)
+        manifest["files"] |= entries
+        text = dumps(manifest).encode()
+        write_file(out / SUMS, sums(manifest["files"], text).encode())
+        write_file(out / MANIFEST, text)
+    return manifest
+
+
+def repair(out: Path, repo: str) -> None:
+    """Finish what a publish to `repo` was killed in: card, page, hashes and manifest follow from the other files."""
+    if (out / MANIFEST).is_file():
+        with suppress(ErnieQuantError, KeyError, TypeError):  # what else is wrong is found by whoever reads it next
+            entitled(out, repo)
+
+
+def _pictures(report: Report) -> dict[str, bytes]:
+    """The plots of the card, if matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return {}
+    from ernie_quant.report.plots import draw
+
+    return draw(report)
+
+
+def local_files(out: Path, manifest: Mapping[str, Any], repo: str) -> list[LocalFile]:
+    """Every file of the result, the manifest last. Raises OutputError for one that is neither here nor uploaded."""
+    uploaded = _uploaded(out, repo)
+    files = []
+    for name, entry in manifest["files"].items():
+        if (out / name).exists() or name not in uploaded or uploaded[name] != entry["sha256"]:
+            path = inside(out, name, MANIFEST)
+            if (nbytes := path.stat().st_size) != entry["bytes"]:
+                raise OutputError(f"{path}: has {nbytes} bytes, the manifest says {entry['bytes']}; `verify` tells more")
+            files.append(LocalFile(name, entry["bytes"], entry["sha256"], path))
+        else:
+            files.append(LocalFile(name, entry["bytes"], entry["sha256"], None))
+    for name in (SUMS, MANIFEST):
+        data = inside(out, name, "the result").read_bytes()
+        files.append(LocalFile(name, len(data), hashlib.sha256(data).hexdigest(), out / name))
+    return files
+
+
+def _uploaded(out: Path, repo: str) -> dict[str, str]:
+    """File -> sha256 of what was uploaded to this repository and deleted."""
+    if not (out / UPLOADED).is_file():
+        return {}
+    table = read_object(out / UPLOADED)
+    return {str(k): str(v) for k, v in table.get("files", {}).items()} if table.get("repo") == repo else {}
+
+
+def delete(out: Path, repo: str, file: LocalFile) -> None:
+    """Delete a weight file that is uploaded; first remember that it is. Other files stay."""
+    if file.path is None or file.path.suffix != ".safetensors":
+        return
+    table = {"repo": repo, "files": _uploaded(out, repo) | {file.name: file.sha256}}
+    write_file(out / UPLOADED, dumps(table).encode())
+    file.path.unlink()
