@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # before torch and transformers are imported: one thread (two shared cores are slower), no hub
@@ -14,8 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-
-GOLDEN = Path(__file__).parent / "golden"
+from helpers.paths import GOLDEN
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ernie_quant.cli.main import main
-from synthetic import read_file, tiny, wide, write_index, write_model, write_pdparams, write_ranks, write_safetensors
+from helpers.synthetic import read_file, tiny, wide, write_index, write_model, write_pdparams, write_ranks, write_safetensors
 
 EXPERT = "model.layers.1.mlp.experts.0.gate_proj.weight"
 WINT4 = ("wint4", "SRC", "OUT", "--experts-only", "--group-size", "32")

@@ -15,7 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from ernie_quant.cli.main import COMMANDS, group
-from models import GOLDEN, copy, random_model, write
+from helpers.models import GOLDEN, copy, random_model, write
 
 from ernie_quant.plan import built_in
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import GOLDEN, dequantized, logits, random_model, same, tensors, write
+from helpers.models import GOLDEN, dequantized, logits, random_model, same, tensors, write
 from safetensors.torch import load_file
 from test_fastdeploy import PUBLISHED, WIDTHS, decode_all, invoke, read_folder, widened
 

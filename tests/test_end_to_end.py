@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import LoopbackHub
+from helpers.hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
 SOURCE = "baidu/smol-ernie"

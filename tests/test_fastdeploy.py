@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import copy, invoke, random_model, write
+from helpers.models import copy, invoke, random_model, write
 from test_run import Killed, contents, stop_in_second_shard
 from test_verify import edit, poke, refused, sealed
 

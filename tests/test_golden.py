@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import GOLDEN, copy, logits, same, tensors, write
+from helpers.models import GOLDEN, copy, logits, same, tensors, write
 from safetensors.torch import save_file
 
 from ernie_quant.weights import layouts

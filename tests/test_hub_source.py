@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import LoopbackHub
-from hub_fixtures import ADDRESS, CHUNK, INT4, NAME, SOURCE, contents, files_of, least_budget, planned, real_sleep, weights_asked
-from models import GOLDEN, tensors
-from synthetic import golden, write_ranks, write_raw_safetensors, write_safetensors
+from helpers.hub import LoopbackHub
+from helpers.hubs import ADDRESS, CHUNK, INT4, NAME, SOURCE, contents, files_of, least_budget, planned, real_sleep, weights_asked
+from helpers.models import GOLDEN, tensors
+from helpers.synthetic import golden, write_ranks, write_raw_safetensors, write_safetensors
 
 from ernie_quant.check.verify import verify
 from ernie_quant.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ from ernie_quant.run.whole import RunResult, run_plan
 from ernie_quant.sources import download, open_source
 from ernie_quant.sources import hub as sources_hub
 
-pytest_plugins = ["hub_fixtures"]
+pytest_plugins = ["helpers.hubs"]
 
 SHARDS = sorted(p.name for p in SOURCE.glob("*.safetensors"))
 ALL_BYTES = sum((SOURCE / name).stat().st_size for name in SHARDS)

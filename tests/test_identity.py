@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GOLDEN, copy
+from helpers.models import GOLDEN, copy
 from test_run import SMALL, Killed, contents, planned, stop_in_second_shard
 
 import ernie_quant

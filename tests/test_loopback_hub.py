@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import HubProcess, LoopbackHub
+from helpers.hub import HubProcess, LoopbackHub
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,

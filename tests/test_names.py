@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import GOLDEN, same, tensors, write
+from helpers.models import GOLDEN, same, tensors, write
 from safetensors.torch import save_file
 
 from ernie_quant import names

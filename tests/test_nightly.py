@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from hub import LoopbackHub
-from hub_fixtures import ADDRESS, NAME, SOURCE, contents, files_of, weights_asked, writes
-from models import logits, random_model
+from helpers.hub import LoopbackHub
+from helpers.hubs import ADDRESS, NAME, SOURCE, contents, files_of, weights_asked, writes
+from helpers.models import logits, random_model
 from test_run import OF_128S
 
 from ernie_quant import publish as publishing
@@ -32,7 +32,7 @@ from ernie_quant.sources import open_source
 
 # the client uploads with a deprecated argument of its own HTTP library
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-pytest_plugins = ["hub_fixtures"]
+pytest_plugins = ["helpers.hubs"]
 
 Command = Callable[..., tuple[int, str, str]]
 WINT4 = '[[target]]\nrepo = "me/tiny-wint4"\nrecipe = "wint4"\ngroup_size = 32\nmax_shard_size = "60kB"\n'

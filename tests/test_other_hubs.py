@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_others.aistudio import FakeAiStudio
-from hub_others.base import TOKEN, FakeHub, Fault, Repo
-from hub_others.modelscope import FakeModelScope
-from models import GOLDEN
+from helpers.hub_others.aistudio import FakeAiStudio
+from helpers.hub_others.base import TOKEN, FakeHub, Fault, Repo
+from helpers.hub_others.modelscope import FakeModelScope
+from helpers.models import GOLDEN
 
 from ernie_quant import hubs, sources
 from ernie_quant import publish as publishing

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from ernie_quant.cli.report import command
-from models import GOLDEN, random_model, write
+from helpers.models import GOLDEN, random_model, write
 
 from ernie_quant import codecs
 from ernie_quant.check import verify

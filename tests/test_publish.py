@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import LoopbackHub
-from hub.storage import Repo
-from hub_fixtures import ADDRESS, NAME, contents, planned, writes
+from helpers.hub import LoopbackHub
+from helpers.hub.storage import Repo
+from helpers.hubs import ADDRESS, NAME, contents, planned, writes
 
 from ernie_quant import publish as publishing
 from ernie_quant.errors import HubError, OutputError, RetryError, VerifyError
@@ -25,7 +25,7 @@ from ernie_quant.run.whole import run_plan
 
 # the client uploads with a deprecated argument of its own HTTP library
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-pytest_plugins = ["hub_fixtures"]
+pytest_plugins = ["helpers.hubs"]
 
 REPO = "me/tiny-wint4"
 Command = Callable[..., tuple[int, str, str]]
@@ -34,7 +34,7 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished result of four weight files."""
-    from hub_fixtures import SOURCE
+    from helpers.hubs import SOURCE
 
     out = tmp_path_factory.mktemp("finished") / "out"
     run_plan(planned(SOURCE), out)
@@ -122,7 +122,7 @@ def test_a_second_publish_is_up_to_date_and_writes_nothing(hub: LoopbackHub, out
 
 
 def test_a_changed_result_replaces_and_drops_in_one_commit(hub: LoopbackHub, out: Path, tmp_path: Path) -> None:
-    from hub_fixtures import SOURCE
+    from helpers.hubs import SOURCE
 
     publish_to(out)
     hub.put(REPO, {"somebody/notes.txt": b"notes"})
@@ -223,7 +223,7 @@ def test_a_pull_request_leaves_main_alone_too(hub: LoopbackHub, out: Path) -> No
 
 
 def test_a_tag_stays_where_it_is(hub: LoopbackHub, out: Path, tmp_path: Path) -> None:
-    from hub_fixtures import SOURCE
+    from helpers.hubs import SOURCE
 
     first = publish_to(out)
     assert publish_to(out, tag="v1").status == "up-to-date"  # a tag can be added later

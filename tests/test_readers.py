@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from synthetic import (
+from helpers.synthetic import (
     GOLDEN,
     exact,
     quick,
@@ -31,6 +29,8 @@ from synthetic import (
     write_raw_safetensors,
     write_safetensors,
 )  # fmt: skip
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ernie_quant import archs, jsonio
 from ernie_quant.errors import CheckpointError, ConfigError, PlanError

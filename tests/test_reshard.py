@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import GOLDEN, copy, invoke, random_model, same, tensors, write
+from helpers.models import GOLDEN, copy, invoke, random_model, same, tensors, write
 from safetensors.torch import save_file
 from test_run import Killed, contents
 from test_verify import first_byte, poke, sealed

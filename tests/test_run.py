@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from models import GOLDEN, copy, random_model, same, tensors, write
+from helpers.models import GOLDEN, copy, random_model, same, tensors, write
 from safetensors.torch import save_file
 
 from ernie_quant import names, threads

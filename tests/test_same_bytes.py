@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import random_model
+from helpers.models import random_model
 from test_run import contents
 
 from ernie_quant.weights import layouts

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import GOLDEN, copy, random_model, tensors, write
+from helpers.models import GOLDEN, copy, random_model, tensors, write
 from safetensors.torch import save_file
 from test_run import OF_128S
 

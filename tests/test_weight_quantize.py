@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from helpers.paths import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from models import GOLDEN
+from helpers.models import GOLDEN
 
 from ernie_quant import codecs, names, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec

@@ -21,8 +21,7 @@ from ernie_quant.sources import open_source
 from ernie_quant.views.files import Files
 from ernie_quant.weights import layouts
 from ernie_quant.weights.stored import open_stored
-
-GOLDEN = Path(__file__).parent / "golden"
+from helpers.paths import GOLDEN
 
 
 def write(source: Path, out: Path, runtime: str = "vllm", **options: Any) -> RunResult:

@@ -1,4 +1,4 @@
-"""`python -m hub.server --folder F`: the loopback hub as a process of its own; see admin.py for what it can be told."""
+"""`python -m helpers.hub.server --folder F`: the loopback hub as a process of its own; see admin.py for what it can be told."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .loopback import LoopbackHub
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="hub.server", description="A loopback hub; prints its address as one line of JSON.")
+    parser = argparse.ArgumentParser(prog="helpers.hub.server", description="A loopback hub; prints its address as JSON.")
     parser.add_argument("--folder", type=Path, required=True, help="for what it stores")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--seed", type=Path, help="a folder organization/name/files to start with")

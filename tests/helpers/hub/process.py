@@ -16,8 +16,8 @@ class HubProcess:
     """`with HubProcess(folder) as hub:` has `endpoint`, `cdn`, `token`; everything else goes through `call`."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        command = [sys.executable, "-m", "hub.server", "--until-eof", "--folder", str(folder), *arguments]
-        tests = Path(__file__).parent.parent
+        command = [sys.executable, "-m", "helpers.hub.server", "--until-eof", "--folder", str(folder), *arguments]
+        tests = Path(__file__).parents[2]
         self.process = subprocess.Popen(command, cwd=tests, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         about = json.loads(self.process.stdout.readline())

@@ -10,9 +10,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
-from hub import LoopbackHub
-from hub.wire import Request
-from models import GOLDEN
 
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.plan import built_in, recipe
@@ -20,6 +17,9 @@ from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.steps import Plan
 from ernie_quant.sources import download, open_source
 from ernie_quant.sources import hub as sources_hub
+from helpers.hub import LoopbackHub
+from helpers.hub.wire import Request
+from helpers.models import GOLDEN
 
 SOURCE = GOLDEN / "moe/paddle"  # five weight files of 63 to 100 kB
 NAME = "baidu/ERNIE-tiny-Paddle"

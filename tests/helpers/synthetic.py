@@ -18,8 +18,8 @@ from ernie_quant.dtypes import dtype_name
 from ernie_quant.readers import read_header
 from ernie_quant.views import build, read
 from ernie_quant.views import files as views_files
+from helpers.paths import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 Tensors = Mapping[str, torch.Tensor]
 
 
