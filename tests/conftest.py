@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # before torch and transformers are imported: one thread (two shared cores are slower), no hub
@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from helpers.disk import no_waiting
 from helpers.paths import GOLDEN
 
 
@@ -50,3 +51,10 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return int(stopped.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """For modules that write much and do not ask whether it would survive a power cut."""
+    with no_waiting():
+        yield

@@ -23,6 +23,13 @@ from ernie_quant.weights import layouts
 from ernie_quant.weights.stored import open_stored
 from helpers.paths import GOLDEN
 
+FAMILIES = ("dense", "moe", "moe_mtp", "vl")
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """config.json."""
+    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
+
 
 def write(source: Path, out: Path, runtime: str = "vllm", **options: Any) -> RunResult:
     """Plan and run in one call."""
