@@ -20,7 +20,6 @@ from ernie_quant.plan.make import make_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights.plain import Resolved, resolve
 
-MAKE_GEOMETRY = Path(__file__).parents[1] / "benchmarks/make_geometry.py"
 Tensors = dict[str, torch.Tensor]
 
 
