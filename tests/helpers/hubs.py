@@ -1,13 +1,12 @@
-"""A loopback hub in this process that every command takes for the hub, and waiting that takes no time.
-
-PYTEST_DONT_REWRITE: tests import from here, and name it as their plugin.
-"""
+"""What is asked of the loopback hub, what came of it, and plans of the checkpoint in it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,64 +14,25 @@ from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.plan import built_in, recipe
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.steps import Plan
+from ernie_quant.run.whole import RunResult, run_plan
 from ernie_quant.sources import download, open_source
-from ernie_quant.sources import hub as sources_hub
+from helpers.disk import contents
 from helpers.hub import LoopbackHub
 from helpers.hub.wire import Request
 from helpers.models import GOLDEN
 
 SOURCE = GOLDEN / "moe/paddle"  # five weight files of 63 to 100 kB
+SHARDS = sorted(p.name for p in SOURCE.glob("*.safetensors"))
+ALL_BYTES = sum((SOURCE / name).stat().st_size for name in SHARDS)
 NAME = "baidu/ERNIE-tiny-Paddle"
 ADDRESS = f"hf://{NAME}"
 SMALL = 60_000  # bytes per file: four files; the first and the last need the same file of the source
 INT4 = built_in.one_codec("wint4", RoundToNearest(4, 32), experts_only=False, mtp=False, keep_unfit=False)
 CHUNK = 1 << 12  # bytes; what a broken connection may lose
+TELLING_THE_SOURCE = {"README.md", "SHA256SUMS", "ernie-quant.json"}  # files
 real_sleep = time.sleep
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    """With the source in it. conftest.py has said HF_HUB_OFFLINE=1; see test_loopback_hub.py for the client's constants."""
-    pytest.importorskip("huggingface_hub", minversion="2.0")
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    with LoopbackHub(tmp_path / "hub", chunk_bytes=1 << 16, page_size=4) as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr("ernie_quant.hubs.hf.read.CHUNK", CHUNK)
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.setenv("ERNIE_QUANT_CACHE", str(tmp_path / "cache"))
-        close_session()
-        hub.put(NAME, SOURCE)
-        yield hub
-        close_session()
-        assert not hub.leaks  # the other host never sees the token
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that somebody wanted to wait; nobody does."""
-    found: list[float] = []
-
-    def pause(self: download.HubDownload, seconds: float) -> None:
-        if seconds:
-            found.append(seconds)
-        if self._stop.is_set():
-            raise download.Stopped
-
-    monkeypatch.setattr(time, "sleep", lambda seconds: found.append(seconds) if seconds else None)
-    monkeypatch.setattr(download.HubDownload, "_pause", pause)
-    return found
-
-
-@pytest.fixture
-def short_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of the tests are smaller than what is usually asked for at first."""
-    monkeypatch.setattr(sources_hub, "HEAD", 1000)
+# the client uploads with a deprecated argument of its own HTTP library
+uploads = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 def planned(source: str | Path = ADDRESS, rules: recipe.Recipe = INT4, shard_bytes: int = SMALL) -> Plan:
@@ -94,12 +54,36 @@ def writes(hub: LoopbackHub) -> list[Request]:
     return [r for r in hub.requests if r.method not in ("GET", "HEAD")]
 
 
-def contents(folder: Path, but: Collection[str] = ()) -> dict[str, bytes]:
-    """Every file below a folder."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {name: p.read_bytes() for p in files if (name := p.relative_to(folder).as_posix()) not in but}
-
-
 def files_of(cache: Path) -> list[Path]:
     """Weight files, or parts of some, that lie in the cache."""
     return [p for folder in cache.glob("*/*/files") for p in folder.rglob("*") if p.is_file()]
+
+
+def same_result(out: Path, local: dict[str, bytes]) -> bool:
+    """Every file but those that say where the source was."""
+    found = contents(out)
+    return found.keys() == local.keys() and all(found[n] == local[n] for n in found.keys() - TELLING_THE_SOURCE)
+
+
+@contextmanager
+def watched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Bytes that lie in the cache after every piece of a download and every slab."""
+    found, before = [0], download.HubDownload._pause
+
+    def look(self: download.HubDownload, seconds: float) -> None:
+        sizes = []
+        for path in files_of(cache):
+            try:
+                sizes.append(path.stat().st_size)
+            except FileNotFoundError:  # renamed while we looked
+                continue
+        found.append(sum(sizes))
+        before(self, seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download.HubDownload, "_pause", look)
+        yield found
+
+
+def run_with(plan: Plan, out: Path, **options: Any) -> RunResult:
+    return run_plan(plan, out, disk_budget=least_budget(plan), workers=1, **options)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from helpers.hub import HubProcess, LoopbackHub
+from helpers.hubs import uploads
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -30,8 +31,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import close_session, get_session
 
-# the client uploads with a deprecated argument of its own HTTP library
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = uploads
 # older ones work with this hub too, but repeat other requests, and some look for endpoint= in HF_ENDPOINT only
 pytest.importorskip("huggingface_hub", minversion="2.0")
 

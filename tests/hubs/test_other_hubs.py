@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -13,29 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.disk import contents
 from helpers.hub_others.aistudio import FakeAiStudio
 from helpers.hub_others.base import TOKEN, FakeHub, Fault, Repo
 from helpers.hub_others.modelscope import FakeModelScope
-from helpers.models import GOLDEN
+from helpers.hubs import INT4, NAME, SOURCE, TELLING_THE_SOURCE, planned
 
 from ernie_quant import hubs, sources
 from ernie_quant import publish as publishing
-from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.errors import HubError, RetryError, VerifyError
-from ernie_quant.paths import MANIFEST
-from ernie_quant.plan import built_in
 from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan
 from ernie_quant.publish import Published, Target, publish
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import download, open_source
 from ernie_quant.sources import hub as sources_hub
 
-SOURCE = GOLDEN / "moe/paddle"
-NAME = "baidu/ERNIE-tiny-Paddle"
 REPO = "me/tiny-wint4"
-INT4 = built_in.one_codec("wint4", RoundToNearest(4, 32), experts_only=False, mtp=False, keep_unfit=False)
-TELLING_THE_SOURCE = {"README.md", "SHA256SUMS", MANIFEST}
 only_modelscope = pytest.mark.parametrize("scheme", ["modelscope"], indirect=True)
 only_aistudio = pytest.mark.parametrize("scheme", ["aistudio"], indirect=True)
 PACKAGES = {"modelscope": "modelscope_hub", "aistudio": "aistudio_sdk"}
@@ -67,26 +59,6 @@ def hub(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         hub.put(NAME, SOURCE)
         yield hub
         assert not [r for r in hub.log if r.host == "localhost" and r.secret and r.method == "GET"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("finished") / "out"
-    run_plan(planned(SOURCE), out)
-    return out
-
-
-@pytest.fixture
-def out(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "out"))
-
-
-def planned(source: str | Path) -> Plan:
-    return make_plan(open_source(source), runtime="vllm", recipe=INT4, shard_bytes=60_000)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def made_from_hub(scheme: str, tmp_path: Path, finished: Path, revision: str = "") -> None:
