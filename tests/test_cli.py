@@ -16,10 +16,10 @@ from ernie_quant.cli.main import COMMANDS, group
 from helpers.commands import Command
 from helpers.disk import no_waiting
 from helpers.models import GOLDEN, copy, random_model, write
+from helpers.paths import ROOT
 
 from ernie_quant.plan import built_in
 
-ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/cli.md"
 SOURCE = GOLDEN / "moe/paddle"
 

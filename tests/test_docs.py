@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ernie_quant.nightly.job import read_job
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
+from ernie_quant.nightly.job import read_job
 
 
 def blocks(file: str, kind: str) -> list[str]:

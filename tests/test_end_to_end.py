@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from helpers.hub import LoopbackHub
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 SOURCE = "baidu/smol-ernie"
 SENTENCE = "The capital of France is Paris."
 JOB = f"""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-F = np.float32
+from helpers.bits import F, bf16
 
 # H 256, Q 384, KV 128, I 320, M 128 or shared 256: a dense layer, two with 3 experts, an MTP block; no linear is square
 WIDTHS: dict[str, Any] = {
@@ -46,12 +46,6 @@ def read_folder(folder: Path) -> Arrays:
 def widened(bits: np.ndarray) -> np.ndarray:
     """f32 of bf16 bits."""
     return (bits.astype(np.uint32) << 16).view(F)
-
-
-def bf16(x: np.ndarray) -> np.ndarray:
-    """f32 rounded to what bf16 can hold, half to even."""
-    bits = x.astype(F).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(F)
 
 
 def decode_wint2(parts: Arrays) -> np.ndarray:

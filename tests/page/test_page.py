@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from ernie_quant.cli.report import command
+from ernie_quant.cli.main import group
 from helpers.pages import EXPERTS, LAYERS, WINT4, data_of, folder_of, over_results, row, text_of
 
 from ernie_quant.check import verify
@@ -176,7 +176,8 @@ def test_without_matplotlib_the_error_says_what_to_install(
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(command, [str(a) for a in arguments], catch_exceptions=False)
+    """As a part of the program: alone, the command would have another --help from then on, which docs/cli.md has not."""
+    return CliRunner().invoke(group, ["report", *map(str, arguments)], catch_exceptions=False)
 
 
 def test_the_command_writes_the_page_beside_the_weights(results: dict[str, Path], tmp_path: Path) -> None:
