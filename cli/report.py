@@ -24,9 +24,9 @@ def command(out: Path, target: Path | None, plots: bool, quiet: bool, as_json: b
     ernie-quant report out
     ernie-quant report out --out report.html --plots
     """
-    from ernie_quant.report import page, rows
+    from ernie_quant.report import page, rows, saved
 
-    found = page.read(out)
+    found = saved.read(out)
     written = [page.write(found, target or out / rows.PAGE)]
     if plots:
         from ernie_quant.report.plots import write_plots

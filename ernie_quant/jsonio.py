@@ -9,7 +9,7 @@ from typing import Any
 
 from ernie_quant.errors import CheckpointError
 
-# Together they keep the memory that a text takes when it is parsed below 0.5 GB, whatever it holds; see tests/test_readers.py.
+# Together they keep the memory of parsing below 0.5 GB, whatever a text holds; see tests/readers/test_bounds.py.
 MAX_BYTES = 32 << 20  # the index of the 424B has 1.3 MB; a header of 150,000 tensors 18 MB
 MAX_VALUES = 1_250_000  # eight per tensor of a header
 MAX_DEPTH = 64  # far below what recursion allows, so that whoever walks the value later may recurse

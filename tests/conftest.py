@@ -1,12 +1,11 @@
-"""What all tests share: golden checkpoints, a quiet transformers, and the flag that alone may change golden files."""
+"""What all tests share: golden values and the flag that alone may change them, the command, and a time limit."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # before torch and transformers are imported: one thread (two shared cores are slower), no hub
@@ -15,16 +14,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-GOLDEN = Path(__file__).parent / "golden"
+SLOW = 3600  # seconds for a test that is marked so; a network drive and one busy core are still enough
+pytest.register_assert_rewrite("helpers")  # asserts in there say what they found, as those of test modules do
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/outputs.json anew")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # the limit of all others stands in pyproject.toml
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW))
+
+
 @pytest.fixture
 def golden_value(request: pytest.FixtureRequest) -> Callable[[str, Any], Any]:
     """`golden_value(key, found)`: what was recorded for the key; --update-golden records what was found."""
+    from helpers.paths import GOLDEN
+
     path = GOLDEN / "outputs.json"
 
     def value(key: str, found: Any) -> Any:
@@ -52,3 +60,12 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return int(stopped.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """For modules that write much and do not ask whether it would survive a power cut."""
+    from helpers.disk import no_waiting
+
+    with no_waiting():
+        yield

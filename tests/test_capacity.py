@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GOLDEN, copy
+from helpers.models import GOLDEN, copy
 
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError

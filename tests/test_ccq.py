@@ -9,6 +9,7 @@ from math import floor
 import numpy as np
 import pytest
 import torch
+from helpers.bits import F, bf16, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,13 +22,6 @@ from ernie_quant.measure import compare
 CODEC = ConvolutionalCode()
 # stored position of each logical input of a group: position 16a + 2b + c holds row 8b + 2a + c
 POSITION = {8 * b + 2 * a + c: 16 * a + 2 * b + c for a in range(4) for b in range(8) for c in range(2)}
-F = np.float32
-
-
-def bf16(x: np.ndarray) -> np.ndarray:
-    """f32 rounded to bf16 by hand, half to even."""
-    bits = x.astype(F).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(F)
 
 
 def code(byte: int, code_scale: float, code_zp: float) -> int:
@@ -86,11 +80,6 @@ def row_errors(weight: torch.Tensor, codec: ConvolutionalCode = CODEC) -> torch.
     """Relative error of each row, 0 for rows that came through unchanged."""
     missed = (codec.decode(codec.encode(weight)).double() - weight.double()).square().sum(1)
     return missed / torch.where(missed > 0, weight.double().square().sum(1), 1)
-
-
-def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """To the bit: -0.0 is not 0.0."""
-    return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
 def test_a_byte_by_hand() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GOLDEN, copy, write
+from helpers.models import GOLDEN, copy, write
 
 from ernie_quant.check import verify as check
 from ernie_quant.check.verify import verify

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 from ernie_quant.cli.main import COMMANDS, group
-from models import GOLDEN, copy, random_model, write
+from helpers.commands import Command
+from helpers.disk import no_waiting
+from helpers.models import GOLDEN, copy, random_model, write
+from helpers.paths import ROOT
 
 from ernie_quant.plan import built_in
 
-ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/cli.md"
 SOURCE = GOLDEN / "moe/paddle"
-Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
@@ -119,8 +116,7 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "src", "paddle", "moe_mtp", hidden_size=256, head_dim=64, intermediate_size=256, moe_intermediate_size=256,
         moe_num_experts=2,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda fd: None)
+    with no_waiting():
         write(folder / "src", folder / "wint2", "fastdeploy", recipe=built_in.fastdeploy_container("wint2", 2, effort=1))
     return folder
 

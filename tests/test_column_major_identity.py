@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from synthetic import array, golden
+from helpers.synthetic import array, golden
 
 from ernie_quant.errors import OutputError
 from ernie_quant.plan.make import make_plan

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import GOLDEN, dequantized, logits, random_model, same, tensors, write
+from helpers.commands import Command
+from helpers.containers import PUBLISHED, WIDTHS, decode_all, read_folder, widened
+from helpers.disk import no_waiting
+from helpers.models import GOLDEN, config, dequantized, invoke, logits, random_model, same, tensors, write
 from safetensors.torch import load_file
-from test_fastdeploy import PUBLISHED, WIDTHS, decode_all, invoke, read_folder, widened
 
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import PlanError
@@ -24,7 +24,6 @@ from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts
 
-Command = Callable[..., tuple[int, str, str]]
 TWO_BITS = "[[rule]]\nrole = 'experts'\ncodec = 'rtn'\nbits = 2\ngroup_size = 64\n"
 
 # the commands that make each format; widths are multiples of 128 here, so that float8 blocks fit
@@ -42,9 +41,7 @@ CONTAINERS = {"wint2": 1, "fastdeploy wint4": 2}  # the last layer whose experts
 every_form = pytest.mark.parametrize("form", MADE)
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """src (Paddle) and src-pt; for each form FORM, FORM-pt and FORM-paddle."""
     folder = tmp_path_factory.mktemp("dequantize")
     (folder / "recipe.toml").write_text(TWO_BITS)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda fd: None)
+    with no_waiting(), pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         random_model(folder / "src", layouts.PADDLE, "moe_mtp", **WIDTHS | {"intermediate_size": 384})
         write(folder / "src", folder / "src-pt")
@@ -62,10 +58,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for layout in ("pt", "paddle"):
                 invoke("dequantize", folder / form, folder / f"{form}-{layout}", "--to", layout)
     return folder
-
-
-def config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import write
-from synthetic import tiny, write_model
+from helpers.models import write
+from helpers.synthetic import tiny, write_model
 
 from ernie_quant.check.verify import verify
 from ernie_quant.codecs.rtn import RoundToNearest

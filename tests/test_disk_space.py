@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from models import random_model
+from helpers.models import random_model
 
 from ernie_quant.errors import RetryError
 from ernie_quant.plan.built_in import fastdeploy_container

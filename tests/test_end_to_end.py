@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub import LoopbackHub
+from helpers.hub import LoopbackHub
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 SOURCE = "baidu/smol-ernie"
 SENTENCE = "The capital of France is Paris."
 JOB = f"""

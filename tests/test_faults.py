@@ -67,6 +67,7 @@ def test_of_two_runs_at_once_one_does_the_work_and_the_other_says_so(bench: Benc
         for other, kill in ((tally.command, False), (THREE[i - 1], False), (tally.command, True)):
             kills.two_at_once(bench, tally.command, other, random.Random(i), tally, kill=kill)
     check(*tallies)
+    assert {t.identical for t in tallies} == {3}
 
 
 @pytest.mark.parametrize("name", ["wint4", SHARED])
@@ -80,7 +81,9 @@ def test_a_run_that_stands_still_while_another_one_does_the_work_harms_nothing(n
 
 def test_nothing_depends_on_the_clock(bench: Bench) -> None:
     """It runs backwards, and the files of a begun run are from 1970 and from 2100."""
-    check(*kills.all_kills(bench, THREE, kills=4, seed=4, between=kills.another_year))
+    tallies = kills.all_kills(bench, THREE, kills=4, seed=4, between=kills.another_year)
+    check(*tallies)
+    assert sum(t.stopped for t in tallies) >= 4
 
 
 @pytest.mark.parametrize("how", ["poke", "truncate", "delete"])
@@ -90,6 +93,7 @@ def test_a_source_that_changes_while_it_is_read_stops_the_run(how: str, bench: B
         for at in kills.while_reading(bench, tally.command, moments=3):
             kills.source_changes(bench, tally.command, how, at, tally)
     check(*tallies)
+    assert {t.stopped for t in tallies} == {3}
 
 
 @pytest.mark.parametrize("inject", [False, True], ids=["tmpfs", "injected"])
@@ -102,11 +106,15 @@ def test_a_disk_that_fills_up_is_worth_a_retry_at_any_size(inject: bool, bench: 
 
 
 def test_a_full_quota_is_a_full_disk(bench: Bench) -> None:
-    check(*full_disk.all_sizes(bench, ["wint2"], sizes=2, inject=True, number="EDQUOT"))
+    (tally,) = full_disk.all_sizes(bench, ["wint2"], sizes=2, inject=True, number="EDQUOT")
+    check(tally)
+    assert tally.stopped == 2
 
 
 def test_a_disk_that_is_too_small_or_cannot_be_written_is_left_alone(bench: Bench) -> None:
-    check(*full_disk.all_refusals(bench, ["wint4"], inject=not full_disk.can_mount()))
+    (tally,) = full_disk.all_refusals(bench, ["wint4"], inject=not full_disk.can_mount())
+    check(tally)
+    assert tally.stopped == 3
 
 
 def test_the_long_version_shows_a_table_and_every_failure(capsys: pytest.CaptureFixture[str]) -> None:

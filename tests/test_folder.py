@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import exact, golden, write_bin, write_index, write_model, write_pdparams, write_ranks, write_safetensors
+from helpers.synthetic import exact, golden, write_bin, write_index, write_model, write_pdparams, write_ranks, write_safetensors
 
 from ernie_quant.errors import CheckpointError, shown
 from ernie_quant.paths import inside

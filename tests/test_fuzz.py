@@ -36,7 +36,9 @@ def test_changed_files_are_read_or_refused(sandbox: fuzz.Sandbox) -> None:
 
 
 def test_a_mutation_depends_on_the_seed_and_its_number_alone(sandbox: fuzz.Sandbox) -> None:
-    for variants in sandbox.variants.values():
+    assert sandbox.variants.keys() == set(fuzz.KINDS)
+    for kind, variants in sandbox.variants.items():
+        assert variants, kind
         for variant in variants:
             drawn = [variant.change(random.Random(f"0-{n}")) for n in (1, 2, 1)]
             assert drawn[0] == drawn[2] != drawn[1]

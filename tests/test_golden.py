@@ -9,20 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import GOLDEN, copy, logits, same, tensors, write
+from helpers.models import FAMILIES, GOLDEN, config, copy, logits, same, tensors, write
 from safetensors.torch import save_file
 
 from ernie_quant.weights import layouts
 
-FAMILIES = ("dense", "moe", "moe_mtp", "vl")
-
 
 def expected(case: str) -> torch.Tensor:
     return torch.from_numpy(np.load(GOLDEN / case / "expected_logits_fp32.npy"))
-
-
-def config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GOLDEN, copy
-from test_run import SMALL, Killed, contents, planned, stop_in_second_shard
+from helpers.disk import contents
+from helpers.models import copy
+from helpers.runs import SMALL, SOURCE, Killed, planned, stop_in_second_shard
 
 import ernie_quant
 from ernie_quant import codecs, plugins
@@ -27,13 +28,10 @@ from ernie_quant.run import whole
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 
-SOURCE = GOLDEN / "moe/paddle"
 COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 @pytest.fixture

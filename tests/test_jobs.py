@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub import LoopbackHub
-from hub_fixtures import NAME
-from models import random_model
+from helpers.disk import contents
+from helpers.models import random_model
 
 from ernie_quant import runners
 from ernie_quant.checkpoint import Download, OnDisk
@@ -27,7 +26,6 @@ from ernie_quant.sources import open_source
 from ernie_quant.threads import Progress
 from ernie_quant.weights import layouts
 
-pytest_plugins = ["hub_fixtures"]
 WIDTHS = {"hidden_size": 128, "intermediate_size": 512, "moe_intermediate_size": 256, "moe_num_experts": 2, "vocab_size": 64}
 WIDTHS |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "moe_num_shared_experts": 0}
 KINDS = ("convert", "wint4", "fp8", "wint2", "reshard", "dequantize")
@@ -55,10 +53,6 @@ def planned(kind: str, folder: Path) -> Plan:
 
 def jobs(plan: Plan) -> list[ShardJob]:
     return [ShardJob(shard, plan.runtime, plan.metadata, plan.source.stamps) for shard in plan.shards]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,18 +85,6 @@ def test_processes_write_what_one_process_writes(folder: Path, tmp_path: Path) -
     run_plan(plan, tmp_path / "many/out", runner="processes", workers=1, progress=done.append)
     assert contents(tmp_path / "many/out") == contents(tmp_path / "one/out")
     assert sum(done) == sum(shard.nbytes_in for shard in plan.shards)
-
-
-def test_processes_read_from_a_hub(hub: LoopbackHub, tmp_path: Path) -> None:
-    """Files come one after the other and are deleted after their use, whoever reads them."""
-    assert hub
-    plan = make_plan(open_source(f"hf://{NAME}"), runtime="vllm", shard_bytes=100_000)
-    assert len(plan.shards) > 2
-    assert all(pickle.loads(pickle.dumps(job)) == job for job in jobs(plan))
-    run_plan(plan, tmp_path / "one/out")
-    run_plan(plan, tmp_path / "many/out", runner="processes", workers=1)
-    assert contents(tmp_path / "many/out") == contents(tmp_path / "one/out")
-    assert list((tmp_path / "cache").rglob("files/*")) == []
 
 
 @pytest.mark.parametrize("error", [CheckpointError("a: b"), PlanError("no", ["one", "two"]), RetryError("later")], ids=repr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.bits import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,10 +14,6 @@ from ernie_quant.kernels import difference, packing, rtn, rtn_reference
 
 SEARCH = (np.array([1.0, 0.92, 0.84, 0.76, 0.68], np.float32), 1, True)
 ABSMAX = (np.array([1.0], np.float32), 0, False)
-
-
-def gaussian(rows: int, columns: int, seed: int = 0, scale: float = 0.02) -> torch.Tensor:
-    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
 
 
 @pytest.mark.parametrize("search", [SEARCH, ABSMAX], ids=["mse", "absmax"])

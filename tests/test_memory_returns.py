@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GOLDEN, write  # and with them torch, whose own loading of libraries is not to be watched
+from helpers.models import GOLDEN, write  # and with them torch, whose own loading of libraries is not to be watched
 
 Command = Callable[..., tuple[int, str, str]]
 SOURCE = GOLDEN / "moe/pt"

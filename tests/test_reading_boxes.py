@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.synthetic import quick
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from synthetic import quick
 
 from ernie_quant.readers import read_header
 from ernie_quant.views import build

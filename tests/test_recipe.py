@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from models import GOLDEN
+from helpers.models import GOLDEN
 
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import PlanError

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import random_model
-from test_run import contents
+from helpers.disk import contents
+from helpers.models import random_model
 
 from ernie_quant.weights import layouts
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from models import random_model
+from helpers.models import random_model
 
 from ernie_quant import runtimes
 from ernie_quant.checkpoint import TensorSpec

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers.synthetic import quick
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import quick
 
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.runtimes import Part

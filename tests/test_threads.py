@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import GOLDEN, write
+from helpers.models import GOLDEN, write
 
 from ernie_quant.check.verify import verify
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GOLDEN, dequantized, logits, write
+from helpers.models import GOLDEN, dequantized, logits, write
 
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.synthetic import exact, quick, write_pdparams, write_safetensors
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import exact, quick, write_pdparams, write_safetensors
 
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.errors import CheckpointError

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from helpers.bits import gaussian, same
+from helpers.paths import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,17 +36,6 @@ def golden(name: str) -> tuple[int, int, torch.Tensor, torch.Tensor, torch.Tenso
 def random_codes(bits: int, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     high = 2 ** (bits - 1)
     return torch.from_numpy(np.random.default_rng(seed).integers(-high, high, (rows, columns)).astype(np.int8))
-
-
-def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02).bfloat16()
-
-
-def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Dtype, shape and bits."""
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
-        return False
-    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.synthetic import exact, payload, quick, read_file
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from synthetic import exact, payload, quick, read_file
 
 from ernie_quant import writers
 from ernie_quant.checkpoint import TensorSpec

@@ -17,7 +17,6 @@ from ernie_quant.disk import write_file
 from ernie_quant.errors import OutputError
 from ernie_quant.report.columns import columns
 from ernie_quant.report.saved import Report
-from ernie_quant.report.saved import read as read  # what `write` and `render` take
 
 PAGES = Path(__file__).parent / "pages"
 SCRIPTS = ("data.js", "tables.js", "bars.js", "histogram.js", "heatmap.js", "main.js")

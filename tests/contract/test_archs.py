@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from models import GOLDEN
+from helpers.models import GOLDEN
 
 from ernie_quant import archs, names, plugins
 from ernie_quant.archs._config import Facts

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from models import random_model, same, tensors
-from synthetic import golden, write_model, write_safetensors
+from helpers.models import random_model, same, tensors
+from helpers.synthetic import golden, write_model, write_safetensors
 
 from ernie_quant import archs, codecs, hubs, plugins, publish, readers, runners, runtimes, writers
 from ernie_quant.plan import recipe
@@ -405,7 +405,7 @@ def test_a_hub(add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     add(hubs, "shelf.publish", PUBLISH)
     monkeypatch.setenv("SHELF", str(tmp_path / "shelf"))
     monkeypatch.setenv("ERNIE_QUANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(publish, "_pictures", lambda report: {}, raising=False)
+    monkeypatch.setattr("ernie_quant.publish.files._pictures", lambda report: {})
     config, weights = golden("moe", "pt")
     write_model(tmp_path / "shelf/org/moe/abc", config, weights, shards=3)
     (tmp_path / "shelf/org/moe/main").write_text("abc")

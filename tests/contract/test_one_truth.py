@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from models import GOLDEN, random_model
+from helpers.models import GOLDEN, random_model
 
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError

@@ -145,7 +145,7 @@ def serve(folder: Path, width: int) -> None:
 def _warm_up(folder: Path, width: int) -> None:
     """Import and compile all that the commands need."""
     sys.path.insert(0, str(TESTS))
-    from models import invoke, random_model
+    from helpers.models import invoke, random_model
 
     source = random_model(folder / "src", "pt", "moe_mtp", **widths(width))
     warm = folder / "warm"

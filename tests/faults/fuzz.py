@@ -34,9 +34,9 @@ if not __package__:  # run as a script
 
 import torch
 from ernie_quant.cli import _show
-from models import random_model
+from helpers.models import random_model
+from helpers.synthetic import write_bin, write_model, write_pdparams, write_safetensors
 from safetensors.torch import load_file
-from synthetic import write_bin, write_model, write_pdparams, write_safetensors
 
 from ernie_quant import codecs
 from ernie_quant import inspect as inspection

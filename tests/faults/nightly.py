@@ -1,6 +1,6 @@
 """Kill the nightly job at random moments, and see that the next run ends with the repositories of an unbroken one.
 
-python tests/faults/nightly.py --kills 50               # against the loopback hub of tests/hub, in a process of its own
+python tests/faults/nightly.py --kills 50               # against the loopback hub of tests/helpers/hub, in a process of its own
 
 Every trial has fresh folders and fresh repositories: one or two runs are killed with SIGKILL, one runs to its end, and
 one more must have nothing to do. Runs are forked from a process that has imported everything; see _process.py.
@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hub import HubProcess
+from helpers.hub import HubProcess
 
 from faults._process import BUG, Outcome, _wait
 
@@ -62,7 +62,7 @@ def serve() -> None:
     import huggingface_hub.hf_api
     import torch
     from ernie_quant.cli import nightly  # noqa: F401
-    from models import write
+    from helpers.models import write
 
     from ernie_quant.check import verify
     from ernie_quant.codecs.rtn import RoundToNearest
