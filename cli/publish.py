@@ -36,10 +36,10 @@ def command(
     from ernie_quant import hubs, publish
 
     scheme, _, name = repo.rpartition("://")
-    target = publish.Target(name, revision, private, pr, tag, delete_as_published)
+    destination = publish.Destination(name, revision, private, pr, tag, delete_as_published)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
     with progress_bar(size, quiet) as progress:
-        result = publish.publish(out, hubs.publisher(scheme or "hf"), target, progress)
+        result = publish.publish(out, hubs.publisher(scheme or "hf"), destination, progress)
     if as_json:
         print_json(publish.as_json(result))
         return

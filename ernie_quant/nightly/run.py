@@ -28,7 +28,7 @@ from ernie_quant.plan.identity import fingerprint
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.reshard import check_size, shared_identity
 from ernie_quant.plan.steps import Plan
-from ernie_quant.publish import Target, publish
+from ernie_quant.publish import Destination, publish
 from ernie_quant.publish.files import repair
 from ernie_quant.report.rows import FILENAME, TensorReport, total
 from ernie_quant.run.shared import run_shared
@@ -127,7 +127,7 @@ def _target(
     report = _make(target, plan, job, out, deadline, log)
     checked = verify(out, sample=SAMPLE)
     log(event="verified", repo=target.repo, files=checked.files, tensors=checked.tensors, sampled=checked.sampled)
-    done = publish(out, hub, Target(target.repo, target.revision, target.private), _until(deadline))
+    done = publish(out, hub, Destination(target.repo, target.revision, target.private), _until(deadline))
     _tag(hub, target, tag, done.commit)
     _forget(out)
     return replace(report, status=done.status, commit=done.commit)

@@ -21,7 +21,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Where to: `private` None leaves a repository as it is and makes a new one private."""
 
     repo: str
@@ -45,81 +45,85 @@ class Published:
     dropped: int
 
 
-def publish(out: Path, hub: Publisher, target: Target, progress: Progress = lambda _: None) -> Published:
+def publish(out: Path, hub: Publisher, destination: Destination, progress: Progress = lambda _: None) -> Published:
     """Make the repository hold what `out` holds. Raises HubError, OutputError, VerifyError or RetryError."""
-    target = replace(target, revision=target.revision or hub.default_branch)
-    if target.pr and not hub.pull_requests:
-        raise HubError(f"{target.repo}: this hub has no pull requests that a program could open; leave --pr out")
-    manifest = entitled(out, target.repo)
-    files = local_files(out, manifest, target.repo)
-    _open_repository(hub, target)
+    destination = replace(destination, revision=destination.revision or hub.default_branch)
+    if destination.pr and not hub.pull_requests:
+        raise HubError(f"{destination.repo}: this hub has no pull requests that a program could open; leave --pr out")
+    manifest = entitled(out, destination.repo)
+    files = local_files(out, manifest, destination.repo)
+    _open_repository(hub, destination)
     sent: dict[str, LocalFile] = {}
-    tagged = hub.head(target.repo, target.tag) if target.tag and not target.pr else None
+    tagged = hub.head(destination.repo, destination.tag) if destination.tag and not destination.pr else None
     for _ in range(RACES):
-        head = _head(hub, target)
-        drop = _left_behind(hub, target, head, files)
+        head = _head(hub, destination)
+        drop = _left_behind(hub, destination, head, files)
         missing = [file for file in files if not _is_there(file, head.files.get(file.name))]
         if tagged and (missing or drop or tagged.commit != head.commit):
-            raise HubError(f"{target.repo}: the tag {target.tag} names commit {tagged.commit[:12]} already; choose another")
+            raise HubError(
+                f"{destination.repo}: the tag {destination.tag} names commit {tagged.commit[:12]} already; choose another"
+            )
         if not missing and not drop:  # or the answer to our commit was lost, not the commit
             status = "published" if sent else "up-to-date"
-            return _done(hub, target, head.commit, status, list(sent.values()), drop, tagged is not None)
+            return _done(hub, destination, head.commit, status, list(sent.values()), drop, tagged is not None)
         for file in (f for f in missing if f.name not in sent):
-            stored = hub.upload(target.repo, target.revision, file)
+            stored = hub.upload(destination.repo, destination.revision, file)
             sent[file.name] = file
-            if stored and target.delete:
-                delete(out, target.repo, file)
+            if stored and destination.delete:
+                delete(out, destination.repo, file)
             progress(file.nbytes)
         message = f"{manifest['recipe']['name']} of {manifest['source_name']}, ernie-quant {manifest['version']}"
         try:
-            commit = hub.commit(target.repo, target.revision, head.commit, missing, drop, message, target.pr)
+            commit = hub.commit(destination.repo, destination.revision, head.commit, missing, drop, message, destination.pr)
         except (Conflict, RetryError) as error:
-            if isinstance(error, RetryError) and _is_published(hub, target, files):
+            if isinstance(error, RetryError) and _is_published(hub, destination, files):
                 continue
             if isinstance(error, RetryError):
                 raise
             continue
-        _verify(hub, target, commit, files)
-        return _done(hub, target, commit, "published", missing, drop)
-    raise RetryError(f"{target.repo}: others committed {RACES} times while this was at work")
+        _verify(hub, destination, commit, files)
+        return _done(hub, destination, commit, "published", missing, drop)
+    raise RetryError(f"{destination.repo}: others committed {RACES} times while this was at work")
 
 
-def _open_repository(hub: Publisher, target: Target) -> None:
+def _open_repository(hub: Publisher, destination: Destination) -> None:
     """Make it if there is none, private if nobody says otherwise; the visibility of one that is there is left alone."""
-    if target.repo.count("/") != 1:  # a hub would make it in the namespace of the token's owner
-        raise HubError(f"{target.repo}: is not ORG/NAME")
-    private = hub.is_private(target.repo)
+    if destination.repo.count("/") != 1:  # a hub would make it in the namespace of the token's owner
+        raise HubError(f"{destination.repo}: is not ORG/NAME")
+    private = hub.is_private(destination.repo)
     if private is None:
-        hub.create(target.repo, private=target.private is not False)
-    elif target.private is not None and private != target.private:
+        hub.create(destination.repo, private=destination.private is not False)
+    elif destination.private is not None and private != destination.private:
         is_, asked = ("private", "--public") if private else ("public", "--private")
-        raise HubError(f"{target.repo}: is {is_}, and {asked} was asked for; change it on the hub, or leave {asked} out")
+        raise HubError(f"{destination.repo}: is {is_}, and {asked} was asked for; change it on the hub, or leave {asked} out")
 
 
-def _head(hub: Publisher, target: Target) -> Head:
+def _head(hub: Publisher, destination: Destination) -> Head:
     """The branch that is published to, made if there is none."""
-    head = hub.head(target.repo, target.revision)
+    head = hub.head(destination.repo, destination.revision)
     if head is None:
-        hub.branch(target.repo, target.revision)
-        head = hub.head(target.repo, target.revision)
+        hub.branch(destination.repo, destination.revision)
+        head = hub.head(destination.repo, destination.revision)
     if head is None:
-        raise HubError(f"{target.repo}: has no branch {target.revision}, and none could be made")
+        raise HubError(f"{destination.repo}: has no branch {destination.revision}, and none could be made")
     return head
 
 
-def _left_behind(hub: Publisher, target: Target, head: Head, files: list[LocalFile]) -> list[str]:
+def _left_behind(hub: Publisher, destination: Destination, head: Head, files: list[LocalFile]) -> list[str]:
     """Files of an earlier result that this one has no more. Raises HubError for a repository that is not ours."""
     now = {file.name for file in files}
     if MANIFEST not in head.files:
         if others := sorted(set(head.files) - set(NEUTRAL)):
             shown = ", ".join(others[:3])
-            raise HubError(f"{target.repo}: holds {shown} and was not made by ernie-quant; choose another repository or branch")
+            raise HubError(
+                f"{destination.repo}: holds {shown} and was not made by ernie-quant; choose another repository or branch"
+            )
         return []
     try:
-        before = json.loads(hub.fetch(target.repo, head.commit, MANIFEST))["files"]
+        before = json.loads(hub.fetch(destination.repo, head.commit, MANIFEST))["files"]
         return sorted(name for name in head.files if name in before and name not in now)
     except (ValueError, KeyError, TypeError):
-        raise HubError(f"{target.repo}: its {MANIFEST} cannot be read; choose another repository or branch") from None
+        raise HubError(f"{destination.repo}: its {MANIFEST} cannot be read; choose another repository or branch") from None
 
 
 def _is_there(file: LocalFile, remote: RemoteFile | None) -> bool:
@@ -135,14 +139,14 @@ def _is_there(file: LocalFile, remote: RemoteFile | None) -> bool:
     return digest.hexdigest() == remote.digest
 
 
-def _is_published(hub: Publisher, target: Target, files: list[LocalFile]) -> bool:
-    head = hub.head(target.repo, target.revision)
+def _is_published(hub: Publisher, destination: Destination, files: list[LocalFile]) -> bool:
+    head = hub.head(destination.repo, destination.revision)
     return head is not None and all(_is_there(file, head.files.get(file.name)) for file in files)
 
 
-def _verify(hub: Publisher, target: Target, commit: str, files: list[LocalFile]) -> None:
+def _verify(hub: Publisher, destination: Destination, commit: str, files: list[LocalFile]) -> None:
     """Names, sizes and hashes as the hub reports them after the commit. Raises VerifyError."""
-    head = hub.head(target.repo, commit)
+    head = hub.head(destination.repo, commit)
     there = head.files if head else {}
     wrong = [
         f"{f.name}: {'is not there' if f.name not in there else 'has another size or hash'}"
@@ -150,16 +154,24 @@ def _verify(hub: Publisher, target: Target, commit: str, files: list[LocalFile])
         if not _is_there(f, there.get(f.name))
     ]
     if wrong:
-        raise VerifyError(f"{target.repo}@{commit[:12]}: {len(wrong)} file(s) are not on the hub as they are here", wrong)
+        raise VerifyError(f"{destination.repo}@{commit[:12]}: {len(wrong)} file(s) are not on the hub as they are here", wrong)
 
 
 def _done(
-    hub: Publisher, target: Target, commit: str, status: str, uploaded: list[LocalFile], dropped: list[str], tagged: bool = False
+    hub: Publisher,
+    destination: Destination,
+    commit: str,
+    status: str,
+    uploaded: list[LocalFile],
+    dropped: list[str],
+    tagged: bool = False,
 ) -> Published:
-    if target.tag and not target.pr and not tagged:
-        hub.tag(target.repo, target.tag, commit)
+    if destination.tag and not destination.pr and not tagged:
+        hub.tag(destination.repo, destination.tag, commit)
     nbytes = sum(file.nbytes for file in uploaded)
-    return Published(status, target.repo, commit, "" if target.pr else target.tag, len(uploaded), nbytes, len(dropped))
+    return Published(
+        status, destination.repo, commit, "" if destination.pr else destination.tag, len(uploaded), nbytes, len(dropped)
+    )
 
 
 def as_json(result: Published) -> dict[str, Any]:

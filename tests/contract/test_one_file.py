@@ -414,7 +414,7 @@ def test_a_hub(add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (source.revision, source.title) == ("abc", "moe")
     rules = recipe.of_rules("w4", [{"role": "experts", "codec": "rtn", "group_size": 32}])
     run_plan(make_plan(source, runtime="vllm", recipe=rules), tmp_path / "out")
-    done = publish.publish(tmp_path / "out", hubs.publisher("shelf"), publish.Target("me/moe-w4", tag="v1"))
+    done = publish.publish(tmp_path / "out", hubs.publisher("shelf"), publish.Destination("me/moe-w4", tag="v1"))
     assert (done.status, done.commit) == ("published", "1")
     again = open_source("shelf://me/moe-w4@v1")
     assert again.config["quantization_config"]["quant_method"] == "compressed-tensors"

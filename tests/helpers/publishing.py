@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant.hubs import publisher
-from ernie_quant.publish import Published, Target, publish
+from ernie_quant.publish import Destination, Published, publish
 from helpers.disk import contents
 from helpers.hub import LoopbackHub
 from helpers.hubs import writes
@@ -16,7 +16,7 @@ REPO = "me/tiny-wint4"
 
 
 def publish_to(out: Path, repo: str = REPO, **options: Any) -> Published:
-    return publish(out, publisher("hf"), Target(repo, **options))
+    return publish(out, publisher("hf"), Destination(repo, **options))
 
 
 def hashes(folder: Path) -> dict[str, str]:

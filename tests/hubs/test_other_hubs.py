@@ -21,7 +21,7 @@ from helpers.hubs import INT4, NAME, SOURCE, TELLING_THE_SOURCE, planned
 from ernie_quant import hubs, sources
 from ernie_quant.errors import HubError, RetryError, VerifyError
 from ernie_quant.plan.make import make_plan
-from ernie_quant.publish import Published, Target, publish
+from ernie_quant.publish import Destination, Published, publish
 from ernie_quant.publish import files as publishing
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import download, open_source
@@ -71,7 +71,7 @@ def made_from_hub(scheme: str, tmp_path: Path, finished: Path, revision: str = "
 
 
 def publish_to(scheme: str, out: Path, **options: Any) -> Published:
-    return publish(out, hubs.publisher(scheme), Target(REPO, **({"revision": "master"} | options)))
+    return publish(out, hubs.publisher(scheme), Destination(REPO, **({"revision": "master"} | options)))
 
 
 def on_hub(hub: FakeHub, revision: str = "master") -> dict[str, bytes]:
@@ -261,7 +261,7 @@ def test_somebody_else_commits_in_between(hub: Any, scheme: str, out: Path) -> N
         return upload(repo, revision, file)
 
     publisher.upload = slow  # type: ignore[method-assign]
-    assert publish(out, publisher, Target(REPO, "master")).status == "published"
+    assert publish(out, publisher, Destination(REPO, "master")).status == "published"
     assert on_hub(hub) == contents(out)
 
 

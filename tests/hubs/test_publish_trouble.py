@@ -19,7 +19,7 @@ from helpers.runs import Killed
 
 from ernie_quant.errors import HubError, RetryError
 from ernie_quant.hubs import publisher
-from ernie_quant.publish import RACES, Target, publish
+from ernie_quant.publish import RACES, Destination, publish
 from ernie_quant.publish.files import UPLOADED
 
 pytestmark = [uploads, pytest.mark.usefixtures("no_pictures", "waits")]
@@ -119,7 +119,7 @@ def killed_after(count: int) -> Callable[[int], None]:
 def test_what_was_uploaded_before_an_interruption_is_not_uploaded_again(hub: LoopbackHub, out: Path) -> None:
     order = list(json.loads((out / "ernie-quant.json").read_text())["files"])
     with pytest.raises(Killed):
-        publish(out, publisher("hf"), Target(REPO), killed_after(order.index(weights(out)[1].name) + 1))
+        publish(out, publisher("hf"), Destination(REPO), killed_after(order.index(weights(out)[1].name) + 1))
     before = objects_sent(hub)
     assert before
     assert not commits(hub)
@@ -143,7 +143,7 @@ def test_weights_are_deleted_as_they_are_published(after: int, hub: LoopbackHub,
 
     if after:
         with pytest.raises(Killed):
-            publish(out, publisher("hf"), Target(REPO, delete=True), progress)
+            publish(out, publisher("hf"), Destination(REPO, delete=True), progress)
         assert len(weights(out)) == 4 - after
     assert publish_to(out, delete=True).status == "published"
     assert weights(out) == []
@@ -175,7 +175,7 @@ def test_weights_that_only_a_commit_carries_are_not_deleted_before_it(
 
 def test_what_was_uploaded_to_another_repository_is_not_forgotten_there(hub: LoopbackHub, out: Path) -> None:
     with pytest.raises(Killed):
-        publish(out, publisher("hf"), Target(REPO, delete=True), killed_after(len(contents(out)) - 2))
+        publish(out, publisher("hf"), Destination(REPO, delete=True), killed_after(len(contents(out)) - 2))
     assert not weights(out)
     with pytest.raises(Exception, match="is not there"):
         publish_to(out, "me/another", delete=True)
