@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 from ernie_quant.cli import _execute, _options
 
+from ernie_quant import runtimes
 from ernie_quant.plan import built_in
 
 CONTAINER_ONLY = ("unsupported", "tp")
@@ -39,7 +40,7 @@ def command(ctx: click.Context, src: Path | str, out: Path, **options: Any) -> N
     ernie-quant wint4 ERNIE-4.5-21B-A3B-Paddle out --runtime fastdeploy
     """
     runtime = options["runtime"]
-    container = runtime == built_in.FASTDEPLOY
+    container = runtimes.find(runtime).PER_RANK
     takes = {*built_in.options("wint4", runtime), "experts_only", *(CONTAINER_ONLY if container else ())}
     for name in (*built_in.INTEGERS, *CONTAINER_ONLY):
         if name in takes:

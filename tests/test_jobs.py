@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from helpers.disk import contents
 from helpers.models import random_model
 
 from ernie_quant import runners
-from ernie_quant.checkpoint import Download, OnDisk
+from ernie_quant.checkpoint import Download, OnDisk, TensorSpec
+from ernie_quant.codecs import Encoder
+from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.errors import CheckpointError, ErnieQuantError, PlanError, RetryError
 from ernie_quant.plan import built_in
 from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.recipe import Recipe, RecipeRule
 from ernie_quant.plan.reshard import make_reshard_plan
 from ernie_quant.plan.steps import Plan, ShardJob, in_order
 from ernie_quant.report.rows import ShardResult
@@ -28,6 +32,7 @@ from ernie_quant.weights import layouts
 
 WIDTHS = {"hidden_size": 128, "intermediate_size": 512, "moe_intermediate_size": 256, "moe_num_experts": 2, "vocab_size": 64}
 WIDTHS |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "moe_num_shared_experts": 0}
+Encoded = dict[str, torch.Tensor]
 KINDS = ("convert", "wint4", "fp8", "wint2", "reshard", "dequantize")
 
 
@@ -171,3 +176,72 @@ def spied(seen: list[int]):  # type: ignore[no-untyped-def]
         return encode_slab(*arguments, **options)
 
     return spy
+
+
+# --- what is prepared once per weight --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Large(RoundToNearest):
+    """A codec whose encoders say how many of them are alive."""
+
+    def prepare(self, spec: TensorSpec, statistics: Encoded) -> Encoder | None:
+        return Counted(self)
+
+
+class Counted:
+    """Encodes as its codec does."""
+
+    made = alive = most = 0
+    once: ClassVar[dict[str, torch.Tensor]] = {}
+
+    def __init__(self, codec: RoundToNearest) -> None:
+        self.codec = codec
+        Counted.made += 1
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self) -> None:
+        Counted.alive -= 1
+
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        return self.codec.encode(weight)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_few_encoders_are_alive_and_each_weight_has_one(
+    workers: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many weights and slabs there are: a factor of 8192 inputs has 256 MiB."""
+    monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 20_000)
+    monkeypatch.setattr(Counted, "made", 0)
+    monkeypatch.setattr(Counted, "most", 0)
+    (shard,) = of_experts(Large(4, 32), folder).shards
+    quantized = [step for step in shard.steps if step.quantized]
+    assert len(quantized) > 10
+    assert all(len(step.slabs()) > 1 for step in quantized)
+    run_plan(of_experts(Large(4, 32), folder), tmp_path / "prepared/out", workers=workers)
+    assert Counted.made == len(quantized)
+    assert 1 <= Counted.most <= workers + 1
+    assert Counted.alive == 0
+    run_plan(of_experts(RoundToNearest(4, 32), folder), tmp_path / "plain/out", workers=workers)
+    weights = [(tmp_path / place / "out/model.safetensors").read_bytes() for place in ("prepared", "plain")]
+    assert weights[0] == weights[1]
+
+
+def of_experts(codec: RoundToNearest, folder: Path) -> Plan:
+    rules = Recipe("test", (RecipeRule(codec, ("experts",)),))
+    return make_plan(open_source(folder / "src"), runtime="vllm", recipe=rules)
+
+
+def test_a_codec_that_cannot_prepare_fails_by_itself(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for the same encoder end too, and nothing stays behind."""
+
+    def prepare(self: Large, spec: TensorSpec, statistics: Encoded) -> Encoder:
+        raise CheckpointError("no statistics")
+
+    monkeypatch.setattr(Large, "prepare", prepare)
+    monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 20_000)
+    with pytest.raises(CheckpointError, match="no statistics"):
+        run_plan(of_experts(Large(4, 32), folder), tmp_path / "out", workers=3)
+    assert list((tmp_path / "out").glob("model*")) == []

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernie_quant import hubs, settings
+from ernie_quant import hubs, runtimes, settings
 from ernie_quant.errors import PlanError
 from ernie_quant.plan import built_in, recipe
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
@@ -127,7 +127,7 @@ def _target(table: Settings) -> JobTarget:
     shard_bytes = table.attempt(lambda: parse_size(size), SHARD_BYTES, "max_shard_size")
     rules, runtime = _recipe(table)
     table.end()
-    if tp not in (1, 2, 4, 8, 16) or (tp > 1 and runtime != built_in.FASTDEPLOY):
+    if tp not in (1, 2, 4, 8, 16) or (tp > 1 and not runtimes.find(runtime).PER_RANK):
         table.wrong(f"tp is {tp}, not 1, or 2, 4, 8 or 16 with runtime fastdeploy")
     return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes)
 

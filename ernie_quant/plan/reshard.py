@@ -32,7 +32,7 @@ TP_KEY = "tensor_parallel_size"
 def make_reshard_plan(source: Checkpoint, tp: int, *, known: Identity | None = None, shard_bytes: int = SHARD_BYTES) -> Plan:
     """The plan of `source` for `tp` ranks. Raises PlanError with every weight that cannot be shared so."""
     target = runtime_of(source)
-    if "wint2" not in target.RECIPES:
+    if not target.PER_RANK:
         raise PlanError(f"{source.folder}: is not FastDeploy's; only its checkpoints are stored per rank", [])
     entries, problems = open_stored(source, target)
     dims, heads = table_of(source, target).dims, whole(source.config, "num_attention_heads")

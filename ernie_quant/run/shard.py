@@ -30,7 +30,7 @@ from ernie_quant.writers import ShardWriter
 if TYPE_CHECKING:
     import torch
 
-    from ernie_quant.codecs import Encoded, Encoder
+    from ernie_quant.codecs import Encoder
 
 
 class Rows(NamedTuple):
@@ -43,11 +43,10 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Slab:
-    """A finished one: its stored tensors, what it lost, and, with the first slab, what is stored once per weight."""
+    """A finished one: its stored tensors, and what it lost."""
 
     parts: Mapping[str, torch.Tensor]
     difference: Difference
-    once: Mapping[str, torch.Tensor]
 
 
 def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, download: Download) -> ShardResult:
@@ -70,12 +69,12 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
             weight = read(step.view, files, (rows.first, rows.last), job.device)
             with encoders.of(step) as encoder:
                 slab = encode_slab(step, runtime, weight, encoder)
-                return slab if rows.first == 0 else Slab(slab.parts, slab.difference, {})
+                once = encoder.once if encoder else {}
+            constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
+            return Slab({**constants, **slab.parts}, slab.difference)
 
         for rows, slab in zip(todo, ordered(work, todo, workers, download.stop), strict=True):
             step, out = rows.step, max((1, *rows.step.spec.shape[:1]))
-            for name, tensor in slab.once.items():
-                writer.write(name, tensor, index=step.parts[name].index)
             for name, tensor in slab.parts.items():
                 part = step.parts[name]
                 first = 0 if part.out_axis is None else part.span((rows.first, rows.last), out)[0]
@@ -90,13 +89,12 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
 
 def encode_slab(step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None) -> Slab:
     """What is stored of rows of a weight, and what they lost; nothing is written."""
-    once: Encoded = encoder.once if encoder else {}
     encoded = encoder.encode(weight) if encoder else step.codec.encode(weight)
     difference = Difference()
     if step.quantized:
+        once = encoder.once if encoder else {}
         difference = compare(step.name, weight, step.codec.decode({**once, **encoded}))
-    constants = runtime.constants(step.name, step.codec, step.spec, once)
-    return Slab(runtime.pack(step.name, step.codec, encoded), difference, constants)
+    return Slab(runtime.pack(step.name, step.codec, encoded), difference)
 
 
 def _row(step: Step, difference: Difference, writer: ShardWriter) -> TensorReport:

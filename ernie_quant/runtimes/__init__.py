@@ -97,6 +97,11 @@ class Runtime(Protocol):
         ...
 
     @property
+    def PER_RANK(self) -> bool:
+        """Are its quantized checkpoints stored per tensor-parallel rank, in one container of fixed forms?"""
+        ...
+
+    @property
     def SPLITS_VOCABULARY(self) -> bool:
         """Do ranks share the vocabulary without padding it?"""
         ...

@@ -37,7 +37,7 @@ ROWS = 4  # of which weight_quantize's layout mixes the bytes
 CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
-SPLITS_VOCABULARY = True
+PER_RANK, SPLITS_VOCABULARY = True, True
 
 
 def folder(role: str) -> str:

@@ -10,7 +10,7 @@ from ernie_quant.runtimes import Linear, vllm
 
 CODECS = vllm.CODECS
 LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
-RECIPES, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8"), vllm.SPLITS_VOCABULARY
+RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
 parts, constants, pack, unpack, weight_of = vllm.parts, vllm.constants, vllm.pack, vllm.unpack, vllm.weight_of
 layer_of, quantization_config, codecs_of = vllm.layer_of, vllm.quantization_config, vllm.codecs_of
 share_multiple, folder, metadata, unsupported = vllm.share_multiple, vllm.folder, vllm.metadata, vllm.unsupported
