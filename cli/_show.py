@@ -89,24 +89,24 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
             click.echo(f"  {title}: {command}")
 
 
-def inspection(found: Inspection) -> str:
+def inspection(inspected: Inspection) -> str:
     """For people."""
     from ernie_quant.inspect import COUNTS
     from ernie_quant.report.tables import table
 
-    ranks = f", {found.ranks} tensor-parallel ranks" if found.ranks > 1 else ""
-    dtypes = ", ".join(f"{n} x {dtype}" for dtype, n in sorted(found.dtypes.items()))
+    ranks = f", {inspected.ranks} tensor-parallel ranks" if inspected.ranks > 1 else ""
+    dtypes = ", ".join(f"{n} x {dtype}" for dtype, n in sorted(inspected.dtypes.items()))
     lines = [
-        f"{found.source}: {found.family}, {found.layout} layout{ranks}",
-        f"{found.tensors} tensors ({dtypes}), {found.bytes / 1e9:.2f} GB in {found.files} file(s)",
-        ", ".join(f"{COUNTS[key]} {n}" for key, n in found.counts.items() if n),
-        ", ".join(f"{key} {n}" for key, n in found.dims.items()),
+        f"{inspected.source}: {inspected.family}, {inspected.layout} layout{ranks}",
+        f"{inspected.tensors} tensors ({dtypes}), {inspected.bytes / 1e9:.2f} GB in {inspected.files} file(s)",
+        ", ".join(f"{COUNTS[key]} {n}" for key, n in inspected.counts.items() if n),
+        ", ".join(f"{key} {n}" for key, n in inspected.dims.items()),
         "",
         table(
             ("role", "tensors", "GB"),
-            [(role, str(r["tensors"]), f"{r['bytes'] / 1e9:.3f}") for role, r in found.roles.items()],
+            [(role, str(r["tensors"]), f"{r['bytes'] / 1e9:.3f}") for role, r in inspected.roles.items()],
         ),
     ]
-    lines += [f"note: {note}" for note in found.notes]
-    lines += shown([f"anomaly: {anomaly}" for anomaly in found.anomalies])
-    return "\n".join(lines if found.anomalies else [*lines, "", "no anomalies"])
+    lines += [f"note: {note}" for note in inspected.notes]
+    lines += shown([f"anomaly: {anomaly}" for anomaly in inspected.anomalies])
+    return "\n".join(lines if inspected.anomalies else [*lines, "", "no anomalies"])

@@ -24,9 +24,9 @@ def command(src: Path | str, fixes: tuple[str, ...], as_json: bool) -> None:
     """
     from ernie_quant import inspect
 
-    found = inspect.inspect(src, frozenset(fixes))
+    inspected = inspect.inspect(src, frozenset(fixes))
     if as_json:
-        print_json(dict(found.__dict__))
+        print_json(dict(inspected.__dict__))
     else:
-        click.echo(_show.inspection(found))
-    sys.exit(1 if found.anomalies else 0)
+        click.echo(_show.inspection(inspected))
+    sys.exit(1 if inspected.anomalies else 0)

@@ -26,12 +26,12 @@ def command(out: Path, target: Path | None, plots: bool, quiet: bool, as_json: b
     """
     from ernie_quant.report import page, rows, saved
 
-    found = saved.read(out)
-    written = [page.write(found, target or out / rows.PAGE)]
+    saved_report = saved.read(out)
+    written = [page.write(saved_report, target or out / rows.PAGE)]
     if plots:
         from ernie_quant.report.plots import write_plots
 
-        written += write_plots(found, written[0].path.parent / rows.PLOTS_FOLDER)
+        written += write_plots(saved_report, written[0].path.parent / rows.PLOTS_FOLDER)
     if as_json:
         print_json({"status": "done", "files": {str(file.path): file.bytes for file in written}})
     elif not quiet:

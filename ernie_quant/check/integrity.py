@@ -25,32 +25,32 @@ Progress = Callable[[int], None]
 
 def damaged_files(out: Path, manifest: Mapping[str, Any], progress: Progress) -> dict[str, str]:
     """File -> what is wrong with it; every byte of every file is read once."""
-    found: dict[str, str] = {}
+    damaged: dict[str, str] = {}
     for name, entry in manifest["files"].items():
         try:
             path = inside(out, name, MANIFEST)
         except CheckpointError as error:
-            found[name] = str(error)
+            damaged[name] = str(error)
             continue
         if (nbytes := path.stat().st_size) != entry.get("bytes"):
-            found[name] = f"{name}: has {nbytes} bytes, the manifest says {entry.get('bytes')}"
+            damaged[name] = f"{name}: has {nbytes} bytes, the manifest says {entry.get('bytes')}"
         elif (digest := file_sha256(path, progress)) != entry["sha256"]:
-            found[name] = f"{name}: its sha256 is {digest[:16]}…, the manifest says {entry['sha256'][:16]}…"
+            damaged[name] = f"{name}: its sha256 is {digest[:16]}…, the manifest says {entry['sha256'][:16]}…"
     for path in sorted(p for folder in weight_folders(out) for p in folder.iterdir()):
         name = path.relative_to(out).as_posix()
         if path.suffix in by_suffix() and name not in manifest["files"]:
-            found[name] = f"{name}: is not in the manifest"
-    return found | _sums_problem(out, manifest)
+            damaged[name] = f"{name}: is not in the manifest"
+    return damaged | _sums_problem(out, manifest)
 
 
 def _sums_problem(out: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     """SHA256SUMS must say what the manifest says, and of which manifest."""
     promised = sums(manifest["files"], (out / MANIFEST).read_bytes()).splitlines()
     try:
-        found = inside(out, SUMS, "the result").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = inside(out, SUMS, "the result").read_text(encoding="utf-8", errors="replace").splitlines()
     except CheckpointError as error:
         return {SUMS: str(error)}
-    odd = sorted({line.partition("  ")[2] for line in set(promised) ^ set(found)})
+    odd = sorted({line.partition("  ")[2] for line in set(promised) ^ set(lines)})
     return {SUMS: f"{SUMS}: disagrees with the manifest about {', '.join(odd[:5])}"} if odd else {}
 
 
@@ -73,7 +73,7 @@ def damaged_weights(
 
 def _crc32(view: View, files: Files) -> int:
     """Of the bytes of a stored tensor, row-major; a slab in memory."""
-    found = 0
+    checksum = 0
     for rows in read.slabs(kinds.spec_of(view)):
-        found = zlib.crc32(as_bytes(read.read(view, files, rows)), found)
-    return found
+        checksum = zlib.crc32(as_bytes(read.read(view, files, rows)), checksum)
+    return checksum

@@ -56,10 +56,10 @@ def config(linears: Sequence[Linear]) -> dict[str, Any]:
 
 def _regexes(chosen: Sequence[Linear], others: Sequence[Linear]) -> list[str]:
     """`re:` patterns for layers, under their names in the file and in vLLM."""
-    found = cover([li.module for li in chosen], [li.module for li in others])
+    covering = cover([li.module for li in chosen], [li.module for li in others])
     roles, rest = {li.role for li in chosen}, {li.role for li in others}
     patterns = []
-    for pattern in found:
+    for pattern in covering:
         # vLLM keeps the experts of VL models as text_experts and vision_experts, numbered from 0 each
         if r"\.experts\.\d+\." in pattern:
             pattern = pattern.replace(r"\.experts\.", r"\.(?:text_|vision_)?experts\.")
@@ -82,15 +82,15 @@ def codecs_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Code
         ignore = _compiled(config["ignore"])
     except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise ConfigError(f"config.json: quantization_config is none that this tool writes ({error!r:.100})") from None
-    found: dict[str, Codec] = {}
+    chosen: dict[str, Codec] = {}
     for name in names:
         module = name.removesuffix(".weight")
         codecs = [codec for targets, codec in groups if any(t.match(module) for t in targets)]
         ignored = any(i.match(module) for i in ignore)
         if len(codecs) + ignored != 1:
             raise ConfigError(f"config.json: {module} matches {len(codecs)} of config_groups, and ignore: {ignored}")
-        found[name] = codecs[0] if codecs else KEEP
-    return found
+        chosen[name] = codecs[0] if codecs else KEEP
+    return chosen
 
 
 def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:

@@ -63,13 +63,13 @@ def codecs_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Code
         known = False
     if not known:
         raise ConfigError("config.json: quantization_config is none that this tool writes (wint2 with w4w2 experts)")
-    found: dict[str, Codec] = {}
+    codecs: dict[str, Codec] = {}
     for name in names:
         codec: Codec = WINT8 if LINEAR.search(name) else KEEP
         if ".experts." in name:
             codec = WINT4 if _layer(name) <= last_wint4 else WINT2
-        found[name] = codec
-    return found
+        codecs[name] = codec
+    return codecs
 
 
 def _layer(name: str) -> int:

@@ -157,23 +157,23 @@ def problems(linears: Sequence[Linear]) -> list[str]:
     """What the container does not hold: it has one form for each kind of layer, and WINT4 experts come first."""
     if all(isinstance(li.codec, Keep) for li in linears):
         return []
-    found = []
+    misfits = []
     for linear in linears:
         if not LINEAR.search(linear.name):
             continue
         out, width = linear.spec.shape
         if isinstance(linear.codec, RoundToNearest) and (out % 8 or width % GROUP):  # WINT2 says its own widths
-            found.append(
+            misfits.append(
                 f"{linear.name}: {out} outputs and {width} inputs are not multiples of 8 and {GROUP}, which its kernels want"
             )
         wanted = (WINT2, WINT4) if linear.role in EXPERTS else (WINT8,)
         if not any(linear.codec.form == w.form for w in wanted):
             words = " or ".join(w.describe() for w in wanted)
-            found.append(f"{linear.name}: FastDeploy's container wants {words}, not {linear.codec.describe()}")
+            misfits.append(f"{linear.name}: FastDeploy's container wants {words}, not {linear.codec.describe()}")
     first, last = wint2_from(linears), wint4_to(linears)
     if first <= last:
-        found.append(f"experts: WINT4 must come before WINT2, but layer {last} is WINT4 and layer {first} WINT2")
-    return found
+        misfits.append(f"experts: WINT4 must come before WINT2, but layer {last} is WINT4 and layer {first} WINT2")
+    return misfits
 
 
 def unsupported(linears: Sequence[Linear]) -> list[str]:

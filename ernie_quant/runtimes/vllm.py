@@ -125,13 +125,13 @@ def weight_of(name: str) -> tuple[str, str]:
 
 def problems(linears: Sequence[Linear]) -> list[str]:
     """Forms that vLLM has no kernel for, and layers whose parts differ."""
-    found = [
+    misfits = [
         f"{li.name}: vLLM loads int4 and int8 in groups of 32, 64, 128 or per channel, not {li.codec.describe()};"
         " --runtime transformers takes it"
         for li in linears
         if isinstance(li.codec, RoundToNearest) and (li.codec.bits not in BITS or li.codec.group_size not in GROUPS)
     ]
-    return found + unknown(linears) + mixed(linears)
+    return misfits + unknown(linears) + mixed(linears)
 
 
 def unknown(linears: Sequence[Linear]) -> list[str]:
@@ -162,11 +162,11 @@ def layer_of(name: str, role: str) -> str:
 def mixed(linears: Sequence[Linear]) -> list[str]:
     """Layers that are one module in memory but would be stored in several schemes."""
     kinds = {type(li.codec) for li in linears} - {Keep}
-    found = ["fp8 and integer codes cannot stand in one checkpoint: no config.json says both"] if len(kinds) > 1 else []
+    misfits = ["fp8 and integer codes cannot stand in one checkpoint: no config.json says both"] if len(kinds) > 1 else []
     modules: dict[str, set[str]] = defaultdict(set)
     for linear in linears:
         modules[layer_of(linear.name, linear.role)].add(linear.codec.form)
-    return found + [
+    return misfits + [
         f"{module}: is one layer in memory, but would be stored as {' and '.join(sorted(schemes))}"
         for module, schemes in modules.items()
         if len(schemes) > 1

@@ -54,13 +54,13 @@ def _read_box(view: View, files: Files, box: Box, device: str) -> torch.Tensor:
             moved[axis] = (box[axis][0] + start, box[axis][1] + start)
             return _read_box(base, files, tuple(moved), device)
         case Cat(parts, axis):
-            found, at = [], 0
+            pieces, at = [], 0
             for part in parts:
                 first, last = max(box[axis][0] - at, 0), min(box[axis][1] - at, part.shape[axis])
                 if first < last:
-                    found.append(_read_box(part, files, (*box[:axis], (first, last), *box[axis + 1 :]), device))
+                    pieces.append(_read_box(part, files, (*box[:axis], (first, last), *box[axis + 1 :]), device))
                 at += part.shape[axis]
-            return found[0] if len(found) == 1 else torch.cat(found, dim=axis)
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
         case Replicated(copies):
             original = _read_box(copies[0], files, box, device)
             for copy in copies[1:]:
@@ -89,12 +89,12 @@ def _read_decoded(source: Readable, files: Files, box: Box, device: str) -> torc
     import torch
 
     (first, last), *columns = box
-    found = []
+    pieces = []
     for start, stop in source.slabs():
         if start < last and stop > first:
             slab = source.read(files, (start, stop), device)[max(first - start, 0) : last - start]
-            found.append(slab[:, columns[0][0] : columns[0][1]].clone() if columns else slab)
-    return torch.cat(found) if len(found) != 1 else found[0]
+            pieces.append(slab[:, columns[0][0] : columns[0][1]].clone() if columns else slab)
+    return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
 
 
 def _read_leaf(ref: TensorRef, shape: tuple[int, ...], files: Files, box: Box, device: str) -> torch.Tensor:
