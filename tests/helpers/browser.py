@@ -37,8 +37,8 @@ class Browser:
         os.close(theirs_out)
         self.numbers, self.buffer, self.session = itertools.count(1), b"", {}
         self.events: list[dict[str, Any]] = []
-        target = next(t for t in self.call("Destination.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
-        self.session = {"sessionId": self.call("Destination.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        target = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
