@@ -42,7 +42,7 @@ def command(
     if full and ctx.get_parameter_source("sample") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--sample does not go with --full")
     return_freed_memory()
-    size = sum(p.stat().st_size for p in out.rglob("*.safetensors")) if out.is_dir() else 0
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
     with progress_bar(size, quiet) as progress:
         result = verify.verify(out, against, progress, None if full else sample)
     if as_json:

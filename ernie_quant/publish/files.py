@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ernie_quant import writers
 from ernie_quant.disk import write_file
 from ernie_quant.errors import ErnieQuantError, OutputError
 from ernie_quant.hubs import LocalFile
@@ -94,7 +95,7 @@ def _uploaded(out: Path, repo: str) -> dict[str, str]:
 
 def delete(out: Path, repo: str, file: LocalFile) -> None:
     """Delete a weight file that is uploaded; first remember that it is. Other files stay."""
-    if file.path is None or file.path.suffix != ".safetensors":
+    if file.path is None or file.path.suffix not in writers.extensions():
         return
     table = {"repo": repo, "files": _uploaded(out, repo) | {file.name: file.sha256}}
     write_file(out / UPLOADED, dumps(table).encode())
