@@ -39,11 +39,30 @@ keep_unfit = click.option("--keep-unfit", is_flag=True, help="Keep tensors whose
 to_layout = click.option("--to", "layout", type=click.Choice(["paddle", "pt"]), required=True, help="Layout of the result.")
 
 
+class RuntimeName(click.ParamType):
+    """One of the runtimes that a built-in recipe is for; they are looked up when somebody asks."""
+
+    name = "runtime"
+
+    def __init__(self, recipe: str) -> None:
+        self.recipe = recipe
+
+    def _choice(self) -> click.Choice[str]:
+        return click.Choice(built_in.known_runtimes(self.recipe))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name itself."""
+        return self._choice().convert(value, param, ctx)
+
+    def get_metavar(self, param: click.Parameter, **context: Any) -> str | None:
+        """All of them."""
+        return self._choice().get_metavar(param, **context)  # click 8.1 gives no ctx
+
+
 def runtime(recipe: str) -> Callable[[F], F]:
     """`--runtime`, one of those that a built-in recipe is for."""
-    known = built_in.known_runtimes(recipe)
     return click.option(
-        "--runtime", type=click.Choice(known), default=known[0], show_default=True,
+        "--runtime", type=RuntimeName(recipe), default=built_in.KINDS[recipe].default_runtime, show_default=True,
         help="Program that shall load the result; the files of vllm load in transformers too.",
     )  # fmt: skip
 

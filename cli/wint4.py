@@ -9,7 +9,6 @@ import click
 from click.core import ParameterSource
 from ernie_quant.cli import _execute, _options
 
-from ernie_quant import runtimes
 from ernie_quant.plan import built_in
 
 CONTAINER_ONLY = ("unsupported", "tp")
@@ -39,6 +38,8 @@ def command(ctx: click.Context, src: Path | str, out: Path, **options: Any) -> N
     ernie-quant wint4 ERNIE-4.5-21B-A3B-Paddle out --experts-only
     ernie-quant wint4 ERNIE-4.5-21B-A3B-Paddle out --runtime fastdeploy
     """
+    from ernie_quant import runtimes
+
     runtime = options["runtime"]
     container = runtimes.find(runtime).PER_RANK
     takes = {*built_in.options("wint4", runtime), "experts_only", *(CONTAINER_ONLY if container else ())}

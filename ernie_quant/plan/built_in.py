@@ -1,20 +1,20 @@
 """The recipes behind the short commands, with their options and defaults: the one place that knows them.
 
 The command line, the job file and `plan` ask here. A recipe is made of options by `make`; what an option may be is checked
-by the codecs.
+by the codecs. They and the runtimes are imported where they are used, for `--help` wants no more than the defaults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ernie_quant import codecs, runtimes
-from ernie_quant.codecs import Codec
 from ernie_quant.errors import PlanError
-from ernie_quant.names import MTP, QUANTIZABLE, ROLES
-from ernie_quant.plan.recipe import EXPERT_ROLES, KEEP_ALL, Recipe, RecipeRule
+
+if TYPE_CHECKING:
+    from ernie_quant.codecs import Codec
+    from ernie_quant.plan.recipe import Recipe
 
 WINT4_LAYERS = 7  # experts of layers below this one are WINT4 in a 2-bit model, as in the published ones
 MOST_LAYERS = 1000
@@ -60,6 +60,8 @@ def options(name: str, runtime: str) -> Mapping[str, Any]:
 
 def known_runtimes(name: str) -> tuple[str, ...]:
     """The runtimes that a built-in recipe is for, the usual one first."""
+    from ernie_quant import runtimes
+
     usual = KINDS[name].default_runtime
     return (usual, *(other for other in runtimes.storing(name) if other != usual))
 
@@ -77,6 +79,9 @@ def make(name: str, runtime: str = "", **given: Any) -> BuiltIn:
 
 def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
     """One codec for the experts, or for every quantizable linear."""
+    from ernie_quant.names import MTP, QUANTIZABLE, ROLES
+    from ernie_quant.plan.recipe import EXPERT_ROLES, Recipe, RecipeRule
+
     roles = EXPERT_ROLES if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and (r != MTP or mtp))
     hint = "this model has no experts; without --experts-only its other linears are quantized"
     return Recipe(name, (RecipeRule(codec, roles, if_unused=hint if experts_only else ""),), keep_unfit)
@@ -84,6 +89,10 @@ def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_un
 
 def fastdeploy_container(name: str, wint4_layers: int | None, *, scale: str = SCALE, effort: int = EFFORT) -> Recipe:
     """FastDeploy's container: WINT4 experts below layer `wint4_layers` (None: all of them), WINT2 above, WINT8 for all else."""
+    from ernie_quant import codecs
+    from ernie_quant.names import QUANTIZABLE, ROLES
+    from ernie_quant.plan.recipe import EXPERT_ROLES, Recipe, RecipeRule
+
     if wint4_layers is not None and not 0 <= wint4_layers <= MOST_LAYERS:
         raise ValueError(f"wint4_layers is {wint4_layers}, not a number of layers")
     hint = "this model has no experts; FastDeploy's container is for those that have"
@@ -99,23 +108,34 @@ def fastdeploy_container(name: str, wint4_layers: int | None, *, scale: str = SC
 
 def all_wint8() -> Recipe:
     """Every linear in WINT8, which FastDeploy makes itself when it loads a plain checkpoint."""
+    from ernie_quant.names import QUANTIZABLE, ROLES
+    from ernie_quant.plan.recipe import Recipe, RecipeRule
+
     return Recipe("wint8", (RecipeRule(_wint(8, SCALE), tuple(r for r in ROLES if r in QUANTIZABLE)),))
 
 
 def _wint(bits: int, scale: str) -> Codec:
+    from ernie_quant import codecs
+
     return codecs.make("rtn", {"bits": bits, "group_size": "channel", "scale": scale, "full_range": False})
 
 
 def _kept(name: str) -> Recipe:
+    from ernie_quant.plan.recipe import KEEP_ALL
+
     return KEEP_ALL
 
 
 def _integers(name: str, *, group_size: int | str, scale: str, **which: bool) -> Recipe:
+    from ernie_quant import codecs
+
     settings = {"bits": int(name.removeprefix("wint")), "group_size": group_size, "scale": scale}
     return one_codec(name, codecs.make("rtn", settings), **which)
 
 
 def _float8(name: str, **which: bool) -> Recipe:
+    from ernie_quant import codecs
+
     return one_codec(name, codecs.make("fp8", {}), **which)
 
 
