@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer and make. Everything is installed in .venv; nothing else is touched.
 #   make demo    build a small real model, quantize it to 4 bits, verify it, let it speak
 #   make test    lint and tests        make lint    lint alone        make test-slow    what takes minutes
+#   make test WORKERS=4    on more processors
 #   make faults  every way to break a run, at length
 # Another Python or another PyTorch build:
 #   make test PYTHON=python3.12 TORCH="torch==2.9.1"
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
@@ -47,7 +49,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
