@@ -23,21 +23,27 @@ from ernie_quant.sources import open_source
 from ernie_quant.views.build import leaf
 from ernie_quant.weights import layouts
 
-Add = Callable[[ModuleType, str, str], ModuleType]
+EXAMPLES = Path(__file__).parent / "examples"
+Add = Callable[..., ModuleType]
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "moe_num_experts": 3}
 WIDTHS |= {"moe_layer_end_index": 1, "moe_num_shared_experts": 0}
 
 
+def example(name: str) -> str:
+    """The text of a plug-in in examples/."""
+    return (EXAMPLES / Path(*name.split("."))).with_suffix(".py").read_text()
+
+
 @pytest.fixture
 def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
-    """`add(codecs, "tenth", source)`: a file in a folder of its own, which the package looks into as well."""
+    """`add(codecs, "byinput")`: the example of that name in a folder of its own, which the package looks into as well."""
     loaded: list[str] = []
 
-    def put(package: ModuleType, name: str, source: str) -> ModuleType:
+    def put(package: ModuleType, name: str, source: str = "") -> ModuleType:
         folder = tmp_path / "plugins" / package.__name__
         path = folder / Path(*name.split("."))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".py").write_text(source)
+        path.with_suffix(".py").write_text(source or example(name))
         if path.parent != folder:
             (path.parent / "__init__.py").touch()
         if str(folder) not in package.__path__:
@@ -54,149 +60,6 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
             delattr(sys.modules[package], last)
     monkeypatch.undo()
     plugins.names.cache_clear()
-
-
-# A codec that needs statistics: inputs that are often large get finer codes, w ~ code * scale / weight_of_input.
-CODEC = """
-from dataclasses import dataclass
-
-import torch
-
-from ernie_quant.checkpoint import TensorSpec
-
-@dataclass(frozen=True)
-class Prepared:
-    of_input: torch.Tensor
-
-    @property
-    def once(self):
-        return {"of_input": self.of_input}
-
-    def encode(self, weight):
-        scaled = weight.float() * self.of_input
-        scale = scaled.abs().amax(1, keepdim=True) / 127
-        return {"codes": (scaled / scale).round().to(torch.int8), "scale": scale[:, 0]}
-
-@dataclass(frozen=True)
-class ByInput:
-    rows, version, form = 1, 1, "int8 by input"
-
-    def describe(self):
-        return self.form
-
-    def problem(self, spec):
-        return None
-
-    def specs(self, spec):
-        return {"codes": TensorSpec(spec.shape, "I8"), "scale": TensorSpec(spec.shape[:1], "F32"),
-                "of_input": TensorSpec(spec.shape[1:], "F32")}
-
-    def bits_per_weight(self, spec):
-        return 8 + 32 / spec.shape[1] + 32 / spec.shape[0]
-
-    def prepare(self, spec, statistics):
-        assert statistics["max_input"].shape == spec.shape[1:]
-        return Prepared(statistics["max_input"].float().sqrt())
-
-    def encode(self, weight):
-        raise AssertionError("this codec cannot do without statistics")
-
-    def decode(self, encoded):
-        return (encoded["codes"].float() * encoded["scale"][:, None] / encoded["of_input"]).bfloat16()
-
-    def recode(self, weight, encoded):
-        return encoded | {"codes": (weight.float() * encoded["of_input"] / encoded["scale"][:, None]).round().to(torch.int8)}
-
-CODEC = ByInput
-EXAMPLES = ()
-"""
-
-# A runtime that wants all experts of a layer in one tensor, in a file format of its own
-RUNTIME = """
-import re
-from collections.abc import Sequence
-
-from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.codecs.keep import Keep
-from ernie_quant.runtimes import Part, kept, vllm
-
-LAYOUT, FORMAT, ROWS, CONFIG, RECIPES, PER_RANK, SPLITS_VOCABULARY = "pt", "box", 1, {}, ("pt",), False, False
-CODECS = (Keep,)
-EXPERT = re.compile(r"experts\\.(\\d+)\\.(\\w+)\\.weight$")
-folder, layer_of, share_multiple, metadata = vllm.folder, vllm.layer_of, vllm.share_multiple, vllm.metadata
-
-def recognizes(config):
-    return config.get("quant_method") == "by input"
-
-def where(name):
-    found = EXPERT.search(name)
-    return EXPERT.sub(rf"experts.{found[2]}", name), int(found[1])
-
-def parts(name, codec, spec):
-    if isinstance(codec, Keep):
-        return {name: kept(spec)}
-    (stack, number), (out, width) = where(name), spec.shape
-    return {
-        f"{stack}.codes": Part(TensorSpec((width, out), "I8"), 1, 0, index=number),
-        f"{stack}.scale": Part(TensorSpec((out,), "F32"), 0, None, index=number),
-        f"{stack}.of_input": Part(TensorSpec((width,), "F32"), None, 0, index=number),
-    }
-
-def constants(name, codec, spec, once):
-    return {} if isinstance(codec, Keep) else {f"{where(name)[0]}.of_input": once["of_input"]}
-
-def pack(name, codec, encoded):
-    if isinstance(codec, Keep):
-        return {name: encoded["weight"]}
-    stack, _ = where(name)
-    return {f"{stack}.codes": encoded["codes"].t().contiguous(), f"{stack}.scale": encoded["scale"]}
-
-def problems(linears):
-    return []
-
-unsupported = notes = problems
-
-def quantization_config(linears):
-    return {"quant_method": "by input"} if any(not isinstance(li.codec, Keep) for li in linears) else None
-
-def codecs_of(config, linears):
-    from ernie_quant.codecs import make
-    from ernie_quant.codecs.keep import KEEP
-    return {name: make("byinput", {}) if EXPERT.search(name) else KEEP for name, _ in linears}
-
-def commands(out, config, tp):
-    return [("boxer", f"boxer {out}")]
-"""
-
-# A file format whose tensors begin at multiples of 32, behind a header of lines
-FORMAT = """
-from ernie_quant.writers import FileLayout
-
-EXTENSION, INDEX = ".box", ""
-
-def order(specs):
-    return dict(sorted(specs.items()))
-
-def lay_out(specs, metadata):
-    lines = [f"{name} {spec.dtype} {','.join(map(str, spec.shape))}" for name, spec in specs.items()]
-    head = "\\n".join(["BOX", *lines, "", ""]).encode()
-    starts, at = {}, len(head)
-    for name, spec in specs.items():
-        at += -at % 32
-        starts[name], at = at, at + spec.nbytes
-    return FileLayout(head, starts, at + -at % 32)
-"""
-
-# A runner that begins with the last file
-RUNNER = """
-def map_jobs(work, jobs, progress, download):
-    results = {}
-    for number, job in reversed(list(enumerate(jobs))):
-        results[number] = work(job, progress=progress, download=download)
-        download.done(number)
-    for number in range(len(jobs)):
-        yield results[number]
-"""
 
 
 def boxes(path: Path) -> dict[str, tuple[tuple[int, ...], bytes]]:
@@ -218,10 +81,10 @@ def test_a_codec_with_statistics_a_runtime_of_stacks_a_format_and_a_runner(
     add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four new files and a recipe: experts that are weighed by their inputs, all of a layer in one tensor of a new format."""
-    add(codecs, "byinput", CODEC)
-    add(runtimes, "boxer", RUNTIME)
-    add(writers, "box", FORMAT)
-    add(runners, "backwards", RUNNER)
+    add(codecs, "byinput")
+    add(runtimes, "boxer")
+    add(writers, "box")
+    add(runners, "backwards")
     monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 1000)  # many slabs of one weight
     source = open_source(random_model(tmp_path / "src", layouts.PADDLE, **WIDTHS))
     plain = {name: t.float() for name, t in tensors(converted(tmp_path / "src", tmp_path / "pt")).items()}
@@ -271,7 +134,7 @@ def converted(source: Path, out: Path) -> Path:
 
 
 def test_a_runtime_is_a_choice_of_the_commands_whose_recipes_it_stores(add: Add) -> None:
-    add(runtimes, "boxer", RUNTIME.replace('("pt",)', '("pt", "wint4")'))
+    add(runtimes, "boxer", example("boxer").replace('("pt",)', '("pt", "wint4")'))
     from ernie_quant.plan import built_in
 
     assert built_in.known_runtimes("wint4") == ("vllm", "boxer", "fastdeploy", "transformers")
@@ -279,34 +142,9 @@ def test_a_runtime_is_a_choice_of_the_commands_whose_recipes_it_stores(add: Add)
     assert runtimes.name_of(runtimes.recognize({"quant_method": "by input"})) == "boxer"
 
 
-ARCH = """
-from ernie_quant.archs import ernie4_5
-from ernie_quant.names import COPY, EMBED, HEAD, IN, MLP, NORM, OUT, TRANSPOSE, NameMap, Op, Rule
-
-MODEL_TYPES = ("ernie_next",)
-RULES = (
-    Rule("ernie.embed.weight", COPY, ("model.embed.weight",), ("V", "H"), EMBED, OUT),
-    Rule("ernie.layers.{layer}.mix.up_gate_proj.weight", Op(True, ("I", "I")),
-         ("model.layers.{layer}.mix.gate_proj.weight", "model.layers.{layer}.mix.up_proj.weight"), ("I", "H"), MLP, OUT),
-    Rule("ernie.layers.{layer}.mix.down_proj.weight", TRANSPOSE,
-         ("model.layers.{layer}.mix.down_proj.weight",), ("H", "I"), MLP, IN),
-    Rule("ernie.norm.weight", COPY, ("model.norm.weight",), ("H",), NORM),
-)
-
-def flat(config):
-    return config
-
-def name_map(config, names):
-    dims = {"H": config["hidden_size"], "I": config["intermediate_size"], "V": config["vocab_size"], "Q": 64, "kv_heads": 2}
-    return NameMap(RULES, {"layer": range(config["num_hidden_layers"])}, dims)
-
-config_for = ernie4_5.config_for
-"""
-
-
 def test_an_architecture(add: Add, tmp_path: Path) -> None:
     """A decoder of MLPs alone: known by its model_type, converted there and back, quantized, shared."""
-    add(archs, "next", ARCH)
+    add(archs, "next")
     sizes = {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     stored = {"ernie.embed.weight": (32, 64), "ernie.norm.weight": (64,)}
     for i in range(2):
@@ -324,85 +162,10 @@ def test_an_architecture(add: Add, tmp_path: Path) -> None:
     assert plan.config["quantization_config"]["config_groups"]["group_0"]["targets"]
 
 
-# A hub that is a folder: HUB/ORG/NAME/COMMIT/files; the branch is the file HUB/ORG/NAME/main
-READ = """
-import hashlib, os
-from contextlib import contextmanager
-from pathlib import Path
-
-from ernie_quant.hubs import Listing, RemoteFile
-
-def root():
-    return Path(os.environ["SHELF"])
-
-def files_of(repo, commit):
-    folder = root() / repo / commit
-    paths = [p for p in folder.rglob("*") if p.is_file()]
-    return {p.relative_to(folder).as_posix(): RemoteFile(p.relative_to(folder).as_posix(), p.stat().st_size,
-            hashlib.sha256(p.read_bytes()).hexdigest()) for p in paths}
-
-class Shelf:
-    def listing(self, repo, revision):
-        commit = (root() / repo / (revision or "main")).read_text()
-        return Listing(f"shelf://{repo}", repo, commit, files_of(repo, commit))
-
-    @contextmanager
-    def read(self, listing, name, start, stop):
-        yield iter([(root() / listing.repo / listing.commit / name).read_bytes()[start:stop]])
-
-connect = Shelf
-"""
-PUBLISH = """
-import shutil
-
-from ernie_quant.hubs import Head
-from ernie_quant.hubs.shelf.read import files_of, root
-
-DEFAULT_BRANCH = "main"
-
-class Publisher:
-    default_branch, pull_requests = DEFAULT_BRANCH, False
-
-    def is_private(self, repo):
-        return True if (root() / repo).is_dir() else None
-
-    def create(self, repo, *, private):
-        (root() / repo / "0").mkdir(parents=True)
-        (root() / repo / "main").write_text("0")
-
-    def head(self, repo, revision):
-        place = root() / repo / revision
-        if place.is_dir():
-            return Head(revision, files_of(repo, revision))
-        return Head(place.read_text(), files_of(repo, place.read_text())) if place.is_file() else None
-
-    def fetch(self, repo, commit, name):
-        return (root() / repo / commit / name).read_bytes()
-
-    def upload(self, repo, revision, file):
-        return False
-
-    def commit(self, repo, revision, parent, files, drop, message, pr):
-        new = str(int(parent) + 1)
-        shutil.copytree(root() / repo / parent, root() / repo / new)
-        for file in files:
-            target = root() / repo / new / file.name
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file.path, target)
-        (root() / repo / revision).write_text(new)
-        return new
-
-    def tag(self, repo, name, commit):
-        (root() / repo / name).write_text(commit)
-
-connect = Publisher
-"""
-
-
 def test_a_hub(add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source by its address, and a place to publish to; from one to the other and back."""
-    add(hubs, "shelf.read", READ)
-    add(hubs, "shelf.publish", PUBLISH)
+    add(hubs, "shelf.read")
+    add(hubs, "shelf.publish")
     monkeypatch.setenv("SHELF", str(tmp_path / "shelf"))
     monkeypatch.setenv("ERNIE_QUANT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("ernie_quant.publish.files._pictures", lambda report: {})
