@@ -94,9 +94,7 @@ def test_a_file_that_changes_after_its_hash_is_noticed(out: Path) -> None:
         verify(out, progress=progress)
 
 
-def test_a_source_that_changes_while_it_is_compared_is_noticed(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_changes_meanwhile_is_noticed(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the back of the very last comparison: its file is open, and nobody opens it again."""
     source = copy(GOLDEN / "moe/paddle", tmp_path / "source")
     read, reads, last = check.read, [0], [0]
