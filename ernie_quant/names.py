@@ -22,6 +22,8 @@ ATTENTION, MLP, ROUTER, NORM = "attention", "mlp", "router", "norms"
 EMBED, HEAD, MTP, VISION, RESAMPLER = "embeddings", "head", "mtp", "vision_tower", "resampler"
 ROLES = (EXPERT, VISION_EXPERT, SHARED, MLP, ATTENTION, ROUTER, NORM, EMBED, HEAD, MTP, VISION, RESAMPLER)
 
+EXPERT_ROLES = (EXPERT, VISION_EXPERT)  # routed ones
+
 Dims = Mapping[str, int]
 Symbols = tuple[str, ...]
 

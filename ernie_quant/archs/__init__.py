@@ -41,8 +41,3 @@ def find(config: dict[str, Any]) -> Arch:
     if not isinstance(model_type, str) or model_type not in known:
         raise ConfigError(f"config.json: model_type is {model_type!r}; supported are {', '.join(sorted(known))}")
     return known[model_type]
-
-
-def family(arch: Arch) -> str:
-    """The name of its file."""
-    return plugins.name_of(arch)

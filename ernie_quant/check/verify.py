@@ -85,9 +85,9 @@ def verify(
 
 
 def _has_report(manifest: Mapping[str, Any]) -> bool:
-    """All have one but the resharded files of others, whose errors nobody measured."""
+    """All have one but the resharded files of others, whose errors nobody measured; those say so."""
     options = manifest.get("options")
-    return FILENAME in manifest["files"] or not isinstance(options, dict) or "reshard" not in options
+    return FILENAME in manifest["files"] or not isinstance(options, dict) or options.get("report") is not False
 
 
 def _by_name(out: Path, manifest: Mapping[str, Any], damaged: Mapping[str, str]) -> list[str]:
@@ -204,7 +204,7 @@ def _against(
 def _difference(entry: Stored, weight: Weight, row: TensorReport | None, files: Files, originals: Files) -> list[str]:
     import torch
 
-    view = oriented(weight, entry.codec, LAYOUTS[entry.target.LAYOUT])
+    view = oriented(weight, entry.codec, entry.layout)
     if view.shape != entry.shape:
         return [f"{entry.name}: is {entry.shape}, in the source {view.shape}"]
     if row is not None and set(row.sources) != set(weight.sources):

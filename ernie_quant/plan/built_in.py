@@ -79,8 +79,8 @@ def make(name: str, runtime: str = "", **given: Any) -> BuiltIn:
 
 def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
     """One codec for the experts, or for every quantizable linear."""
-    from ernie_quant.names import MTP, QUANTIZABLE, ROLES
-    from ernie_quant.plan.recipe import EXPERT_ROLES, Recipe, RecipeRule
+    from ernie_quant.names import EXPERT_ROLES, MTP, QUANTIZABLE, ROLES
+    from ernie_quant.plan.recipe import Recipe, RecipeRule
 
     roles = EXPERT_ROLES if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and (r != MTP or mtp))
     hint = "this model has no experts; without --experts-only its other linears are quantized"
@@ -90,8 +90,8 @@ def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_un
 def fastdeploy_container(name: str, wint4_layers: int | None, *, scale: str = SCALE, effort: int = EFFORT) -> Recipe:
     """FastDeploy's container: WINT4 experts below layer `wint4_layers` (None: all of them), WINT2 above, WINT8 for all else."""
     from ernie_quant import codecs
-    from ernie_quant.names import QUANTIZABLE, ROLES
-    from ernie_quant.plan.recipe import EXPERT_ROLES, Recipe, RecipeRule
+    from ernie_quant.names import EXPERT_ROLES, QUANTIZABLE, ROLES
+    from ernie_quant.plan.recipe import Recipe, RecipeRule
 
     if wint4_layers is not None and not 0 <= wint4_layers <= MOST_LAYERS:
         raise ValueError(f"wint4_layers is {wint4_layers}, not a number of layers")

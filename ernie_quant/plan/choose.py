@@ -26,13 +26,6 @@ class Choice:
     codec: Codec
     spec: TensorSpec
 
-    def linear(self, layout: Layout) -> Linear:
-        """As a runtime sees it: [out, in], whatever the layout."""
-        rule = self.weight.row.rule
-        turned = isinstance(self.codec, Keep) and rule.op.transpose and not layout.out_first
-        spec = TensorSpec(self.spec.shape[::-1], self.spec.dtype) if turned else self.spec
-        return Linear(self.weight.name, spec, self.weight.role, self.codec, rule.ranks)
-
 
 @dataclass(frozen=True)
 class Choices:
@@ -86,7 +79,8 @@ def oriented(weight: Weight, codec: Codec, layout: Layout) -> View:
 
 def linears_of(chosen: Sequence[Choice], layout: Layout) -> list[Linear]:
     """The layers that a runtime's configuration speaks of."""
-    return [c.linear(layout) for c in chosen if names.is_layer(c.weight.name, c.weight.role, c.spec.shape)]
+    layers = [c for c in chosen if names.is_layer(c.weight.name, c.weight.role, c.spec.shape)]
+    return [layout.linear(c.weight.name, c.weight.row.rule, c.codec, c.spec) for c in layers]
 
 
 def folded_problems(lines: Sequence[str]) -> list[str]:

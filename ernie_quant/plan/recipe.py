@@ -26,10 +26,8 @@ from ernie_quant import codecs
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import PlanError
-from ernie_quant.names import EXPERT, QUANTIZABLE, ROLES, VISION_EXPERT, Weight
+from ernie_quant.names import QUANTIZABLE, ROLES, Weight
 from ernie_quant.settings import read_toml
-
-EXPERT_ROLES = (EXPERT, VISION_EXPERT)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ernie_quant import names, runtimes
+from ernie_quant import names, plugins
 from ernie_quant.archs._config import whole
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import KEEP
@@ -24,7 +24,7 @@ from ernie_quant.views import build
 from ernie_quant.views.kinds import spec_of
 from ernie_quant.weights import ranks
 from ernie_quant.weights.layouts import LAYOUTS
-from ernie_quant.weights.stored import Stored, open_stored, runtime_of, share_problems, table_of
+from ernie_quant.weights.stored import Stored, linears_of, open_stored, runtime_of, share_problems, table_of
 
 TP_KEY = "tensor_parallel_size"
 
@@ -36,7 +36,7 @@ def make_reshard_plan(source: Checkpoint, tp: int, *, known: Identity | None = N
         raise PlanError(f"{source.folder}: is not FastDeploy's; only its checkpoints are stored per rank", [])
     entries, problems = open_stored(source, target)
     dims, heads = table_of(source, target).dims, whole(source.config, "num_attention_heads")
-    if problems := [*source.anomalies, *problems] or share_problems(entries, tp, dims, heads):
+    if problems := [*source.anomalies, *problems] or share_problems(entries, target, tp, dims, heads):
         raise PlanError(f"{source.folder}: cannot be resharded to {tp} rank(s)", problems)
     entries = sorted(entries, key=lambda e: names.natural(e.name))
     shards: list[Shard] = []
@@ -49,10 +49,12 @@ def make_reshard_plan(source: Checkpoint, tp: int, *, known: Identity | None = N
     config = {key: value for key, value in source.config.items() if key != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
     copies = tuple(path for path in source.extra_files if path.name != README)
     recipe, notes, reports = _reports(source)
-    runtime = runtimes.name_of(target)
-    fits = tuple(n for n in _sharing.TP_SIZES if n == tp or not share_problems(entries, n, dims, heads))
+    runtime = plugins.name_of(target)
+    fits = _sharing.tp_sizes(target, linears_of(entries), dims, heads)
     rules = replace(KEEP_ALL, name=recipe or f"reshard to {tp}")
-    known = known or identity(source, runtime, rules, {"reshard": tp, "max_shard_bytes": shard_bytes})
+    unmeasured = {} if reports else {"report": False}  # files that others published
+    options = {"reshard": tp, "max_shard_bytes": shard_bytes, **unmeasured}
+    known = known or identity(source, runtime, rules, options)
     return Plan(
         source, runtime, LAYOUTS[target.LAYOUT], rules, tuple(shards), dims, config, copies, fits, (*source.notes, *notes),
         known, shard_bytes, weights=sum(e.spec.numel for e in entries), reports=reports,

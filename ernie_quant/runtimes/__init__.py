@@ -179,11 +179,6 @@ def find(name: str) -> Runtime:
     return cast(Runtime, plugins.load(package, name))
 
 
-def name_of(runtime: Runtime) -> str:
-    """The name of its file."""
-    return plugins.name_of(runtime)
-
-
 def storing(recipe: str) -> tuple[str, ...]:
     """Names of the runtimes that can store a built-in recipe."""
     package = sys.modules[__name__]

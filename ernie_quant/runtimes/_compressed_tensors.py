@@ -15,11 +15,9 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT, VISION_EXPERT
+from ernie_quant.names import EXPERT, EXPERT_ROLES, VISION_EXPERT
 from ernie_quant.runtimes import Linear
 from ernie_quant.runtimes._patterns import cover
-
-EXPERTS = (EXPERT, VISION_EXPERT)
 
 
 def config(linears: Sequence[Linear]) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def _regexes(chosen: Sequence[Linear], others: Sequence[Linear]) -> list[str]:
         # vLLM keeps the experts of VL models as text_experts and vision_experts, numbered from 0 each
         if r"\.experts\.\d+\." in pattern:
             pattern = pattern.replace(r"\.experts\.", r"\.(?:text_|vision_)?experts\.")
-        elif r"\.experts\." in pattern and (both := roles & set(EXPERTS)) and not both & rest:
+        elif r"\.experts\." in pattern and (both := roles & set(EXPERT_ROLES)) and not both & rest:
             own = "|".join("text" if role == EXPERT else "vision" for role in sorted(both))
             pattern = re.sub(r"experts(\\\.\(\?:[\d|]+\))", rf"(?:experts\1|(?:{own})_experts\\.\\d+)", pattern)
         patterns.append(f"re:.*{pattern.removeprefix('model')}$")

@@ -14,13 +14,12 @@ from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT, VISION_EXPERT
+from ernie_quant.names import EXPERT_ROLES
 from ernie_quant.runtimes import Linear
 
 WINT2 = ConvolutionalCode()
 WINT4 = RoundToNearest(4, CHANNEL, full_range=False)
 WINT8 = RoundToNearest(8, CHANNEL, full_range=False)
-EXPERTS = (EXPERT, VISION_EXPERT)
 GROUP = 64  # inputs per local scale
 LINEAR = re.compile(r"\.(qkv|o|up_gate|down)_proj\.weight$")
 UNSAID_END = 6  # last layer of WINT4 experts where quant_end_layer is missing: the loader's own default
@@ -84,5 +83,5 @@ def wint2_from(linears: Sequence[Linear]) -> int:
 
 def wint4_to(linears: Sequence[Linear]) -> int:
     """The last layer of WINT4 experts, -1 where there are none."""
-    experts = [li for li in linears if li.role in EXPERTS and isinstance(li.codec, RoundToNearest)]
+    experts = [li for li in linears if li.role in EXPERT_ROLES and isinstance(li.codec, RoundToNearest)]
     return max((_layer(li.name) for li in experts), default=-1)

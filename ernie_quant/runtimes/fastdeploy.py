@@ -21,11 +21,11 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import RoundToNearest
-from ernie_quant.names import MTP, OUT, VISION_EXPERT
+from ernie_quant.names import EXPERT_ROLES, MTP, OUT, VISION_EXPERT
 from ernie_quant.paths import MTP_FOLDER
 from ernie_quant.runtimes import Linear, Part, kept
 from ernie_quant.runtimes import _w4w2 as w4w2
-from ernie_quant.runtimes._w4w2 import EXPERTS, GROUP, LINEAR, WINT2, WINT4, WINT8, wint2_from, wint4_to
+from ernie_quant.runtimes._w4w2 import GROUP, LINEAR, WINT2, WINT4, WINT8, wint2_from, wint4_to
 
 if TYPE_CHECKING:
     import torch
@@ -166,7 +166,7 @@ def problems(linears: Sequence[Linear]) -> list[str]:
             misfits.append(
                 f"{linear.name}: {out} outputs and {width} inputs are not multiples of 8 and {GROUP}, which its kernels want"
             )
-        wanted = (WINT2, WINT4) if linear.role in EXPERTS else (WINT8,)
+        wanted = (WINT2, WINT4) if linear.role in EXPERT_ROLES else (WINT8,)
         if not any(linear.codec.form == w.form for w in wanted):
             words = " or ".join(w.describe() for w in wanted)
             misfits.append(f"{linear.name}: FastDeploy's container wants {words}, not {linear.codec.describe()}")

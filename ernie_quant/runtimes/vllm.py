@@ -20,7 +20,7 @@ from ernie_quant.codecs.fp8 import BLOCK, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT, IN, VISION_EXPERT
+from ernie_quant.names import EXPERT_ROLES, IN
 from ernie_quant.runtimes import Linear, Part, kept
 from ernie_quant.runtimes import _compressed_tensors as compressed_tensors
 
@@ -38,7 +38,6 @@ CODECS = (Keep, RoundToNearest, Float8Block)
 TILE = 64  # of a rank's outputs and inputs: what Marlin loads (vllm, marlin_utils.py)
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
-EXPERTS = (EXPERT, VISION_EXPERT)
 
 
 def folder(role: str) -> str:
@@ -154,7 +153,7 @@ def notes(linears: Sequence[Linear]) -> list[str]:
 def layer_of(name: str, role: str) -> str:
     """qkv_proj, gate_up_proj, or all experts of a layer."""
     module = name.removesuffix(".weight")
-    if role in EXPERTS:
+    if role in EXPERT_ROLES:
         return re.sub(r"experts\.\d+\.\w+$", role, module)
     return re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", re.sub(r"\.(q|k|v)_proj$", ".qkv_proj", module))
 
@@ -178,7 +177,7 @@ def mixed_experts(linears: Sequence[Linear]) -> list[str]:
 
     (integrations/compressed_tensors.py; seen with 5.23: layers of another width were decoded wrongly.)
     """
-    schemes = sorted({li.codec.form for li in linears if li.role in EXPERTS})
+    schemes = sorted({li.codec.form for li in linears if li.role in EXPERT_ROLES})
     return (
         [f"experts: would be stored as {' and '.join(schemes)}, of which transformers reads one only"] if len(schemes) > 1 else []
     )

@@ -11,7 +11,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ernie_quant.names import COPY, Op, Row, Weight, natural
+from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.keep import Keep
+from ernie_quant.names import COPY, Op, Row, Rule, Weight, natural
+from ernie_quant.runtimes import Linear
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,15 @@ class Layout:
             return [StoredTensor(name, COPY, (name,), (shape,)) for name, shape in zip(row.pt, row.shapes, strict=True)]
         op = replace(row.rule.op, groups="kv_heads") if self.kv_groups and "KV" in row.rule.op.split else row.rule.op
         return [StoredTensor(re.sub(r"^ernie\.", self.root, row.paddle), op, row.pt, row.shapes)]
+
+    def turns(self, rule: Rule) -> bool:
+        """Is a kept weight of this rule stored as [in, out]?"""
+        return rule.op.transpose and not self.out_first
+
+    def linear(self, name: str, rule: Rule, codec: Codec, spec: TensorSpec) -> Linear:
+        """A stored weight as a runtime sees it: [out, in], whatever the layout."""
+        turned = isinstance(codec, Keep) and self.turns(rule)
+        return Linear(name, TensorSpec(spec.shape[::-1], spec.dtype) if turned else spec, rule.role, codec, rule.ranks)
 
     def join(self, weights: Sequence[Weight]) -> list[Weight]:
         """And back: canonical weights under the names of this layout, in natural order."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ernie_quant import archs, names, runtimes
+from ernie_quant import archs, names, plugins, runtimes
 from ernie_quant.checkpoint import Checkpoint, TensorRef, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
@@ -59,11 +59,9 @@ class Stored:
         return runtimes.find(self.runtime)
 
     @property
-    def linear(self) -> Linear:
-        """As the runtime sees it."""
-        turned = isinstance(self.codec, Keep) and _turned(self.rule, LAYOUTS[self.target.LAYOUT])
-        spec = TensorSpec(self.shape[::-1], self.spec.dtype) if turned else self.spec
-        return Linear(self.name, spec, self.rule.role, self.codec, self.rule.ranks)
+    def layout(self) -> Layout:
+        """How it is stored."""
+        return LAYOUTS[self.target.LAYOUT]
 
     @cached_property
     def expected(self) -> dict[str, Part]:
@@ -74,8 +72,8 @@ class Stored:
         """How ranks share one of its stored tensors; one that the runtime does not know is everybody's."""
         if part not in self.expected:
             return ranks.WHOLE
-        turned = isinstance(self.codec, Keep) and _turned(self.rule, LAYOUTS[self.target.LAYOUT])
-        return ranks.shares_of(self.expected[part], self.rule, turned=turned and len(self.shape) > 1)
+        turned = isinstance(self.codec, Keep) and self.layout.turns(self.rule) and len(self.shape) > 1
+        return ranks.shares_of(self.expected[part], self.rule, turned=turned)
 
     def slabs(self) -> list[tuple[int, int]]:
         """Ranges of rows that can be decoded by themselves."""
@@ -97,13 +95,16 @@ class Stored:
         return self.target.unpack(self.name, self.codec, tensors)
 
 
-def share_problems(entries: Sequence[Stored], of: int, dims: ranks.Dims, heads: int) -> list[str]:
+def linears_of(entries: Sequence[Stored]) -> list[Linear]:
+    """The layers that a runtime's configuration speaks of."""
+    layers = [e for e in entries if names.is_layer(e.name, e.rule.role, e.shape)]
+    return [e.layout.linear(e.name, e.rule, e.codec, e.spec) for e in layers]
+
+
+def share_problems(entries: Sequence[Stored], target: Runtime, of: int, dims: ranks.Dims, heads: int) -> list[str]:
     """Why weights cannot be shared by `of` ranks."""
-    if not entries:
-        return []
-    linears = [entry.linear for entry in entries if names.is_layer(entry.name, entry.rule.role, entry.shape)]
-    if found := list(_sharing.problems(entries[0].target, linears, dims, heads, of)):
-        return found
+    if refused := list(_sharing.problems(target, linears_of(entries), dims, heads, of)):
+        return refused
     for entry in entries:
         for part, view in entry.parts.items():
             assert ranks.divides(view, entry.shares(part), of, dims), f"{part} cannot be cut for {of} ranks"
@@ -135,7 +136,7 @@ def open_stored(checkpoint: Checkpoint, target: Runtime) -> tuple[list[Stored], 
         kept = isinstance(codec, Keep)
         dtype = next(iter(refs.values()))[0].spec.dtype if kept else "BF16"  # what codecs decode to
         turned = not (kept or layout.out_first)  # codecs work on [out, in]
-        entry = Stored(name, row, TensorSpec(shape[::-1] if turned else shape, dtype), codec, runtimes.name_of(target), {})
+        entry = Stored(name, row, TensorSpec(shape[::-1] if turned else shape, dtype), codec, plugins.name_of(target), {})
         views = {part: _joined(entry, part, copies, table.dims) for part, copies in refs.items()}
         entry = replace(entry, parts=views)
         problems += _spec_problems(entry)
@@ -176,11 +177,6 @@ def _joined(entry: Stored, part: str, copies: Sequence[TensorRef], dims: ranks.D
     return ranks.join([build.leaf(ref) for ref in copies], entry.shares(part), dims)
 
 
-def _turned(rule: Rule, layout: Layout) -> bool:
-    """Is a kept weight stored as [in, out]?"""
-    return rule.op.transpose and not layout.out_first
-
-
 QUANTIZED = ("quantization_config", "is_quantized", "tensor_parallel_size")  # keys of config.json of a quantized checkpoint
 
 
@@ -205,7 +201,7 @@ def _canonical(stored: Sequence[Stored], table: NameMap) -> list[Weight]:
     """The weights in PT form, to be decoded when they are read."""
     found = []
     for entry in stored:
-        kept, layout = isinstance(entry.codec, Keep), LAYOUTS[entry.target.LAYOUT]
+        kept, layout = isinstance(entry.codec, Keep), entry.layout
         view: View = next(iter(entry.parts.values())) if kept else Decoded(entry)
         if layout.out_first:
             found.append(Weight(entry.name, view, entry.row))

@@ -139,7 +139,7 @@ def test_a_runtime_is_a_choice_of_the_commands_whose_recipes_it_stores(add: Add)
 
     assert built_in.known_runtimes("wint4") == ("vllm", "boxer", "fastdeploy", "transformers")
     assert "boxer" not in built_in.known_runtimes("wint8")
-    assert runtimes.name_of(runtimes.recognize({"quant_method": "by input"})) == "boxer"
+    assert plugins.name_of(runtimes.recognize({"quant_method": "by input"})) == "boxer"
 
 
 def test_an_architecture(add: Add, tmp_path: Path) -> None:

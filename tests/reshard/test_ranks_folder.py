@@ -17,7 +17,7 @@ from helpers.runs import Killed
 from safetensors.torch import save_file
 
 from ernie_quant.check.verify import verify
-from ernie_quant.errors import VerifyError
+from ernie_quant.errors import CheckpointError, VerifyError
 from ernie_quant.plan.built_in import fastdeploy_container
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.reshard import make_reshard_plan
@@ -241,3 +241,15 @@ def test_a_shared_result_names_the_source_and_not_what_was_made_in_between(folde
     }
     assert "src, quantized (wint4)" in (tmp_path / "out/README.md").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_a_result_that_was_measured_does_not_pass_without_its_report(size: str, folder: Path, tmp_path: Path) -> None:
+    """Quantized or resharded; only the ranks of files that others published have none, and their manifest says so."""
+    out = copy(folder / "wint4" / size, tmp_path / "out")
+    manifest = json.loads((out / "ernie-quant.json").read_text())
+    del manifest["files"]["report.json"]
+    (out / "ernie-quant.json").write_text(json.dumps(manifest))
+    (out / "report.json").unlink()
+    with pytest.raises(CheckpointError, match=r"report\.json: cannot be read"):
+        verify(sealed(out))
