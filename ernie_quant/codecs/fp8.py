@@ -21,14 +21,29 @@ LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST_SCALE = 2.0**-120  # a block below it is all but zero; 1 / scale must stay finite
 
 
+FP8, COMPRESSED_TENSORS = "fp8", "compressed-tensors"
+
+
 @dataclass(frozen=True)
 class Float8Block(DataFree):
-    """No options: the runtimes that load it know this one form."""
+    """`quant_method` is what config.json will call it: the same codes and scales, found under other names.
 
+    transformers, SGLang and vLLM load text models as "fp8"; vLLM's reader of it turns the routers of VL models into float8
+    too, and loads them as "compressed-tensors".
+    """
+
+    quant_method: str = FP8
     rows = BLOCK
     version = 1
 
-    form = f"fp8, blocks {BLOCK}x{BLOCK}"
+    def __post_init__(self) -> None:
+        if self.quant_method not in (FP8, COMPRESSED_TENSORS):
+            raise ValueError(f"quant_method is {self.quant_method!r}, not {FP8} or {COMPRESSED_TENSORS}")
+
+    @property
+    def form(self) -> str:
+        """Size of a block, and whose words where they are not the usual ones."""
+        return f"fp8, blocks {BLOCK}x{BLOCK}" + ("" if self.quant_method == FP8 else f", {self.quant_method}")
 
     def describe(self) -> str:
         """For people."""
@@ -84,4 +99,4 @@ def _codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 CODEC = Float8Block
-EXAMPLES = (Float8Block(),)
+EXAMPLES = (Float8Block(), Float8Block(COMPRESSED_TENSORS))

@@ -43,8 +43,9 @@ def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices
     problems: list[str] = []
     unfit: list[str] = []
     unfit_layers: set[str] = set()  # layers in memory of which a part does not fit
+    roles = {weight.role for weight in weights}
     for weight in weights:
-        codec = rules.codec_for(weight)
+        codec = target.suited(rules.codec_for(weight), roles)
         spec = spec_of(oriented(weight, codec, layout))
         problem = codec.problem(spec)
         if spec.dtype not in FLOATS:

@@ -89,6 +89,7 @@ def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> St
 
 def _check_promise(target: Runtime, entry: Mapping[str, Any], linears: Sequence[Linear]) -> None:
     """config.json is derived from what is written; here it is read back and must say the same."""
+    assert not (misread := target.misread(entry, linears)), misread[0]
     promised = target.codecs_of(entry, [(li.name, li.spec) for li in linears])
     checked = set()  # many linears are alike
     for linear in linears:

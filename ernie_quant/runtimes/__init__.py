@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -142,6 +142,10 @@ class Runtime(Protocol):
         """The layer in memory that a linear is a part of: all of it is stored alike."""
         ...
 
+    def suited(self, codec: Codec, roles: Collection[str]) -> Codec:
+        """The codec as a model that has these roles wants it: the same values, which other tensors may hold."""
+        ...
+
     def problems(self, linears: Sequence[Linear]) -> list[str]:
         """What of a plan the program would not load."""
         ...
@@ -160,6 +164,10 @@ class Runtime(Protocol):
 
     def codecs_of(self, config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec]]) -> dict[str, Codec]:
         """What config.json promises for each linear: the way back. Raises ConfigError."""
+        ...
+
+    def misread(self, config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
+        """Where a program would read something else than is stored: it may know a layer by another name than the file."""
         ...
 
     def share_multiple(self, linear: Linear) -> int:

@@ -12,82 +12,99 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ernie_quant.codecs import Codec
-from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, Float8Block
+from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT, EXPERT_ROLES, VISION_EXPERT
-from ernie_quant.runtimes import Linear
+from ernie_quant.names import EXPERT_ROLES
+from ernie_quant.runtimes import Linear, _modules
 from ernie_quant.runtimes._patterns import cover
+
+# blocks of weights, and what kernels do to the activations that they meet (vllm, compressed_tensors_w8a8_fp8.py)
+FLOAT8 = {
+    "weights": {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "block",
+        "block_structure": [BLOCK, BLOCK],
+        "dynamic": False,
+    },
+    "input_activations": {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": BLOCK,
+        "dynamic": True,
+    },
+}
 
 
 def config(linears: Sequence[Linear]) -> dict[str, Any]:
-    """quantization_config of a checkpoint with integer codes."""
-    quantized = [li for li in linears if not isinstance(li.codec, Keep)]
-    kept = [li for li in linears if isinstance(li.codec, Keep)]
-    schemes: dict[tuple[int, int | str], list[Linear]] = defaultdict(list)
-    for linear in quantized:
-        assert isinstance(linear.codec, RoundToNearest)
-        schemes[linear.codec.bits, linear.codec.group_size].append(linear)
-    scheme_of = {li.name: scheme for scheme, members in schemes.items() for li in members}
+    """quantization_config of a checkpoint with integer codes or float8 blocks, under every name that a program looks up."""
+    names = _modules.names(linears)
+    forms: dict[str, list[Linear]] = defaultdict(list)
+    for linear in linears:
+        forms[linear.codec.form].append(linear)
+    regexes = {form: _regexes(members, [li for li in linears if li.codec.form != form], names) for form, members in forms.items()}
+    groups = sorted((form for form in forms if form != KEEP.form), key=lambda form: (not _routed(forms[form]), form))
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": _scheme(forms[groups[0]][0].codec)["format"],
         "quantization_status": "compressed",
-        "ignore": ["lm_head", *_regexes(kept, quantized), *_vl_routers(linears)],
+        "ignore": ["lm_head", *regexes.get(KEEP.form, [])],
         "config_groups": {
-            f"group_{i}": {
-                "format": "pack-quantized",  # no fallback to the global one
-                "targets": _regexes(members, [li for li in linears if scheme_of.get(li.name) != (bits, group)]),
-                "weights": {
-                    "num_bits": bits,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "channel" if group == CHANNEL else "group",
-                    **({} if group == CHANNEL else {"group_size": group}),
-                    "dynamic": False,
-                },
-            }
-            for i, ((bits, group), members) in enumerate(sorted(schemes.items(), key=str))
+            f"group_{i}": {"targets": regexes[form], **_scheme(forms[form][0].codec)} for i, form in enumerate(groups)
         },
     }
 
 
-def _regexes(chosen: Sequence[Linear], others: Sequence[Linear]) -> list[str]:
-    """`re:` patterns for layers, under their names in the file and in vLLM."""
-    covering = cover([li.module for li in chosen], [li.module for li in others])
-    roles, rest = {li.role for li in chosen}, {li.role for li in others}
-    patterns = []
-    for pattern in covering:
-        # vLLM keeps the experts of VL models as text_experts and vision_experts, numbered from 0 each
-        if r"\.experts\.\d+\." in pattern:
-            pattern = pattern.replace(r"\.experts\.", r"\.(?:text_|vision_)?experts\.")
-        elif r"\.experts\." in pattern and (both := roles & set(EXPERT_ROLES)) and not both & rest:
-            own = "|".join("text" if role == EXPERT else "vision" for role in sorted(both))
-            pattern = re.sub(r"experts(\\\.\(\?:[\d|]+\))", rf"(?:experts\1|(?:{own})_experts\\.\\d+)", pattern)
-        patterns.append(f"re:.*{pattern.removeprefix('model')}$")
-    return list(dict.fromkeys(patterns))
+def _routed(linears: Sequence[Linear]) -> bool:
+    """transformers decodes routed experts by the first group that has "experts" in a target, and `shared_experts` has it too
+
+    (integrations/compressed_tensors.py, get_experts_scheme).
+    """
+    return any(li.role in EXPERT_ROLES for li in linears)
 
 
-def _vl_routers(linears: Sequence[Linear]) -> list[str]:
-    """vLLM's own names of the routers of VL models."""
-    return [r"re:.*\.(?:text|vision)_experts_gate$"] if any(li.role == VISION_EXPERT for li in linears) else []
+def _regexes(chosen: Sequence[Linear], others: Sequence[Linear], names: Mapping[str, Sequence[str]]) -> list[str]:
+    """`re:` patterns for the names of layers in every program, whatever prefix it has for them."""
+    mine, rest = ([name for li in linears for name in names[li.name]] for linears in (chosen, others))
+    return [f"re:.*{pattern.removeprefix('model')}$" for pattern in cover(mine, rest)]
 
 
-def codecs_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Codec]:
-    """The codec that it promises for each linear. Raises ConfigError."""
+def _scheme(codec: Codec) -> dict[str, Any]:
+    """A group without its targets. `format` stands in each: vLLM has no fallback to the global one."""
+    if isinstance(codec, Float8Block):
+        return {"format": "float-quantized", **FLOAT8}
+    assert isinstance(codec, RoundToNearest), codec
+    per_channel = codec.group_size == CHANNEL
+    weights = {
+        "num_bits": codec.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if per_channel else "group",
+        **({} if per_channel else {"group_size": codec.group_size}),
+        "dynamic": False,
+    }
+    return {"format": "pack-quantized", "weights": weights}
+
+
+def codecs_of(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Codec]:
+    """The codec that it promises for each layer. Raises ConfigError."""
     try:
         groups = [(_compiled(g["targets"]), _codec(g["weights"])) for g in config["config_groups"].values()]
         ignore = _compiled(config["ignore"])
     except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise ConfigError(f"config.json: quantization_config is none that this tool writes ({error!r:.100})") from None
     chosen: dict[str, Codec] = {}
-    for name in names:
-        module = name.removesuffix(".weight")
+    for module in modules:
         codecs = [codec for targets, codec in groups if any(t.match(module) for t in targets)]
         ignored = any(i.match(module) for i in ignore)
         if len(codecs) + ignored != 1:
             raise ConfigError(f"config.json: {module} matches {len(codecs)} of config_groups, and ignore: {ignored}")
-        chosen[name] = codecs[0] if codecs else KEEP
+        chosen[module] = codecs[0] if codecs else KEEP
     return chosen
 
 
@@ -96,4 +113,8 @@ def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
 
 
 def _codec(weights: Mapping[str, Any]) -> Codec:
+    if weights == FLOAT8["weights"]:
+        return Float8Block(COMPRESSED_TENSORS)
+    if weights["type"] != "int":
+        raise ValueError(f"weights of type {weights['type']}, {weights['strategy']}")
     return RoundToNearest(weights["num_bits"], CHANNEL if weights["strategy"] == "channel" else weights["group_size"])

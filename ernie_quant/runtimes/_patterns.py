@@ -23,9 +23,13 @@ def cover(chosen: Collection[str], others: Collection[str]) -> list[str]:
         if len(set(numbers)) != _product(sets):  # not a full grid: name them one by one
             patterns += [re.escape(_fill(template, n)) for n in numbers]
             continue
-        choices = [r"\d+" if set(s) == set(e) else f"(?:{'|'.join(s)})" for s, e in zip(sets, every, strict=True)]
+        choices = [r"\d+" if set(s) == set(e) else _one_of(s) for s, e in zip(sets, every, strict=True)]
         patterns.append(_fill(re.escape(template), choices))
     return _join_projections(patterns)
+
+
+def _one_of(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"(?:{'|'.join(words)})"
 
 
 def _by_template(names: Collection[str]) -> dict[str, list[tuple[str, ...]]]:
@@ -54,6 +58,6 @@ def _join_projections(patterns: list[str]) -> list[str]:
         head, dot, last = pattern.rpartition(r"\.")
         heads[head + dot if last.endswith("_proj") else pattern].append(last.removesuffix("_proj"))
     return [
-        head if not head.endswith(r"\.") else f"{head}{last[0] if len(last) == 1 else '(?:' + '|'.join(last) + ')'}_proj"
+        f"{head}{_one_of(last)}_proj" if head.endswith(r"\.") else head
         for head, last in heads.items()
     ]

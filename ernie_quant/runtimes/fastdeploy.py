@@ -12,7 +12,7 @@ inputs, N its outputs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +153,11 @@ def layer_of(name: str, role: str) -> str:
     return name
 
 
+def suited(codec: Codec, roles: Collection[str]) -> Codec:
+    """No model wants it otherwise."""
+    return codec
+
+
 def problems(linears: Sequence[Linear]) -> list[str]:
     """What the container does not hold: it has one form for each kind of layer, and WINT4 experts come first."""
     if all(isinstance(li.codec, Keep) for li in linears):
@@ -201,6 +206,11 @@ def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
 def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec]]) -> dict[str, Codec]:
     """The codec that `quantization_config` promises for each linear (Paddle name). Raises ConfigError."""
     return w4w2.codecs_of(config, [name for name, _ in linears])
+
+
+def misread(config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
+    """Nothing: it knows layers by the names of its files."""
+    return []
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:

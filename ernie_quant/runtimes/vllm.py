@@ -1,5 +1,8 @@
 """vLLM: compressed-tensors `pack-quantized` for integers, `quant_method: fp8` for float8 blocks. transformers loads both.
 
+Float8 blocks of VL models are compressed-tensors `float-quantized`: vLLM's reader of `fp8` skips a layer whose name begins the
+name of a kept one, and `text_experts` begins that of its router, `text_experts_gate` (quant_utils.py, is_layer_skipped).
+
 Formats: vllm-project/compressed-tensors (compressors/pack_quantized), vllm-project/vllm
 (model_executor/layers/quantization/compressed_tensors, .../fp8.py), huggingface/transformers (integrations/finegrained_fp8.py).
 """
@@ -9,20 +12,20 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
-from ernie_quant.codecs.fp8 import BLOCK, Float8Block
-from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
+from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT_ROLES, IN
-from ernie_quant.runtimes import Linear, Part, kept
-from ernie_quant.runtimes import _compressed_tensors as compressed_tensors
+from ernie_quant.names import EXPERT_ROLES, IN, VISION_EXPERT
+from ernie_quant.runtimes import Linear, Part, _modules, kept
+from ernie_quant.runtimes import _promise as promise
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +40,7 @@ PER_RANK, SPLITS_VOCABULARY = False, False
 CODECS = (Keep, RoundToNearest, Float8Block)
 TILE = 64  # of a rank's outputs and inputs: what Marlin loads (vllm, marlin_utils.py)
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
+quantization_config, codecs_of, misread = promise.quantization_config, promise.codecs_of, promise.misread
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
 
 
@@ -73,7 +77,7 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
             }
         case Float8Block():
             fields = codec.specs(spec)
-            return {f"{module}.weight": Part(fields["codes"], 0, 1), f"{module}.weight_scale_inv": Part(fields["scale"], 0, 1)}
+            return {f"{module}.weight": Part(fields["codes"], 0, 1), f"{module}.{_scale(codec)}": Part(fields["scale"], 0, 1)}
     assert isinstance(codec, Keep), codec
     return {name: kept(spec)}
 
@@ -98,7 +102,7 @@ def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
                 f"{module}.weight_scale": encoded["scale"],
             }
         case Float8Block():
-            return {f"{module}.weight": encoded["codes"], f"{module}.weight_scale_inv": encoded["scale"]}
+            return {f"{module}.weight": encoded["codes"], f"{module}.{_scale(codec)}": encoded["scale"]}
     return {name: encoded["weight"]}
 
 
@@ -112,8 +116,12 @@ def unpack(name: str, codec: Codec, stored: Mapping[str, torch.Tensor]) -> Encod
             codes = kernels.of("packing", packed).unpack(packed, bits, columns)
             return {"codes": codes, "scale": stored[f"{module}.weight_scale"]}
         case Float8Block():
-            return {"codes": stored[f"{module}.weight"], "scale": stored[f"{module}.weight_scale_inv"]}
+            return {"codes": stored[f"{module}.weight"], "scale": stored[f"{module}.{_scale(codec)}"]}
     return {"weight": stored[name]}
+
+
+def _scale(codec: Float8Block) -> str:
+    return "weight_scale_inv" if codec.quant_method == FP8 else "weight_scale"
 
 
 def weight_of(name: str) -> tuple[str, str]:
@@ -153,15 +161,21 @@ def notes(linears: Sequence[Linear]) -> list[str]:
 def layer_of(name: str, role: str) -> str:
     """qkv_proj, gate_up_proj, or all experts of a layer."""
     module = name.removesuffix(".weight")
-    if role in EXPERT_ROLES:
-        return re.sub(r"experts\.\d+\.\w+$", role, module)
-    return re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", re.sub(r"\.(q|k|v)_proj$", ".qkv_proj", module))
+    return re.sub(r"experts\.\d+\.\w+$", role, module) if role in EXPERT_ROLES else _modules.fused(module)
+
+
+def suited(codec: Codec, roles: Collection[str]) -> Codec:
+    """VL models have float8 blocks in compressed-tensors' words."""
+    if isinstance(codec, Float8Block) and VISION_EXPERT in roles:
+        return replace(codec, quant_method=COMPRESSED_TENSORS)
+    return codec
 
 
 def mixed(linears: Sequence[Linear]) -> list[str]:
     """Layers that are one module in memory but would be stored in several schemes."""
-    kinds = {type(li.codec) for li in linears} - {Keep}
-    misfits = ["fp8 and integer codes cannot stand in one checkpoint: no config.json says both"] if len(kinds) > 1 else []
+    misfits = []
+    if len(promise.quant_methods(linears)) > 1:
+        misfits = [f"fp8 and integer codes cannot stand in one checkpoint, unless fp8 has quant_method = '{COMPRESSED_TENSORS}'"]
     modules: dict[str, set[str]] = defaultdict(set)
     for linear in linears:
         modules[layer_of(linear.name, linear.role)].add(linear.codec.form)
@@ -181,33 +195,6 @@ def mixed_experts(linears: Sequence[Linear]) -> list[str]:
     return (
         [f"experts: would be stored as {' and '.join(schemes)}, of which transformers reads one only"] if len(schemes) > 1 else []
     )
-
-
-def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
-    """The entry of config.json, derived from what is written."""
-    quantized = [li for li in linears if not isinstance(li.codec, Keep)]
-    kept = [li for li in linears if isinstance(li.codec, Keep)]
-    if not quantized:
-        return None
-    if isinstance(quantized[0].codec, Float8Block):
-        return {
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": [li.module for li in kept],
-        }
-    return compressed_tensors.config(linears)
-
-
-def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec]]) -> dict[str, Codec]:
-    """The codec that `quantization_config` promises for each linear (PT name, [out, in]). Raises ConfigError."""
-    if config.get("quant_method") == "fp8":
-        kept = set(config.get("modules_to_not_convert", ()))
-        return {name: KEEP if name.removesuffix(".weight") in kept else Float8Block() for name, _ in linears}
-    if config.get("quant_method") != "compressed-tensors":
-        raise ConfigError(f"config.json: quant_method {config.get('quant_method')!r} is none that this tool writes")
-    return compressed_tensors.codecs_of(config, [name for name, _ in linears])
 
 
 def share_multiple(linear: Linear) -> int:

@@ -50,6 +50,14 @@ def problems(linears):
 unsupported = notes = problems
 
 
+def suited(codec, roles):
+    return codec
+
+
+def misread(config, linears):
+    return []
+
+
 def quantization_config(linears):
     return {"quant_method": "by input"} if any(not isinstance(li.codec, Keep) for li in linears) else None
 

@@ -1,0 +1,77 @@
+"""quantization_config of PT checkpoints: what config.json says of every layer, and the way back.
+
+`fp8` lists the layers that are kept (deepseek-ai/DeepSeek-V3, config.json; vllm-project/vllm, quantization/fp8.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
+from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.codecs.rtn import RoundToNearest
+from ernie_quant.errors import ConfigError
+from ernie_quant.runtimes import Linear, _modules
+from ernie_quant.runtimes import _compressed_tensors as compressed_tensors
+
+
+def quant_methods(linears: Sequence[Linear]) -> set[str]:
+    """What config.json would have to say as quant_method: one at most."""
+    return {method for li in linears if (method := _stored(li.codec)[0])}
+
+
+def _stored(codec: Codec) -> tuple[str, Any, Any]:
+    """(quant_method, bits, group): what of a codec config.json says."""
+    match codec:
+        case Float8Block(quant_method=method):
+            return method, 8, BLOCK
+        case RoundToNearest(bits=bits, group_size=group):
+            return COMPRESSED_TENSORS, bits, group
+    return "", None, None
+
+
+def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
+    """The entry of config.json, derived from what is written; layers stand in it under every name that a program looks up."""
+    methods = quant_methods(linears)
+    if not methods:
+        return None
+    if methods == {COMPRESSED_TENSORS}:
+        return compressed_tensors.config(linears)
+    names = _modules.names(linears)
+    return {
+        "quant_method": FP8,
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": list(dict.fromkeys(n for li in linears if isinstance(li.codec, Keep) for n in names[li.name])),
+    }
+
+
+def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec]]) -> dict[str, Codec]:
+    """The codec that it promises for each linear (PT name, [out, in]), by its name in the file. Raises ConfigError."""
+    promised = _promised(config, [name.removesuffix(".weight") for name, _ in linears])
+    return {name: promised[name.removesuffix(".weight")] for name, _ in linears}
+
+
+def misread(config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
+    """Where a program that knows a layer by another name than the file would read something else. Raises ConfigError."""
+    names = _modules.names(linears)
+    promised = _promised(config, [name for li in linears for name in names[li.name]])
+    return [
+        f"{li.name}: is stored as {li.codec.form}, but a program that calls the layer {name} reads {promised[name].form}"
+        for li in linears
+        for name in names[li.name]
+        if _stored(promised[name]) != _stored(li.codec)
+    ]
+
+
+def _promised(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Codec]:
+    if config.get("quant_method") == FP8:
+        kept = set(config.get("modules_to_not_convert", ()))
+        return {module: KEEP if module in kept else Float8Block() for module in modules}
+    if config.get("quant_method") != COMPRESSED_TENSORS:
+        raise ConfigError(f"config.json: quant_method {config.get('quant_method')!r} is none that this tool writes")
+    return compressed_tensors.codecs_of(config, modules)
