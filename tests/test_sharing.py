@@ -43,16 +43,31 @@ def sizes(
 @pytest.mark.parametrize(
     ("group", "expected"),
     [
-        # o_proj has 8 x 96 = 768 inputs; 2, 4 and 8 ranks have 384 = 3 x 128, 192 = 3 x 64 and 96 = 3 x 32 of them
+        # 768 inputs; 2, 4 and 8 ranks have 384 = 3 x 128, 192 = 3 x 64 and 96 = 3 x 32 of them
         (32, (1, 2, 4)),  # 8 ranks would cut no group, but a tile of 64
         (64, (1, 2, 4)),
         (128, (1, 2)),  # 4 ranks would cut no tile, but a group
         (CHANNEL, (1, 2, 4)),
     ],
 )
-def test_a_ranks_inputs_are_whole_tiles_of_64_and_whole_groups(
+def test_a_ranks_inputs_of_experts_are_whole_tiles_of_64_and_whole_groups(
     group: int | str, expected: tuple[int, ...], tmp_path: Path
 ) -> None:
+    source = random_model(
+        tmp_path / "src",
+        layouts.PT,
+        "moe",
+        **WIDTHS | {"hidden_size": 128, "moe_layer_start_index": 0, "moe_intermediate_size": 768},
+    )
+    rules = Recipe("test", (RecipeRule(RoundToNearest(4, group), match=r"\.experts\."),))
+    assert make_plan(open_source(source), runtime="vllm", recipe=rules).tp_sizes == expected
+
+
+@pytest.mark.parametrize(("group", "expected"), [(32, (1, 2)), (128, (1, 2)), (CHANNEL, (1, 2))])
+def test_a_ranks_inputs_of_other_linears_are_whole_tiles_of_128(
+    group: int | str, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    """o_proj has 8 x 96 = 768 inputs, of which 4 ranks have 192 = 1.5 x 128."""
     assert sizes(tmp_path, RoundToNearest(4, group), "o_proj", head_dim=96) == expected
 
 
@@ -71,11 +86,11 @@ def test_what_is_kept_has_no_tiles(tmp_path: Path) -> None:
 
 
 def test_more_ranks_than_kv_heads_have_the_same_kv_head(tmp_path: Path) -> None:
-    """k and v have 2 x 64 outputs: from 2 ranks on, each has 64 of them, a whole tile, and several have the same.
+    """k and v have 2 x 128 outputs: from 2 ranks on, each has 128 of them, whole tiles, and several have the same.
 
-    q, o, gate, up and down have 512 = 8 x 64 to share.
+    q, o, gate, up and down have 1024 = 8 x 128 to share.
     """
-    assert sizes(tmp_path, INT8) == (1, 2, 4, 8)
+    assert sizes(tmp_path, INT8, head_dim=128, intermediate_size=1024) == (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import GOLDEN, dequantized, logits, write
+from helpers.models import GOLDEN, dequantized, logits, random_model, write
+from helpers.results import WIDTHS
 
+from ernie_quant import codecs
 from ernie_quant.codecs.fp8 import Float8Block
+from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import PlanError
 from ernie_quant.plan import built_in, recipe
+from ernie_quant.weights import layouts
 
 ALL = {"experts_only": False, "mtp": True, "keep_unfit": False}
 EXPERTS = ALL | {"experts_only": True}
@@ -74,30 +77,78 @@ def test_groups_and_blocks_of_128(codec, options: dict, at_most: float, tmp_path
     check(source, tmp_path, built_in.one_codec("test", codec, **options), "transformers", at_most)
 
 
-def recipe_of(tmp_path: Path, *rules: str) -> recipe.Recipe:
-    path = tmp_path / "recipe.toml"
-    path.write_text("".join(f"[[rule]]\ncodec = 'rtn'\n{rule}\n" for rule in rules))
-    return recipe.read(path)
+INT4, INT8 = RoundToNearest(4, 128), RoundToNearest(8, CHANNEL)
 
 
-def test_two_bit_widths_in_one_checkpoint(tmp_path: Path) -> None:
-    rules = recipe_of(tmp_path, "role = 'experts'", "role = 'attention'\nbits = 8", "match = 'shared_experts'\ngroup_size = 64")
-    check(model_of_128s(tmp_path / "source"), tmp_path, rules, "transformers", 0.2)
-    groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"]
-    assert sorted((g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups.values()) == [
-        (4, 64),
-        (4, 128),
-        (8, 128),
-    ]
+def rules_of(*pairs: tuple[str, codecs.Codec]) -> recipe.Recipe:
+    """First match wins; what nothing matches is kept."""
+    return recipe.Recipe("test", tuple(recipe.RecipeRule(codec, match=match) for match, codec in pairs))
 
 
-def test_experts_that_differ_between_layers_are_for_vllm_only(tmp_path: Path) -> None:
-    """transformers would load them, and decode one of the layers wrongly without a word."""
-    rules = recipe_of(tmp_path, "match = 'layers.1.mlp.experts'\nbits = 8", "role = 'experts'")
+MIXED = {
+    "attention in 8 bits, shared experts in groups of 64": (
+        (r"\.experts\.", INT4), ("self_attn", INT8), ("shared_experts", RoundToNearest(4, 64)),
+    ),
+    "shared experts in 8 bits": (("shared_experts", INT8), (r"\.experts\.", INT4)),
+    "routed experts in 8 bits": (("shared_experts", INT4), (r"\.experts\.", INT8)),
+    "all but the first layer": ((r"layers\.0\.", KEEP), ("_proj", INT8)),
+    "fp8, experts of layer 1 kept": ((r"layers\.1\.mlp\.experts", KEEP), ("_proj", Float8Block())),
+    "fp8, shared experts alone": (("shared_experts", Float8Block()),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pairs", MIXED.values(), ids=MIXED)
+def test_several_forms_in_one_checkpoint(pairs: tuple[tuple[str, codecs.Codec], ...], tmp_path: Path) -> None:
+    check(model_of_128s(tmp_path / "source"), tmp_path, rules_of(*pairs), "transformers", 0.2)
+
+
+@pytest.mark.parametrize("codec", [INT4, RoundToNearest(2, 64), INT8, Float8Block()], ids=lambda codec: codec.describe())
+def test_a_dense_model(codec: codecs.Codec, tmp_path: Path) -> None:
+    source = random_model(tmp_path / "source", layouts.PT, "dense", **WIDTHS["dense"])
+    check(source, tmp_path, built_in.one_codec("test", codec, **ALL), "transformers", 1.0)
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+@pytest.mark.parametrize("codec", [INT4, INT8, Float8Block()], ids=lambda codec: codec.describe())
+def test_a_model_with_an_mtp_block(codec: codecs.Codec, mtp: bool, tmp_path: Path) -> None:
+    """transformers drops the block; config.json names it, and the layer after the last that it is elsewhere."""
+    source = random_model(tmp_path / "source", layouts.PT, "moe_mtp", **WIDTHS["moe_mtp"] | {"moe_num_experts": 4})
+    check(source, tmp_path, built_in.one_codec("test", codec, **ALL | {"mtp": mtp}), "transformers", 1.0)
+
+
+UNREAD = {
+    "int4, group 128 and int8, per channel, of which transformers reads one only": (
+        (r"layers\.1\.mlp\.experts", INT8), (r"\.experts\.", INT4),
+    ),
+    "int4, group 128 and kept, of which transformers reads one only": ((r"layers\.1\.mlp\.experts", KEEP), ("_proj", INT4)),
+    "experts: would be kept, which transformers refuses": (("self_attn", INT8),),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("problem", "pairs"), UNREAD.items(), ids=UNREAD)
+def test_experts_that_it_does_not_read_are_for_vllm_only(
+    problem: str, pairs: tuple[tuple[str, codecs.Codec], ...], tmp_path: Path
+) -> None:
+    """It would decode them wrongly without a word, or refuse the file: neither plan nor card says that it loads."""
     source = model_of_128s(tmp_path / "source")
-    with pytest.raises(PlanError, match="int4, group 128 and int8, group 128, of which transformers reads one only"):
-        write(source, tmp_path / "out", "transformers", recipe=rules)
-    write(source, tmp_path / "out", "vllm", recipe=rules)
+    with pytest.raises(PlanError, match=problem):
+        write(source, tmp_path / "out", "transformers", recipe=rules_of(*pairs))
+    write(source, tmp_path / "out", "vllm", recipe=rules_of(*pairs))
     card = (tmp_path / "out/README.md").read_text()
     assert "vllm serve" in card
     assert "transformers" not in card
+    assert not read_rightly(tmp_path)  # if this ever fails, transformers has learned it, and so should we
+
+
+def read_rightly(tmp_path: Path) -> bool:
+    plain = logits(dequantized(tmp_path / "out", tmp_path / "plain"), torch.bfloat16)
+    try:
+        return torch.equal(logits(tmp_path / "out", torch.bfloat16), plain)
+    except RuntimeError:
+        return False
+
+
+def test_a_quantized_vl_model_is_not_for_transformers(tmp_path: Path) -> None:
+    source = random_model(tmp_path / "source", layouts.PT, "vl", **WIDTHS["vl"])
+    with pytest.raises(PlanError, match="transformers has no loader for a quantized VL checkpoint"):
+        write(source, tmp_path / "out", "transformers", recipe=built_in.one_codec("test", INT4, **ALL))

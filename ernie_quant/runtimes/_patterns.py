@@ -57,7 +57,4 @@ def _join_projections(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         head, dot, last = pattern.rpartition(r"\.")
         heads[head + dot if last.endswith("_proj") else pattern].append(last.removesuffix("_proj"))
-    return [
-        f"{head}{_one_of(last)}_proj" if head.endswith(r"\.") else head
-        for head, last in heads.items()
-    ]
+    return [f"{head}{_one_of(last)}_proj" if head.endswith(r"\.") else head for head, last in heads.items()]

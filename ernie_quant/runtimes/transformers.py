@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_quant.runtimes import Linear, vllm
+from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
+from ernie_quant.codecs.keep import Keep
+from ernie_quant.names import EXPERT_ROLES, VISION_EXPERT
+from ernie_quant.runtimes import Linear, _commands, vllm
+from ernie_quant.runtimes import _promise as promise
 
 CODECS = vllm.CODECS
 LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
@@ -14,7 +18,7 @@ RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8"), vllm.PER_RANK,
 parts, constants, pack, unpack, weight_of = vllm.parts, vllm.constants, vllm.pack, vllm.unpack, vllm.weight_of
 layer_of, quantization_config, codecs_of = vllm.layer_of, vllm.quantization_config, vllm.codecs_of
 suited, misread = vllm.suited, vllm.misread
-share_multiple, folder, metadata, unsupported = vllm.share_multiple, vllm.folder, vllm.metadata, vllm.unsupported
+share_multiple, folder, metadata = vllm.share_multiple, vllm.folder, vllm.metadata
 
 
 def recognizes(config: Mapping[str, Any]) -> bool:
@@ -29,9 +33,32 @@ def notes(linears: Sequence[Linear]) -> list[str]:
 
 def problems(linears: Sequence[Linear]) -> list[str]:
     """Layers that are one module in memory must be stored in one form here too, and all experts alike."""
-    return vllm.unknown(linears) + vllm.mixed(linears) + vllm.mixed_experts(linears)
+    return vllm.unknown(linears) + vllm.mixed(linears) + _mixed_experts(linears)
+
+
+def _mixed_experts(linears: Sequence[Linear]) -> list[str]:
+    """It takes the first group of config.json that names experts for those of all layers; float8 as `fp8` it reads by layers.
+
+    (integrations/compressed_tensors.py. Seen with 5.24: experts of other bits are decoded wrongly without a word, kept
+    experts beside integers end in an error.)
+    """
+    if COMPRESSED_TENSORS not in promise.quant_methods(linears):
+        return []
+    schemes = sorted({li.codec.form for li in linears if li.role in EXPERT_ROLES})
+    if len(schemes) > 1:
+        return [f"experts: would be stored as {' and '.join(schemes)}, of which transformers reads one only; --runtime vllm"]
+    if schemes and all(isinstance(li.codec, Keep) for li in linears if li.role in EXPERT_ROLES):
+        return ["experts: would be kept, which transformers refuses beside other integers; quantize them too, or --runtime vllm"]
+    return []
+
+
+def unsupported(linears: Sequence[Linear]) -> list[str]:
+    """What can be written but not loaded: text and vision experts differ in width."""
+    if any(li.role == VISION_EXPERT for li in linears) and promise.quant_methods(linears):
+        return ["transformers has no loader for a quantized VL checkpoint, vLLM has; --unsupported writes this one all the same"]
+    return []
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
     """How to run it."""
-    return [(title, command) for title, command in vllm.commands(out, config, tp) if title == "transformers"]
+    return _commands.transformers(out, config)

@@ -24,7 +24,7 @@ from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.names import EXPERT_ROLES, IN, VISION_EXPERT
-from ernie_quant.runtimes import Linear, Part, _modules, kept
+from ernie_quant.runtimes import Linear, Part, _commands, _modules, kept
 from ernie_quant.runtimes import _promise as promise
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ CONFIG: dict[str, Any] = {}
 RECIPES = ("pt", "wint4", "wint8", "fp8")
 PER_RANK, SPLITS_VOCABULARY = False, False
 CODECS = (Keep, RoundToNearest, Float8Block)
-TILE = 64  # of a rank's outputs and inputs: what Marlin loads (vllm, marlin_utils.py)
+TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
+DENSE_TILE = 128  # of a rank's inputs of other linears
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
 quantization_config, codecs_of, misread = promise.quantization_config, promise.codecs_of, promise.misread
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
@@ -186,22 +187,12 @@ def mixed(linears: Sequence[Linear]) -> list[str]:
     ]
 
 
-def mixed_experts(linears: Sequence[Linear]) -> list[str]:
-    """transformers 5 takes the first group of config.json that names experts for those of all layers, silently.
-
-    (integrations/compressed_tensors.py; seen with 5.23: layers of another width were decoded wrongly.)
-    """
-    schemes = sorted({li.codec.form for li in linears if li.role in EXPERT_ROLES})
-    return (
-        [f"experts: would be stored as {' and '.join(schemes)}, of which transformers reads one only"] if len(schemes) > 1 else []
-    )
-
-
 def share_multiple(linear: Linear) -> int:
-    """Marlin's tile, and no group or block cut in two."""
+    """Marlin's tiles, and no group or block cut in two."""
     match linear.codec:
-        case RoundToNearest(group_size=int(group)) if linear.ranks == IN:
-            return math.lcm(group, TILE)
+        case RoundToNearest(group_size=group) if linear.ranks == IN:
+            tile = TILE if linear.role in EXPERT_ROLES else DENSE_TILE
+            return math.lcm(tile, 1 if group == CHANNEL else int(group))
         case RoundToNearest():
             return TILE
         case Float8Block():
@@ -210,13 +201,5 @@ def share_multiple(linear: Linear) -> int:
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
-    """How to run it."""
-    vl = "text_config" in config or "vision_config" in config
-    most = f"   # or {', '.join(map(str, tp[1:]))}" if len(tp) > 1 else ""
-    trust = " --trust-remote-code" if vl else ""
-    runs = [("vLLM", f"vllm serve {out} --tensor-parallel-size {tp[0] if tp else 1}{trust}{most}")]
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    if not vl and sum(any("experts" in t for t in g["targets"] if "shared" not in t) for g in groups) < 2:  # see mixed_experts
-        snippet = f"from transformers import pipeline; print(pipeline('text-generation', '{out}')('Hello', max_new_tokens=20))"
-        runs.append(("transformers", f'python -c "{snippet}"'))
-    return runs
+    """How to run it, here and in transformers where that loads it."""
+    return _commands.vllm(out, config, tp) + _commands.transformers(out, config)

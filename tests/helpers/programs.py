@@ -31,12 +31,15 @@ class Module:
 
 @dataclass(frozen=True)
 class Program:
-    """`packed`: what it says its fused layers are made of. `strict`: a layer that nothing names is refused."""
+    """`packed`: what it says its fused layers are made of."""
 
     name: str
     modules: tuple[Module, ...]
     packed: Mapping[str, Sequence[str]]
-    strict: bool = False
+
+    @property
+    def sglang(self) -> bool:
+        return self.name.startswith("SGLang")
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------------
@@ -94,21 +97,21 @@ def programs(linears: Sequence[str], text_experts: int) -> list[Program]:
         vllm = (*_decoder(linears, "language_model.", text_experts=text_experts), *_vision(linears, "qkv"))
         sglang = (*_decoder(linears, "", text_experts=text_experts), *_vision(linears, "qkv_proj"))
         # vision_model is not renamed; the class of SGLang has no packed_modules_mapping
-        return [Program("vLLM", vllm, PACKED), Program("SGLang", sglang, {}, strict=True)]
+        return [Program("vLLM", vllm, PACKED), Program("SGLang", sglang, {})]
     main = tuple(_decoder(linears, "", text_experts=0))
     own = tuple(Module(li, (li,)) for li in linears if ".experts." not in li and not li.startswith("model.mtp_"))
     whole = tuple(module for module in main if module.experts)
     found = [
         Program("vLLM", main, PACKED),
         Program("transformers", own + whole, {}),
-        Program("SGLang", main, PACKED, strict=True),
+        Program("SGLang", main, PACKED),
     ]
     if mtp:
         vllm_draft = tuple(_block(f"model.layers.{last}", block, dense=True))
         sglang_draft = tuple(_block("model.mtp_block", block, dense=True))
         for packed in (PACKED, {}):  # the draft's class has no mapping; its quantization config may be the main model's
             found += [
-                Program("vLLM's draft", vllm_draft, packed), Program("SGLang's draft", sglang_draft, packed, strict=True),
+                Program("vLLM's draft", vllm_draft, packed), Program("SGLang's draft", sglang_draft, packed),
             ]  # fmt: skip
     return found
 
@@ -129,7 +132,7 @@ def _shards(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _scheme(config: Mapping[str, Any], name: str, program: Program) -> str:
     """vllm and sglang, should_ignore_layer, then find_matched_target: the fused name itself, or all of its shards."""
-    contains = program.strict  # SGLang looks for plain names of `ignore` anywhere in a layer's
+    contains = program.sglang  # SGLang looks for plain names of `ignore` anywhere in a layer's
     for names in ([name], _shards(name, program.packed)):
         ignored = {any(_matches(n, p, contains=contains) for p in config["ignore"]) for n in names}
         if len(ignored) > 1:
@@ -142,7 +145,8 @@ def _scheme(config: Mapping[str, Any], name: str, program: Program) -> str:
         ]
         if all(found):
             return json.dumps(found[0]["weights"] | {"format": found[0]["format"]})  # type: ignore[index]
-    return f"refused: nothing names {name}" if program.strict else KEPT
+    # compressed-tensors keeps it; vLLM up to 0.13 and SGLang raise "Unable to find matching target", later vLLM keeps it
+    return KEPT if program.name == "transformers" else f"refused: nothing names {name}"
 
 
 def _by_compressed_tensors(config: Mapping[str, Any], module: Module, program: Program) -> str:
@@ -153,6 +157,8 @@ def _by_compressed_tensors(config: Mapping[str, Any], module: Module, program: P
         return json.dumps(group["weights"] | {"format": group["format"]}) if group else KEPT
     # vllm, compressed_tensors_moe.py, get_moe_method: the projections of expert 0 speak for the layer
     found = {_scheme(config, f"{module.name}.0.{x}_proj", program) for x in ("gate", "up", "down")}
+    if program.sglang and any(_matches(module.name, p, contains=True) for p in config["ignore"]) != (found == {KEPT}):
+        return f"refused: {module.name} and its projections differ"  # compressed_tensors.py asks `ignore` about both
     return found.pop() if len(found) == 1 else f"refused: projections of {module.name} are of different schemes"
 
 
@@ -164,12 +170,12 @@ def _fp8_skipped(kept: Sequence[str], module: Module, program: Program) -> bool 
     last = name.rpartition(".")[2]
     if program.name == "vLLM":  # ernie45_vl.py, hf_to_vllm_mapper
         kept = [*kept, *(f"language_model.{k}" for k in kept)]
-    if program.strict:  # sglang: listed names with and without "model."
+    if program.sglang:  # sglang: listed names with and without "model."
         kept = [f"{p}{k.removeprefix('model.')}" for k in kept for p in ("", "model.")]
-    if last in program.packed and (program.strict or name not in kept):
+    if last in program.packed and (program.sglang or name not in kept):
         skipped = {shard in kept for shard in _shards(name, program.packed)}
         return skipped.pop() if len(skipped) == 1 else f"refused: shards of {name} differ"
-    if "experts" in name and not program.strict:  # vllm, is_layer_skipped: a layer whose name begins a kept one's
+    if "experts" in name and not program.sglang:  # vllm, is_layer_skipped: a layer whose name begins a kept one's
         return any(name in k for k in kept if "experts" in k)
     return name in kept
 

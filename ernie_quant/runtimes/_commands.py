@@ -1,0 +1,48 @@
+"""How PT checkpoints are run, and from which versions on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
+
+Commands = list[tuple[str, str]]
+
+# vLLM 0.12 looks for experts under "Linear" (compressed_tensors_moe.py), which no config.json of this tool has
+VLLM = "vLLM >= 0.13"
+TRANSFORMERS = "transformers >= 5"
+
+
+def vllm(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> Commands:
+    """A server."""
+    most = f"   # or {', '.join(map(str, tp[1:]))}" if len(tp) > 1 else ""
+    trust = " --trust-remote-code" if is_vl(config) else ""
+    return [(VLLM, f"vllm serve {out} --tensor-parallel-size {tp[0] if tp else 1}{trust}{most}")]
+
+
+def transformers(out: Path, config: Mapping[str, Any]) -> Commands:
+    """A pipeline; nothing for what it would not load."""
+    if is_vl(config) or not _one_form_of_experts(config):
+        return []
+    snippet = f"from transformers import pipeline; print(pipeline('text-generation', '{out}')('Hello', max_new_tokens=20))"
+    return [(TRANSFORMERS, f'python -c "{snippet}"')]
+
+
+def is_vl(config: Mapping[str, Any]) -> bool:
+    """In either spelling of config.json."""
+    return "text_config" in config or "vision_config" in config
+
+
+def _one_form_of_experts(config: Mapping[str, Any]) -> bool:
+    """Does one group of config.json speak of the routed experts of all layers? See `transformers.problems`."""
+    entry = config.get("quantization_config", {})
+    if entry.get("quant_method") != COMPRESSED_TENSORS or "moe_num_experts" not in config:
+        return True
+    groups = [group["targets"] for group in entry["config_groups"].values()]
+    return [any(map(_of_routed, patterns)) for patterns in groups].count(True) == 1 and not any(map(_of_routed, entry["ignore"]))
+
+
+def _of_routed(pattern: str) -> bool:
+    return r"\.experts\." in pattern
