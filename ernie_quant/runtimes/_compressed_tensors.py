@@ -43,11 +43,16 @@ FLOAT8 = {
 
 def config(linears: Sequence[Linear]) -> dict[str, Any]:
     """quantization_config of a checkpoint with integer codes or float8 blocks, under every name that a program looks up."""
-    names = _modules.names(linears)
+    names, rest = _modules.names(linears), _modules.names(linears, whole=True)
     forms: dict[str, list[Linear]] = defaultdict(list)
     for linear in linears:
         forms[linear.codec.form].append(linear)
-    regexes = {form: _regexes(members, [li for li in linears if li.codec.form != form], names) for form, members in forms.items()}
+    regexes = {
+        form: _regexes(
+            [n for li in mine for n in names[li.name]], [n for li in linears if li.codec.form != form for n in rest[li.name]]
+        )
+        for form, mine in forms.items()
+    }
     groups = sorted((form for form in forms if form != KEEP.form), key=lambda form: (not _routed(forms[form]), form))
     return {
         "quant_method": "compressed-tensors",
@@ -68,10 +73,9 @@ def _routed(linears: Sequence[Linear]) -> bool:
     return any(li.role in EXPERT_ROLES for li in linears)
 
 
-def _regexes(chosen: Sequence[Linear], others: Sequence[Linear], names: Mapping[str, Sequence[str]]) -> list[str]:
-    """`re:` patterns for the names of layers in every program, whatever prefix it has for them."""
-    mine, rest = ([name for li in linears for name in names[li.name]] for linears in (chosen, others))
-    return [f"re:.*{pattern.removeprefix('model')}$" for pattern in cover(mine, rest)]
+def _regexes(chosen: Sequence[str], others: Sequence[str]) -> list[str]:
+    """`re:` patterns for the names of layers, whatever prefix a program has for them."""
+    return [f"re:.*{pattern.removeprefix('model')}$" for pattern in cover(chosen, others)]
 
 
 def _scheme(codec: Codec) -> dict[str, Any]:

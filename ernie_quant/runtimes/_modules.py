@@ -27,13 +27,20 @@ class _Model:
     text_experts: int
 
 
-def names(linears: Sequence[Linear]) -> dict[str, tuple[str, ...]]:
-    """Linear -> the names of its layer in every program, its own in the file first."""
+def names(linears: Sequence[Linear], *, whole: bool = False) -> dict[str, tuple[str, ...]]:
+    """Linear -> the names of its layer in every program, its own in the file first.
+
+    The experts of a layer are one module, of which programs ask whether it is kept: kept experts have its name too, and
+    quantized ones where it is asked for as `whole`. (compressed-tensors must not take it for a linear.)
+    """
     model = _Model(1 + _highest(r"\.layers\.(\d+)\.", linears), _text_experts(linears))
-    return {
-        li.name: tuple(dict.fromkeys([li.module, *(name for program in PROGRAMS.values() for name in program(li, model))]))
-        for li in linears
-    }
+    found = {}
+    for linear in linears:
+        mine = [linear.module, *(name for program in PROGRAMS.values() for name in program(linear, model))]
+        if linear.role in EXPERT_ROLES and (whole or isinstance(linear.codec, Keep)):
+            mine += [re.sub(r"\.\d+\.\w+$", "", name) for name in mine]
+        found[linear.name] = tuple(dict.fromkeys(mine))
+    return found
 
 
 def _highest(pattern: str, linears: Sequence[Linear]) -> int:
@@ -59,16 +66,14 @@ def _vllm(linear: Linear, model: _Model) -> list[str]:
 
 
 def _transformers(linear: Linear, model: _Model) -> list[str]:
-    """Names of the file; the experts of a layer are one module, which is asked for where it may be kept (fp8)."""
-    return [_whole(linear.module)] if linear.role in EXPERT_ROLES and isinstance(linear.codec, Keep) else []
+    """Names of the file."""
+    return [linear.module]
 
 
 def _sglang(linear: Linear, model: _Model) -> list[str]:
     """Every MTP block is a model of its own, without a number. VL models do not say of what their fused layers are made."""
     if linear.role in (*EXPERT_ROLES, ROUTER):
-        split = _split_vl(linear, linear.module, model)
-        kept = linear.role in EXPERT_ROLES and isinstance(linear.codec, Keep)
-        return [*split, *map(_whole, split)] if kept else split
+        return _split_vl(linear, linear.module, model)
     if linear.role == VISION:
         return [re.sub(r"\.attn\.qkv$", ".attn.qkv_proj", linear.module)]
     module = re.sub(r"\.mtp_block\.\d+\.", ".mtp_block.", linear.module) if linear.role == MTP else linear.module
@@ -83,11 +88,6 @@ def _split_vl(linear: Linear, module: str, model: _Model) -> list[str]:
         return [re.sub(r"\.gate$", f".{kind}_experts_gate", module) for kind in ("text", "vision")]
     kind, first = ("vision", model.text_experts) if linear.role == VISION_EXPERT else ("text", 0)
     return [re.sub(r"\.experts\.(\d+)\.", lambda m: f".{kind}_experts.{int(m[1]) - first}.", module)]
-
-
-def _whole(expert: str) -> str:
-    """All experts of the layer."""
-    return re.sub(r"\.\d+\.\w+$", "", expert)
 
 
 PROGRAMS: dict[str, Callable[[Linear, _Model], list[str]]] = {
