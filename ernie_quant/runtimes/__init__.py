@@ -167,7 +167,7 @@ class Runtime(Protocol):
         ...
 
     def misread(self, config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
-        """Where a program would read something else than is stored: it may know a layer by another name than the file."""
+        """Where config.json says something else of a linear than it is, by any name that a program has for it."""
         ...
 
     def share_multiple(self, linear: Linear) -> int:

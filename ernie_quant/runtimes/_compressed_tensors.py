@@ -18,7 +18,7 @@ from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import EXPERT_ROLES
 from ernie_quant.runtimes import Linear, _modules
-from ernie_quant.runtimes._patterns import cover
+from ernie_quant.runtimes._patterns import covers
 
 # blocks of weights, and what kernels do to the activations that they meet (vllm, compressed_tensors_w8a8_fp8.py)
 FLOAT8 = {
@@ -43,16 +43,10 @@ FLOAT8 = {
 
 def config(linears: Sequence[Linear]) -> dict[str, Any]:
     """quantization_config of a checkpoint with integer codes or float8 blocks, under every name that a program looks up."""
-    names, rest = _modules.names(linears), _modules.names(linears, whole=True)
     forms: dict[str, list[Linear]] = defaultdict(list)
     for linear in linears:
         forms[linear.codec.form].append(linear)
-    regexes = {
-        form: _regexes(
-            [n for li in mine for n in names[li.name]], [n for li in linears if li.codec.form != form for n in rest[li.name]]
-        )
-        for form, mine in forms.items()
-    }
+    regexes = _regexes(forms, _modules.names(linears))
     groups = sorted((form for form in forms if form != KEEP.form), key=lambda form: (not _routed(forms[form]), form))
     return {
         "quant_method": "compressed-tensors",
@@ -73,9 +67,12 @@ def _routed(linears: Sequence[Linear]) -> bool:
     return any(li.role in EXPERT_ROLES for li in linears)
 
 
-def _regexes(chosen: Sequence[str], others: Sequence[str]) -> list[str]:
-    """`re:` patterns for the names of layers, whatever prefix a program has for them."""
-    return [f"re:.*{pattern.removeprefix('model')}$" for pattern in cover(chosen, others)]
+def _regexes(forms: Mapping[str, Sequence[Linear]], names: Mapping[str, _modules.Names]) -> dict[str, list[str]]:
+    """`re:` patterns for the linears of each form, whatever prefix a program has for their names."""
+    asked = {form: [name for li in members for name in names[li.name].asked(li.codec)] for form, members in forms.items()}
+    nobodys = [name for form, members in forms.items() if form != KEEP.form for li in members for name in names[li.name].whole]
+    patterns = covers({**asked, "": nobodys})
+    return {form: [f"re:.*{pattern.removeprefix('model')}$" for pattern in patterns[form]] for form in forms}
 
 
 def _scheme(codec: Codec) -> dict[str, Any]:
@@ -104,16 +101,19 @@ def codecs_of(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Co
         raise ConfigError(f"config.json: quantization_config is none that this tool writes ({error!r:.100})") from None
     chosen: dict[str, Codec] = {}
     for module in modules:
-        codecs = [codec for targets, codec in groups if any(t.match(module) for t in targets)]
-        ignored = any(i.match(module) for i in ignore)
+        codecs = [codec for targets, codec in groups if targets.match(module)]
+        ignored = ignore.match(module) is not None
         if len(codecs) + ignored != 1:
             raise ConfigError(f"config.json: {module} matches {len(codecs)} of config_groups, and ignore: {ignored}")
         chosen[module] = codecs[0] if codecs else KEEP
     return chosen
 
 
-def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
-    return [re.compile(p.removeprefix("re:") if p.startswith("re:") else re.escape(p) + "$") for p in patterns]
+def _compiled(patterns: Sequence[str]) -> re.Pattern[str]:
+    """One for all of them."""
+    return re.compile(
+        "|".join(f"(?:{p.removeprefix('re:') if p.startswith('re:') else re.escape(p) + '$'})" for p in patterns) or "(?!)"
+    )
 
 
 def _codec(weights: Mapping[str, Any]) -> Codec:

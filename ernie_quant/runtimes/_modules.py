@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.names import EXPERT, EXPERT_ROLES, MTP, ROUTER, VISION, VISION_EXPERT
 from ernie_quant.runtimes import Linear
@@ -27,19 +28,29 @@ class _Model:
     text_experts: int
 
 
-def names(linears: Sequence[Linear], *, whole: bool = False) -> dict[str, tuple[str, ...]]:
-    """Linear -> the names of its layer in every program, its own in the file first.
+@dataclass(frozen=True)
+class Names:
+    """What a linear is called: by every program, its name in the file first; and all experts of its layer together."""
 
-    The experts of a layer are one module, of which programs ask whether it is kept: kept experts have its name too, and
-    quantized ones where it is asked for as `whole`. (compressed-tensors must not take it for a linear.)
-    """
+    own: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+
+    def asked(self, codec: Codec) -> tuple[str, ...]:
+        """Those that config.json has to say this codec of.
+
+        Whether a layer's experts are kept is asked of the whole; as quantized it must not be named, it is no linear.
+        """
+        return self.own + self.whole if isinstance(codec, Keep) else self.own
+
+
+def names(linears: Sequence[Linear]) -> dict[str, Names]:
+    """Linear -> its names."""
     model = _Model(1 + _highest(r"\.layers\.(\d+)\.", linears), _text_experts(linears))
     found = {}
     for linear in linears:
-        mine = [linear.module, *(name for program in PROGRAMS.values() for name in program(linear, model))]
-        if linear.role in EXPERT_ROLES and (whole or isinstance(linear.codec, Keep)):
-            mine += [re.sub(r"\.\d+\.\w+$", "", name) for name in mine]
-        found[linear.name] = tuple(dict.fromkeys(mine))
+        own = dict.fromkeys(name for program in PROGRAMS.values() for name in program(linear, model))
+        whole = [name.rsplit(".", 2)[0] for name in own] if linear.role in EXPERT_ROLES else []
+        found[linear.name] = Names(tuple(own), tuple(whole))
     return found
 
 
@@ -59,39 +70,45 @@ def fused(module: str) -> str:
     return head + dot + FUSED.get(last, last)
 
 
+def _transformers(linear: Linear, model: _Model) -> list[str]:
+    """Its own name."""
+    return [linear.module]
+
+
 def _vllm(linear: Linear, model: _Model) -> list[str]:
     """The MTP block is a layer after the last, in a model of its own. Experts are asked for by their projections."""
-    module = re.sub(r"\.mtp_block\.(\d+)\.", lambda m: f".layers.{model.layers + int(m[1])}.", linear.module)
-    return _split_vl(linear, module, model) if linear.role in (*EXPERT_ROLES, ROUTER) else [module, fused(module)]
-
-
-def _transformers(linear: Linear, model: _Model) -> list[str]:
-    """Names of the file."""
-    return [linear.module]
+    if linear.role in (*EXPERT_ROLES, ROUTER):
+        return _split_vl(linear, model)
+    module = linear.module
+    if linear.role == MTP:
+        module = re.sub(r"\.mtp_block\.(\d+)\.", lambda m: f".layers.{model.layers + int(m[1])}.", module)
+    return [module, fused(module)]
 
 
 def _sglang(linear: Linear, model: _Model) -> list[str]:
     """Every MTP block is a model of its own, without a number. VL models do not say of what their fused layers are made."""
     if linear.role in (*EXPERT_ROLES, ROUTER):
-        return _split_vl(linear, linear.module, model)
+        return _split_vl(linear, model)
     if linear.role == VISION:
         return [re.sub(r"\.attn\.qkv$", ".attn.qkv_proj", linear.module)]
     module = re.sub(r"\.mtp_block\.\d+\.", ".mtp_block.", linear.module) if linear.role == MTP else linear.module
     return [module, fused(module)]
 
 
-def _split_vl(linear: Linear, module: str, model: _Model) -> list[str]:
+def _split_vl(linear: Linear, model: _Model) -> list[str]:
     """VL models have `text_experts` and `vision_experts`, numbered from 0 each, with a router each."""
     if not model.text_experts:
-        return [module]
+        return [linear.module]
     if linear.role == ROUTER:
-        return [re.sub(r"\.gate$", f".{kind}_experts_gate", module) for kind in ("text", "vision")]
+        return [f"{linear.module.removesuffix('gate')}{kind}_experts_gate" for kind in ("text", "vision")]
     kind, first = ("vision", model.text_experts) if linear.role == VISION_EXPERT else ("text", 0)
-    return [re.sub(r"\.experts\.(\d+)\.", lambda m: f".{kind}_experts.{int(m[1]) - first}.", module)]
+    layer, number, projection = linear.module.rsplit(".", 2)
+    return [f"{layer.removesuffix('experts')}{kind}_experts.{int(number) - first}.{projection}"]
 
 
+# the name in the file first
 PROGRAMS: dict[str, Callable[[Linear, _Model], list[str]]] = {
-    "vLLM": _vllm,
     "transformers": _transformers,
+    "vLLM": _vllm,
     "SGLang": _sglang,
 }

@@ -46,7 +46,9 @@ def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": list(dict.fromkeys(n for li in linears if isinstance(li.codec, Keep) for n in names[li.name])),
+        "modules_to_not_convert": list(
+            dict.fromkeys(name for li in linears if isinstance(li.codec, Keep) for name in names[li.name].asked(li.codec))
+        ),
     }
 
 
@@ -57,13 +59,15 @@ def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec
 
 
 def misread(config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
-    """Where a program that knows a layer by another name than the file would read something else. Raises ConfigError."""
+    """Where it says something else of a linear, by any of its names in any program. Raises ConfigError."""
     names = _modules.names(linears)
-    promised = _promised(config, [name for li in linears for name in names[li.name]])
+    asked = {li.name: names[li.name].asked(li.codec) for li in linears}
+    promised = _promised(config, [name for some in asked.values() for name in some])
     return [
-        f"{li.name}: is stored as {li.codec.form}, but a program that calls the layer {name} reads {promised[name].form}"
+        f"{li.name}: is stored as {li.codec.form}, but of {name}, as a program calls the layer, config.json says"
+        f" {promised[name].form}"
         for li in linears
-        for name in names[li.name]
+        for name in asked[li.name]
         if _stored(promised[name]) != _stored(li.codec)
     ]
 

@@ -209,8 +209,13 @@ def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec
 
 
 def misread(config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
-    """Nothing: it knows layers by the names of its files."""
-    return []
+    """Where config.json says something else of a linear, which it calls by its name in the file. Raises ConfigError."""
+    promised = codecs_of(config, [(li.name, li.spec) for li in linears])
+    return [
+        f"{li.name}: is stored as {li.codec.form}, but config.json says {promised[li.name].form}"
+        for li in linears
+        if promised[li.name].form != li.codec.form
+    ]
 
 
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
