@@ -6,6 +6,7 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli._show import show_plan, show_result
 
@@ -56,6 +57,8 @@ def run(
     from ernie_quant.run.shared import run_shared, shared_bytes
     from ernie_quant.run.whole import run_plan
 
+    if disk_budget is not None and plan.source.downloader is None:
+        raise click.UsageError(f"--disk-budget is for a source on a hub; {plan.source.folder} is a folder, leave it out")
     if tp > 1:
         check_size(plan, tp)
     if dry_run:
