@@ -34,7 +34,7 @@ fix = click.option(
     help="Repair a tensor that is known to be stored wrongly: mtp_linear_proj, untransposed in a published file.",
 )  # fmt: skip
 experts_only = click.option("--experts-only", is_flag=True, help="Quantize the routed experts, keep everything else.")
-mtp = click.option("--mtp", is_flag=True, help="Quantize the linears of the MTP block too.")
+mtp = click.option("--mtp", is_flag=True, help="Quantize the MTP block's linears too, also with --experts-only.")
 keep_unfit = click.option("--keep-unfit", is_flag=True, help="Keep tensors whose widths do not fit, instead of refusing.")
 to_layout = click.option("--to", "layout", type=click.Choice(["paddle", "pt"]), required=True, help="Layout of the result.")
 

@@ -78,13 +78,16 @@ def make(name: str, runtime: str = "", **given: Any) -> BuiltIn:
 
 
 def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
-    """One codec for the experts, or for every quantizable linear."""
+    """One codec for the experts, or for every quantizable linear; with `mtp` for those of the MTP block too."""
     from ernie_quant.names import EXPERT_ROLES, MTP, QUANTIZABLE, ROLES
     from ernie_quant.plan.recipe import Recipe, RecipeRule
 
     roles = EXPERT_ROLES if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and (r != MTP or mtp))
     hint = "this model has no experts; without --experts-only its other linears are quantized"
-    return Recipe(name, (RecipeRule(codec, roles, if_unused=hint if experts_only else ""),), keep_unfit)
+    rules = [RecipeRule(codec, roles, if_unused=hint if experts_only else "")]
+    if experts_only and mtp:
+        rules.append(RecipeRule(codec, (MTP,), optional=True))
+    return Recipe(name, tuple(rules), keep_unfit)
 
 
 def fastdeploy_container(
@@ -150,8 +153,8 @@ def _wint4_container(name: str, *, scale: str) -> Recipe:
 
 def _wint2_container(name: str, *, wint4_layers: int, **options: Any) -> Recipe:
     none_left = (
-        f"wint2: wint4-layers is {wint4_layers}, which leaves no experts for 2 bits: the last of this model's {{layers}} MoE layers is"
-        " layer {last}; give at most {last}, or for all in 4 bits use wint4 --runtime fastdeploy"
+        f"wint2: wint4-layers is {wint4_layers}, which leaves no experts for 2 bits: the last of this model's {{layers}} MoE"
+        " layers is layer {last}; give at most {last}, or for all in 4 bits use wint4 --runtime fastdeploy"
     )
     return fastdeploy_container(name, wint4_layers, if_taken=none_left, **options)
 
