@@ -16,7 +16,7 @@ STDOUT, STDERR = 1, 2
 class _Output(io.FileIO):
     """Once nobody reads any more, what is written goes nowhere; what was asked for is done all the same."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         """As of a file. Raises OSError, once, for output that somebody wants and the disk does not take."""
         try:
             return super().write(data)
