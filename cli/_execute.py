@@ -6,6 +6,7 @@ import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli._show import show_plan, show_result
 
@@ -53,9 +54,11 @@ def run(
 ) -> None:  # fmt: skip
     """Show a plan, or run it and say what happened."""
     from ernie_quant.plan.reshard import check_size
-    from ernie_quant.run.shared import run_shared
+    from ernie_quant.run.shared import run_shared, shared_bytes
     from ernie_quant.run.whole import run_plan
 
+    if disk_budget is not None and plan.source.downloader is None:
+        raise click.UsageError(f"--disk-budget is for a source on a hub; {plan.source.folder} is a folder, leave it out")
     if tp > 1:
         check_size(plan, tp)
     if dry_run:
@@ -63,8 +66,7 @@ def run(
         return
 
     return_freed_memory()
-    total = sum(step.spec.nbytes for step in plan.steps)
-    with progress_bar(total, quiet) as progress:
+    with progress_bar(shared_bytes(plan, tp), quiet) as progress:
         how: dict[str, Any] = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget, "progress": progress}
         result = run_shared(plan, out, tp, **how) if tp > 1 else run_plan(plan, out, **how)
     show_result(result, out, quiet, as_json)

@@ -34,7 +34,7 @@ fix = click.option(
     help="Repair a tensor that is known to be stored wrongly: mtp_linear_proj, untransposed in a published file.",
 )  # fmt: skip
 experts_only = click.option("--experts-only", is_flag=True, help="Quantize the routed experts, keep everything else.")
-mtp = click.option("--mtp", is_flag=True, help="Quantize the linears of the MTP block too.")
+mtp = click.option("--mtp", is_flag=True, help="Quantize the MTP block's linears too, also with --experts-only.")
 keep_unfit = click.option("--keep-unfit", is_flag=True, help="Keep tensors whose widths do not fit, instead of refusing.")
 to_layout = click.option("--to", "layout", type=click.Choice(["paddle", "pt"]), required=True, help="Layout of the result.")
 
@@ -81,7 +81,7 @@ def write_options(command: F) -> F:
             click.option("--dry-run", is_flag=True, help="Show what would happen to each group of tensors; write nothing."),
             click.option("--restart", is_flag=True, help="Drop what an earlier run left in OUT and begin anew."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: one per processor, at most 8]"),
-            click.option("--disk-budget", type=Size(), help="Bytes of a hub's files on disk at a time.  [default: the least]"),
+            click.option("--disk-budget", type=Size(), help="SRC on a hub: bytes of it on disk at once.  [default: the least]"),
             click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
             quiet, json_option,
         ]

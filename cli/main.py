@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 import ernie_quant
+from ernie_quant.cli._streams import lasting_streams
 from ernie_quant.disk import FULL
 from ernie_quant.errors import ErnieQuantError, RetryError
 
@@ -57,8 +58,13 @@ def group() -> None:
 def main() -> NoReturn:
     """Run, and turn every expected error into one line on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    with lasting_streams():
+        sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
     try:
-        sys.exit(group.main(standalone_mode=False, prog_name="ernie-quant") or 0)
+        return group.main(standalone_mode=False, prog_name="ernie-quant") or 0
     except click.exceptions.Abort:
         code, line = INTERRUPTED, RESUME
     except KeyboardInterrupt:
@@ -67,7 +73,7 @@ def main() -> NoReturn:
         code, line = TERMINATED, RESUME
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except ErnieQuantError as error:
         code, line = error.exit_code, f"error: {error}"
     except OSError as error:
@@ -75,7 +81,7 @@ def main() -> NoReturn:
         again = "; the same command goes on where it stopped" if code == RetryError.exit_code else ""
         line = f"error: {error.filename or 'input/output'}: {error.strerror}{again}"
     print(line, file=sys.stderr)
-    sys.exit(code)
+    return code
 
 
 RESUME = "interrupted; the same command goes on where it stopped"

@@ -16,6 +16,8 @@ from ernie_quant.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+LARGEST = 2.0**120  # of a weight: beyond it scales round up to infinity, or a row vanishes, as WINT2 stores it
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -42,7 +44,10 @@ class Difference:
 
 
 def compare(name: str, weight: torch.Tensor, decoded: torch.Tensor) -> Difference:
-    """The sums for a weight (or a slab of it) and what became of it. Raises CheckpointError for NaN or infinity."""
+    """The sums for a weight (or a slab of it) and what became of it.
+
+    Raises CheckpointError for NaN and infinity, in either, and for what is too large to be quantized.
+    """
     import torch
 
     from ernie_quant import kernels
@@ -52,4 +57,16 @@ def compare(name: str, weight: torch.Tensor, decoded: torch.Tensor) -> Differenc
     error, total, largest = kernels.of("difference", weight).squares(weight, decoded)
     if not math.isfinite(total):
         raise CheckpointError(f"{name}: holds NaN or infinity, which cannot be quantized")
+    if total > LARGEST**2 and abs(peak := _peak(weight)) > LARGEST:  # many smaller ones may add up to as much
+        raise CheckpointError(
+            f"{name}: holds {peak:.4g}; weights are quantized up to {LARGEST:.4g} (2^120), and no sound model has larger ones:"
+            " get the file again, or keep this tensor (quantize with a --recipe that leaves it out, or convert)"
+        )
+    if not math.isfinite(error + largest):
+        raise CheckpointError(f"{name}: its codes decode to NaN or infinity; keep this tensor, or choose another format for it")
     return Difference(error, total, largest)
+
+
+def _peak(weight: torch.Tensor) -> float:
+    """The element of the largest magnitude."""
+    return float(weight.flatten()[weight.abs().argmax()])

@@ -249,11 +249,9 @@ def test_a_row_that_cannot_be_encoded_becomes_zeros_and_leaves_the_others_alone(
     assert all(same(encoded[name][::2].contiguous(), alone[name][::2].contiguous()) for name in alone)
     plain = ccq_reference.encode(weight, CANDIDATES)
     assert all(same(encoded[name], plain[name]) for name in plain)
-    if abs(value) < float("inf"):
-        assert compare("w", weight, CODEC.decode(encoded)).rel_error == pytest.approx(1)
-    else:
-        with pytest.raises(CheckpointError, match="w: holds NaN or infinity"):
-            compare("w", weight, CODEC.decode(encoded))
+    # what was made zero is never stored
+    with pytest.raises(CheckpointError, match=r"w: holds (NaN or infinity|[\d.]+e\+3[68]; weights are quantized up to)"):
+        compare("w", weight, CODEC.decode(encoded))
 
 
 @pytest.mark.parametrize(

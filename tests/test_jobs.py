@@ -52,7 +52,7 @@ def planned(kind: str, folder: Path) -> Plan:
         return make_reshard_plan(open_source(folder / "container"), 2)
     if kind == "dequantize":
         return make_plan(open_source(folder / "container"), runtime="vllm", dequantize=True, shard_bytes=200_000)
-    made = built_in.make("pt" if kind == "convert" else kind)
+    made = built_in.make("pt" if kind == "convert" else kind, **({"wint4_layers": 2, "effort": 1} if kind == "wint2" else {}))
     return make_plan(open_source(folder / "src"), runtime=made.runtime, recipe=made.recipe, shard_bytes=200_000)
 
 

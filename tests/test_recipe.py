@@ -1,18 +1,23 @@
-"""Rules of a recipe: by role, by a regex, or by exact names; the first match wins."""
+"""Rules of a recipe: by role, by a regex, or by exact names; the first match wins. And what the built-in ones take."""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
-from helpers.models import GOLDEN
+from helpers.commands import Command
+from helpers.models import GOLDEN, random_model
+from helpers.runs import OF_128S
 
+from ernie_quant.check.verify import verify
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import PlanError
 from ernie_quant.names import Weight
-from ernie_quant.plan import recipe
+from ernie_quant.plan import built_in, recipe
 from ernie_quant.sources import open_source
-from ernie_quant.weights.layouts import PADDLE
+from ernie_quant.weights.layouts import PADDLE, PT, Layout
 from ernie_quant.weights.plain import resolve
 
 UP = "model.layers.1.mlp.experts.0.up_proj.weight"
@@ -69,3 +74,70 @@ def test_five_hundred_regexes_are_compiled_once(weights: list[Weight], monkeypat
     monkeypatch.setattr(re, "compile", lambda *arguments: compiled.append(arguments) or compile_(*arguments))
     assert codecs(rules, weights) == {}
     assert len(compiled) == 600
+
+
+# --- built-in recipes ------------------------------------------------------------------------------------------------
+
+ALL = {"experts", "shared_experts", "mlp", "attention"}
+
+
+@pytest.mark.parametrize(
+    ("which", "roles"),
+    [
+        ({}, ALL),
+        ({"mtp": True}, ALL | {"mtp"}),
+        ({"experts_only": True}, {"experts"}),
+        ({"experts_only": True, "mtp": True}, {"experts", "mtp"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["wint4", "wint8", "fp8"])
+@pytest.mark.parametrize("layout", [PT, PADDLE], ids=lambda layout: layout.name)
+def test_experts_only_and_mtp_are_independent(name: str, which: dict[str, bool], roles: set[str], layout: Layout) -> None:
+    rules = built_in.make(name, **which).recipe
+    weights = layout.join(resolve(open_source(GOLDEN / "moe_mtp/paddle")).weights)
+    linears = [w for w in weights if w.row.rule.linear]
+    assert {w.role for w in linears} >= ALL - {"shared_experts"} | {"mtp"}
+    found = codecs(rules, weights)
+    assert found.keys() == {w.name for w in linears if w.role in roles}
+    assert len(set(found.values())) == 1
+    assert rules.unused(weights) == []
+
+
+def test_both_without_an_mtp_block_are_experts_only(weights: list[Weight]) -> None:
+    both, one = (built_in.make("wint4", experts_only=True, mtp=mtp).recipe for mtp in (True, False))
+    assert codecs(both, weights) == codecs(one, weights)
+    assert both.unused(weights) == []
+
+
+def test_both_of_a_dense_model_say_that_it_has_no_experts() -> None:
+    dense = resolve(open_source(GOLDEN / "dense/paddle")).weights
+    (line,) = built_in.make("wint4", experts_only=True, mtp=True).recipe.unused(dense)
+    assert line.startswith("this model has no experts;")
+
+
+def test_no_other_combination_has_another_fingerprint_than_before() -> None:
+    """What is published stays up to date: recipes stand in the identity of a result."""
+    roles = "role experts or vision_experts"
+    every = f"{roles} or shared_experts or mlp or attention"
+    cases: list[tuple[dict[str, bool], list[str]]] = [
+        ({}, [every]), ({"mtp": True}, [f"{every} or mtp"]), ({"experts_only": True}, [roles]),
+        ({"experts_only": True, "mtp": True}, [roles, "role mtp"]),
+    ]  # fmt: skip
+    for which, applies in cases:
+        said = recipe.as_dict(built_in.make("wint8", **which).recipe)["rules"]
+        assert [rule["applies_to"] for rule in said] == applies
+
+
+@pytest.mark.parametrize("arguments", [("wint4",), ("wint8", "--runtime", "transformers"), ("fp8",)], ids=" ".join)
+def test_both_from_the_command_line_to_a_verified_result(arguments: tuple[str, ...], command: Command, tmp_path: Path) -> None:
+    """config.json names the layers of the MTP block as it names the experts', and every other as kept."""
+    source = random_model(tmp_path / "src", "paddle", "moe_mtp", **OF_128S)
+    name, *options = arguments
+    assert command(name, source, tmp_path / "out", *options, "--experts-only", "--mtp", "--quiet")[0] == 0
+    rows = json.loads((tmp_path / "out/report.json").read_text())["tensors"]
+    changed = {row["name"] for row in rows if row["codec"] != "kept"}
+    layer = r"(layers\.1\.mlp\.experts\.\d+|mtp_block\.0\.(mlp|self_attn))\.(gate|up|down|q|k|v|o)_proj"
+    assert changed == {row["name"] for row in rows if re.fullmatch(rf"model\.{layer}\.weight", row["name"])}
+    assert len([name for name in changed if "mtp_block" in name]) == 7
+    assert verify(tmp_path / "out", source).quantized == len(changed) == 2 * 3 + 7

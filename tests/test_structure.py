@@ -166,3 +166,67 @@ def test_every_package_is_installed() -> None:
     """A folder that pyproject.toml does not name works here and is missing in a wheel."""
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert sorted(packages) == sorted(name for name, path in MODULES.items() if path.name == "__init__.py")
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+ORDERLESS = ("sorted", "any", "all", "sum", "max", "min", "set", "frozenset", "len")  # what takes a set as well as a list
+LISTING = ("join", "extend", "list", "tuple", "next", "iter", "enumerate", "dict", "fromkeys")
+YET_UNSORTED = {"ernie_quant.check.verify"}
+
+
+def is_set(node: ast.expr) -> bool:
+    """A set by its own looks, or what sets and keys of dicts have in common or not."""
+    match node:
+        case ast.Set() | ast.SetComp() | ast.Call(func=ast.Name(id="set" | "frozenset")):
+            return True
+        case ast.BinOp(left=left, op=ast.BitAnd() | ast.BitOr() | ast.Sub() | ast.BitXor(), right=right):
+            return any(is_set(side) or getattr(getattr(side, "func", None), "attr", "") == "keys" for side in (left, right))
+        case ast.Starred(value=value):
+            return is_set(value)
+    return False
+
+
+def name_of_call(node: ast.AST) -> str:
+    return getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+
+
+def listed_sets(tree: ast.AST) -> Iterator[str]:
+    """Sets that are gone through in an order that shows: it is another one in every process."""
+    nodes = list(ast.walk(tree))
+    orderless = {id(argument) for node in nodes if name_of_call(node) in ORDERLESS for argument in node.args}
+    for node in nodes:
+        gone_through: list[ast.expr] = []
+        match node:
+            case ast.For(iter=values):
+                gone_through = [values]
+            case ast.ListComp(generators=loops) | ast.GeneratorExp(generators=loops) | ast.DictComp(generators=loops):
+                gone_through = [loop.iter for loop in loops] if id(node) not in orderless else []
+            case ast.List(elts=values) | ast.Tuple(elts=values):
+                gone_through = [value for value in values if isinstance(value, ast.Starred)]
+            case ast.Call(args=values) if name_of_call(node) in LISTING:
+                gone_through = values
+        yield from (f"line {value.lineno}: {ast.unparse(value)}" for value in gone_through if is_set(value))
+
+
+def test_a_set_that_is_listed_is_seen() -> None:
+    listed = [
+        "for x in {1, 2}: pass",
+        "[f(x) for x in a.keys() - b]",
+        "', '.join(set(a))",
+        "[*{x for x in a}, 1]",
+        "next(iter(set(a)))",
+    ]
+    sound = [
+        "for x in sorted({1, 2}): pass",
+        "sorted(f(x) for x in a.keys() - b)",
+        "any(x for x in set(a))",
+        "{x for x in set(a)}",
+    ]
+    assert [len(list(listed_sets(ast.parse(line)))) for line in listed + sound] == [1] * len(listed) + [0] * len(sound)
+
+
+def test_nothing_is_written_in_the_order_of_a_set() -> None:
+    """Messages and files are the same in every process; names are sorted, those of tensors by `names.natural`."""
+    found = {name: lines for name, tree in TREES.items() if (lines := list(listed_sets(tree)))}
+    assert {name: lines for name, lines in found.items() if name not in YET_UNSORTED} == {}

@@ -93,8 +93,8 @@ class ConvolutionalCode(DataFree):
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Codes and scales of a weight [out, in] of any float dtype; codes are in the order that the runtime stores.
 
-        Rows that hold NaN, infinity or more than 2**120 become zeros, whose relative error of 1 the report shows; NaN and
-        infinity are refused by name when the caller measures (`measure.compare`).
+        Rows that hold NaN, infinity or more than 2**120 become zeros; a caller that measures (`measure.compare`) refuses them
+        by name.
         """
         encoded: Encoded = kernels.of("ccq", weight).encode(weight, CANDIDATES[: self.effort])
         return encoded

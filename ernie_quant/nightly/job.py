@@ -27,6 +27,7 @@ from ernie_quant.plan import built_in, recipe
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
 from ernie_quant.plan.steps import SHARD_BYTES
 from ernie_quant.settings import Settings, parse_size
+from ernie_quant.sources import is_address
 
 REPO = re.compile(r"((?P<scheme>[a-z]+)://)?(?P<repo>[\w.-]+/[\w.-]+)")
 REVISION = re.compile(r"[\w./-]+")
@@ -73,7 +74,7 @@ def read_job(path: Path) -> Job:
         problems.append("has no [[target]]")
         entries = []
     targets = [_target(Settings(f"[[target]] {number}", entry, problems)) for number, entry in enumerate(entries, 1)]
-    limits = _limits(Settings("[limits]", table.pop("limits", {}), problems))
+    limits = _limits(Settings("[limits]", table.pop("limits", {}), problems), source)
     problems += [f"{key}: unknown; a job has [source], [[target]] and [limits]" for key in table]
     places = [target.folder for target in targets if target.repo]
     twice = sorted({place for place in places if places.count(place) > 1})
@@ -86,7 +87,7 @@ def read_job(path: Path) -> Job:
 def _source(table: Settings) -> str:
     repo, revision = table.take("repo", str), table.take("revision", str, "")
     table.end()
-    if "://" not in repo:
+    if not is_address(repo):
         if revision:
             table.wrong(f"revision: {repo} is a folder and has none")
         return repo
@@ -98,11 +99,13 @@ def _source(table: Settings) -> str:
     return address
 
 
-def _limits(table: Settings) -> tuple[int | None, float | None]:
+def _limits(table: Settings, source: str) -> tuple[int | None, float | None]:
     budget, hours = table.pop("disk_budget"), table.take("max_hours", float, float("inf"))
     table.end()
     if not hours > 0:
         table.wrong(f"max_hours is {hours}, not a number above 0")
+    if budget is not None and source and not is_address(source):
+        table.wrong(f"disk_budget is for a source on a hub; {source} is a folder, leave it out")
     nbytes = None if budget is None else table.attempt(lambda: parse_size(budget), 0, "disk_budget")
     return nbytes, None if hours == float("inf") else hours
 

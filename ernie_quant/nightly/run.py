@@ -125,7 +125,7 @@ def _target(
         return TargetResult(target.repo, "up-to-date", commit)
     repair(out, target.repo)  # the last run may have been killed while it wrote the card
     report = _make(target, plan, job, out, deadline, log)
-    checked = verify(out, sample=SAMPLE)
+    checked = verify(out, progress=_until(deadline), sample=SAMPLE)
     log(event="verified", repo=target.repo, files=checked.files, tensors=checked.tensors, sampled=checked.sampled)
     done = publish(out, hub, Destination(target.repo, target.revision, target.private), _until(deadline))
     _tag(hub, target, tag, done.commit)

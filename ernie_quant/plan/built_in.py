@@ -78,17 +78,25 @@ def make(name: str, runtime: str = "", **given: Any) -> BuiltIn:
 
 
 def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
-    """One codec for the experts, or for every quantizable linear."""
+    """One codec for the experts, or for every quantizable linear; with `mtp` for those of the MTP block too."""
     from ernie_quant.names import EXPERT_ROLES, MTP, QUANTIZABLE, ROLES
     from ernie_quant.plan.recipe import Recipe, RecipeRule
 
     roles = EXPERT_ROLES if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and (r != MTP or mtp))
     hint = "this model has no experts; without --experts-only its other linears are quantized"
-    return Recipe(name, (RecipeRule(codec, roles, if_unused=hint if experts_only else ""),), keep_unfit)
+    rules = [RecipeRule(codec, roles, if_unused=hint if experts_only else "")]
+    if experts_only and mtp:
+        rules.append(RecipeRule(codec, (MTP,), optional=True))
+    return Recipe(name, tuple(rules), keep_unfit)
 
 
-def fastdeploy_container(name: str, wint4_layers: int | None, *, scale: str = SCALE, effort: int = EFFORT) -> Recipe:
-    """FastDeploy's container: WINT4 experts below layer `wint4_layers` (None: all of them), WINT2 above, WINT8 for all else."""
+def fastdeploy_container(
+    name: str, wint4_layers: int | None, *, scale: str = SCALE, effort: int = EFFORT, if_taken: str = ""
+) -> Recipe:
+    """FastDeploy's container: WINT4 experts below layer `wint4_layers` (None: all of them), WINT2 above, WINT8 for all else.
+
+    `if_taken`: what a user is told where no experts are left for WINT2.
+    """
     from ernie_quant import codecs
     from ernie_quant.names import EXPERT_ROLES, QUANTIZABLE, ROLES
     from ernie_quant.plan.recipe import Recipe, RecipeRule
@@ -98,7 +106,7 @@ def fastdeploy_container(name: str, wint4_layers: int | None, *, scale: str = SC
     hint = "this model has no experts; FastDeploy's container is for those that have"
     experts = [RecipeRule(_wint(4, scale), EXPERT_ROLES, if_unused=hint)]
     if wint4_layers is not None:
-        wint2 = RecipeRule(codecs.make("ccq", {"effort": effort}), EXPERT_ROLES, if_unused=hint)
+        wint2 = RecipeRule(codecs.make("ccq", {"effort": effort}), EXPERT_ROLES, if_unused=hint, if_taken=if_taken)
         below = rf"\.layers\.(?:{'|'.join(map(str, range(wint4_layers)))})\."
         wint4 = RecipeRule(_wint(4, scale), EXPERT_ROLES, below, optional=True)
         experts = [wint4, wint2] if wint4_layers else [wint2]
@@ -143,6 +151,14 @@ def _wint4_container(name: str, *, scale: str) -> Recipe:
     return fastdeploy_container(name, None, scale=scale)
 
 
+def _wint2_container(name: str, *, wint4_layers: int, **options: Any) -> Recipe:
+    none_left = (
+        f"wint2: wint4-layers is {wint4_layers}, which leaves no experts for 2 bits: the last of this model's {{layers}} MoE"
+        " layers is layer {last}; give at most {last}, or for all in 4 bits use wint4 --runtime fastdeploy"
+    )
+    return fastdeploy_container(name, wint4_layers, if_taken=none_left, **options)
+
+
 VLLM, FASTDEPLOY = "vllm", "fastdeploy"
 KINDS: Mapping[str, _Kind] = {
     "pt": _Kind(VLLM, {"": _Form({}, _kept)}),
@@ -150,5 +166,5 @@ KINDS: Mapping[str, _Kind] = {
     "wint4": _Kind(VLLM, {"": _Form(INTEGERS, _integers), FASTDEPLOY: _Form({"scale": SCALE}, _wint4_container)}),
     "wint8": _Kind(VLLM, {"": _Form(INTEGERS, _integers)}),
     "fp8": _Kind(VLLM, {"": _Form(WHICH, _float8)}),
-    "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2, fastdeploy_container)}),
+    "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2, _wint2_container)}),
 }

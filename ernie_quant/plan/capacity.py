@@ -119,7 +119,8 @@ def estimate(
     if recipe is not None:
         forms.append(Format(recipe.name, "by recipe", recipe, "vllm"))
     model = Model.of(table.config, table.map.dims)
-    joined = {runtime: LAYOUTS[runtimes.find(runtime).LAYOUT].join(table.weights) for runtime in {f.runtime for f in forms}}
+    programs = dict.fromkeys(form.runtime for form in forms)
+    joined = {runtime: LAYOUTS[runtimes.find(runtime).LAYOUT].join(table.weights) for runtime in programs}
     rows = []
     for form in forms:
         target = runtimes.find(form.runtime)

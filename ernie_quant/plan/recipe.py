@@ -29,19 +29,23 @@ from ernie_quant.errors import PlanError
 from ernie_quant.names import QUANTIZABLE, ROLES, Weight
 from ernie_quant.settings import read_toml
 
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+
 
 @dataclass(frozen=True)
 class RecipeRule:
     """A codec for every quantizable linear of some roles (of any, if none is given) with one of `names`, or whose PT name
     the regex `match` finds.
 
-    `if_unused` is what a user is told when no tensor fits; an `optional` rule need not fit any.
+    `if_unused` is what a user is told when no tensor fits, `if_taken` when rules before it take all that do, with the number
+    of their {layers} and the {last} of them; an `optional` rule need not fit any.
     """
 
     codec: Codec
     roles: tuple[str, ...] = ()
     match: str = ""
     if_unused: str = ""
+    if_taken: str = ""
     optional: bool = False
     names: frozenset[str] = frozenset()
 
@@ -76,17 +80,23 @@ class Recipe:
 
     def codec_for(self, weight: Weight) -> Codec:
         """The codec for a tensor; only linears of quantizable roles are ever changed."""
-        if weight.row.rule.linear:
-            for rule in self.rules:
-                if rule.takes(weight):
-                    return rule.codec
-        return KEEP
+        rule = self._rule_for(weight)
+        return rule.codec if rule else KEEP
+
+    def _rule_for(self, weight: Weight) -> RecipeRule | None:
+        return next((rule for rule in self.rules if rule.takes(weight)), None) if weight.row.rule.linear else None
 
     def unused(self, weights: Sequence[Weight]) -> list[str]:
         """Rules that apply to nothing in this checkpoint."""
         linears = [w for w in weights if w.row.rule.linear]
         unused = [r for r in self.rules if not r.optional and not any(r.takes(w) for w in linears)]
-        return [r.if_unused or f"recipe {self.name}: no linear of this model fits {r.describe()}" for r in unused]
+        problems = [r.if_unused or f"recipe {self.name}: no linear of this model fits {r.describe()}" for r in unused]
+        for rule in (r for r in self.rules if r.if_taken and r not in unused):
+            fitting = [w for w in linears if rule.takes(w)]
+            if not any(self._rule_for(w) is rule for w in fitting):
+                layers = sorted({int(found[1]) for w in fitting if (found := LAYER.search(w.name))})
+                problems.append(rule.if_taken.format(layers=len(layers), last=layers[-1]))
+        return problems
 
 
 KEEP_ALL = Recipe("keep")

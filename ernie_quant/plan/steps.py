@@ -154,6 +154,11 @@ class Plan:
         return sum(step.nbytes for step in self.steps)
 
     @property
+    def nbytes_in(self) -> int:
+        """Bytes of the tensors that it is made from, as a run counts them."""
+        return sum(shard.nbytes_in for shard in self.shards)
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes of the result's weight files and of what is carried along."""
         weights = sum(self.format.lay_out(shard.specs, self.metadata).nbytes for shard in self.shards)

@@ -23,6 +23,7 @@ from ernie_quant.plan.identity import changes, libraries
 from ernie_quant.plan.steps import Plan, Shard
 from ernie_quant.report import rows as report
 from ernie_quant.report.rows import ShardResult
+from ernie_quant.threads import Progress, in_proportion
 
 BEGUN, SWEPT = "plan.json", "swept.json"  # in the private state: what was begun; the manifest of a result that is dropped
 JUST_FINISHED = "another run has just finished here; run the same command again"
@@ -185,7 +186,7 @@ class OutputFolder:
     def _record_of(self, filename: str) -> Path:
         return self.state / f"{filename.replace('/', '-')}.json"
 
-    def finished(self, shard: Shard) -> ShardResult | None:
+    def finished(self, shard: Shard, progress: Progress) -> ShardResult | None:
         """What was remembered of a file that is still there, and still what it was."""
         record, file = self._record_of(shard.filename), self.path / shard.filename
         if not record.is_file() or not file.is_file():
@@ -194,7 +195,12 @@ class OutputFolder:
             result = ShardResult.from_json(shard.filename, read_object(record))
         except (CheckpointError, KeyError, TypeError):
             return None
-        return result if file.stat().st_size == result.nbytes and file_sha256(file) == result.sha256 else None
+        if file.stat().st_size != result.nbytes:
+            return None
+        if file_sha256(file, in_proportion(progress, result.nbytes, shard.nbytes_in)) == result.sha256:
+            return result
+        progress(-shard.nbytes_in)  # all of it is to be done again
+        return None
 
 
 def _is_shard(path: Path) -> bool:

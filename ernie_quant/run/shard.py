@@ -73,7 +73,7 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
             constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
             return Slab({**constants, **slab.parts}, slab.difference)
 
-        for rows, slab in zip(todo, ordered(work, todo, workers, download.stop), strict=True):
+        for rows, slab in zip(todo, ordered(work, todo, workers, download.stop, lambda: progress(0)), strict=True):
             step, out = rows.step, max((1, *rows.step.spec.shape[:1]))
             for name, tensor in slab.parts.items():
                 part = step.parts[name]

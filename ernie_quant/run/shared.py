@@ -10,7 +10,7 @@ from ernie_quant.plan.steps import Plan
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.whole import RunResult, run_plan, write_all
 from ernie_quant.sources import open_source
-from ernie_quant.threads import Progress
+from ernie_quant.threads import Progress, in_proportion
 
 
 def run_shared(
@@ -18,7 +18,7 @@ def run_shared(
 ) -> RunResult:
     """Quantize once and unsplit, in the private state of `out`, then share among `tp` ranks as `reshard` would.
 
-    Raises PlanError before anything is written if the widths do not fit.
+    `progress` hears of `shared_bytes`. Raises PlanError before anything is written if the widths do not fit.
     """
     check_size(plan, tp)
     known = shared_identity(plan, tp)
@@ -26,6 +26,14 @@ def run_shared(
     with folder.begin(replace(plan, identity=known), restart=restart, copies=2) as complete:
         if complete:
             return RunResult(plan, complete_before=True, reports=())
-        run_plan(plan, folder.unsplit, workers=workers, disk_budget=disk_budget, progress=progress)
+        quantized = run_plan(plan, folder.unsplit, workers=workers, disk_budget=disk_budget, progress=progress)
+        if quantized.complete_before:
+            progress(plan.nbytes_in)
         ranked = make_reshard_plan(open_source(folder.unsplit), tp, known=known, shard_bytes=plan.shard_bytes)
-        return write_all(replace(ranked, quantized_by=plan), folder, workers)
+        share = in_proportion(progress, ranked.nbytes_in, plan.nbytes)
+        return write_all(replace(ranked, quantized_by=plan), folder, workers, progress=share)
+
+
+def shared_bytes(plan: Plan, tp: int) -> int:
+    """What a run for `tp` ranks has to do: the source's bytes, and those of the result where it is shared after that."""
+    return plan.nbytes_in + (plan.nbytes if tp > 1 else 0)

@@ -47,10 +47,9 @@ def write_all(
     progress: Progress = lambda _: None, runner: str = "local",
 ) -> RunResult:  # fmt: skip
     """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
-    results = {shard.filename: known for shard in plan.shards if (known := folder.finished(shard)) is not None}
+    results = {shard.filename: known for shard in plan.shards if (known := folder.finished(shard, progress)) is not None}
     before = len(results)
     left = in_order([shard for shard in plan.shards if shard.filename not in results])
-    progress(sum(shard.nbytes_in for shard in plan.shards if shard.filename in results))
     work = functools.partial(run_shard, folder=folder.path, workers=workers or default_workers())
     with plan.source.download([shard.needs for shard in left], disk_budget) as download:
         stamps = {**download.stamps, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}

@@ -33,7 +33,7 @@ def map_jobs(work: Work[Result], jobs: Sequence[ShardJob], progress: Progress, d
             finally:
                 ended[job.shard.filename].set()
 
-        for number, result in enumerate(ordered(one, jobs, processes, download.stop)):
+        for number, result in enumerate(ordered(one, jobs, processes, download.stop, lambda: progress(0))):
             download.done(number)
             progress(jobs[number].shard.nbytes_in)
             yield result

@@ -16,7 +16,7 @@ def fetch(hub: Hub, listing: Listing, file: RemoteFile, target: Path, pause: Pau
     """The whole file, which gets its name only with the hub's hash; goes on with a part of it. Raises RetryError."""
     partial = target.with_name(target.name + PARTIAL)
     for _ in range(HASH_TRIES):
-        digest, at = _resumed(partial, file)
+        digest, at = _resumed(partial, file, pause)
         with open(partial, "ab") as out:
 
             def work(out=out, digest=digest) -> None:  # type: ignore[no-untyped-def]
@@ -42,7 +42,7 @@ def fetch(hub: Hub, listing: Listing, file: RemoteFile, target: Path, pause: Pau
     raise RetryError(f"{listing.address}: {file.name}: arrived {HASH_TRIES} times with another hash than the hub's {file.digest}")
 
 
-def _resumed(partial: Path, file: RemoteFile) -> tuple[hashlib._Hash, int]:
+def _resumed(partial: Path, file: RemoteFile, pause: Pause) -> tuple[hashlib._Hash, int]:
     """The hash and the length of what is there already; nothing of it counts if it is too long."""
     digest, at = file.hasher(), 0
     if partial.is_file() and partial.stat().st_size <= file.nbytes:
@@ -50,6 +50,7 @@ def _resumed(partial: Path, file: RemoteFile) -> tuple[hashlib._Hash, int]:
             while chunk := part.read(CHUNK):
                 digest.update(chunk)
                 at += len(chunk)
+                pause(0)
     else:
         partial.unlink(missing_ok=True)
     return digest, at

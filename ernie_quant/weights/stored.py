@@ -141,7 +141,8 @@ def open_stored(checkpoint: Checkpoint, target: Runtime) -> tuple[list[Stored], 
         entry = replace(entry, parts=views)
         problems += _spec_problems(entry)
         stored.append(entry)
-    return stored, problems + [f"{name}: is unknown to this architecture" for refs in groups.values() for name in refs]
+    unknown = sorted((name for refs in groups.values() for name in refs), key=names.natural)
+    return stored, problems + [f"{name}: is unknown to this architecture" for name in unknown]
 
 
 def _by_weight(checkpoint: Checkpoint, target: Runtime) -> tuple[dict[str, dict[str, list[TensorRef]]], list[str]]:

@@ -25,7 +25,7 @@ from helpers.containers import (
     widened,
 )
 from helpers.disk import contents
-from helpers.models import config, invoke
+from helpers.models import config, write
 from helpers.runs import Killed, stop_in_second_shard
 
 from ernie_quant.check.verify import verify
@@ -53,7 +53,8 @@ def test_paddle_and_pt_sources_give_the_same_bytes(case: str, folder: Path) -> N
 
 
 def test_wint4_is_wint2_with_every_layer_in_4_bits(folder: Path, tmp_path: Path) -> None:
-    invoke("wint2", folder / "src", tmp_path / "out", "--wint4-layers", 3)
+    """So the command `wint2` refuses that, and leads to wint4."""
+    write(folder / "src", tmp_path / "out", "fastdeploy", recipe=built_in.fastdeploy_container("wint2", 3))
     for file in ("model.safetensors", "mtp/model.safetensors", "config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (folder / "all-src" / file).read_bytes()
 

@@ -44,10 +44,31 @@ def test_a_dense_model_is_refused(arguments: tuple[object, ...], command: Comman
     assert lines[1:] == ["  this model has no experts; FastDeploy's container is for those that have"]
 
 
+@pytest.mark.parametrize("family", ["moe", "moe_mtp", "vl"])
+@pytest.mark.parametrize(
+    ("layers", "said"), [((), 7), (("--wint4-layers", 1000), 1000), (("--wint4-layers", "LAST"), "LAST")], ids=str
+)
+def test_wint2_that_leaves_no_layer_in_2_bits_is_refused(
+    family: str, layers: tuple[object, ...], said: object, command: Command, tmp_path: Path
+) -> None:
+    """The golden models have 2 MoE layers, of which the last is layer 2; that of VL models has one, layer 1."""
+    widths = VL if family == "vl" else WIDTHS
+    source = random_model(tmp_path / "src", layouts.PADDLE, family, **widths)
+    last = max(int(name.split(".")[2]) for name in read_file(source / "model.safetensors") if ".experts." in name)
+    number, wanted = {"vl": 1}.get(family, 2), last + 1 if said == "LAST" else said
+    more = [wanted if word == "LAST" else word for word in layers]
+    lines = refusal(command, "wint2", source, tmp_path / "out", *more, "--unsupported")
+    assert lines[1:] == [
+        f"  wint2: wint4-layers is {wanted}, which leaves no experts for 2 bits: the last of this model's {number} MoE layers is"
+        f" layer {last}; give at most {last}, or for all in 4 bits use wint4 --runtime fastdeploy"
+    ]
+    assert command("wint2", source, tmp_path / "out", "--wint4-layers", last, "--unsupported", "--dry-run")[0] == 0
+
+
 VL = {k: v for k, v in WIDTHS.items() if "moe" not in k} | {"moe_intermediate_size": [256, 128]}
 
 
-@pytest.mark.parametrize("arguments", [("wint2",), ("wint4", "--runtime", "fastdeploy")], ids=str)
+@pytest.mark.parametrize("arguments", [("wint2", "--wint4-layers", 0), ("wint4", "--runtime", "fastdeploy")], ids=str)
 def test_a_vl_model_is_refused_and_written_only_with_unsupported(
     arguments: tuple[object, ...], command: Command, tmp_path: Path
 ) -> None:
@@ -55,8 +76,7 @@ def test_a_vl_model_is_refused_and_written_only_with_unsupported(
     lines = refusal(command, arguments[0], source, tmp_path / "out", *arguments[1:])
     assert len(lines) == 2
     assert "has no loader for a WINT2 or WINT4 VL checkpoint: wint4 --runtime vllm and fp8 make ones that load" in lines[1]
-    layers = () if arguments[0] == "wint4" else ("--wint4-layers", 0)
-    code, out, _ = command(arguments[0], source, tmp_path / "out", *arguments[1:], *layers, "--unsupported")
+    code, out, _ = command(arguments[0], source, tmp_path / "out", *arguments[1:], "--unsupported")
     assert code == 0
     assert "note: FastDeploy has no loader for a WINT2 or WINT4 VL checkpoint" in out
     last = 1 if arguments[0] == "wint4" else -1

@@ -127,6 +127,10 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
         ('[[target]]\nrepo = "a/b"\nrecipe = "pt"\nrevision = "a b"', "[[target]] 1: revision 'a b' is no name of a branch"),
         ("[limits]\nmax_hours = nan", "[limits]: max_hours is nan, not a number above 0"),
         ('[limits]\ndisk_budget = "1e999GB"', "[limits]: disk_budget: '1e999GB' is not a size"),
+        (
+            '[source]\nrepo = "folder"\n[limits]\ndisk_budget = "5GB"',
+            "[limits]: disk_budget is for a source on a hub; folder is a folder, leave it out",
+        ),
         ("limits = 5", "[limits]: is not a table"),
         ("[source", "is not valid TOML"),
     ],

@@ -35,11 +35,12 @@ from helpers.models import tensors
 from helpers.synthetic import golden, write_ranks, write_safetensors
 
 from ernie_quant.errors import RetryError
+from ernie_quant.hubs import Listing, RemoteFile
 from ernie_quant.hubs._patience import LONGEST_WAIT
 from ernie_quant.names import natural
 from ernie_quant.plan.make import make_plan
 from ernie_quant.run.whole import run_plan
-from ernie_quant.sources import download, open_source
+from ernie_quant.sources import download, fetch, open_source
 
 
 class DeadLockError(Exception):
@@ -250,6 +251,23 @@ def test_who_waits_for_a_file_waits_no_longer_than_the_run(hub: LoopbackHub) -> 
         thread.start()
     thread.join(10)
     assert ended == [download.Stopped]
+
+
+def test_who_hashes_what_is_there_already_may_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of 5 GB takes a while; nobody asks the hub before that."""
+    monkeypatch.setattr(fetch, "CHUNK", CHUNK)
+    (tmp_path / "w.partial").write_bytes(b"\0" * 3 * CHUNK)
+    file, listing = RemoteFile("w", 4 * CHUNK, "0" * 64, ""), Listing("hf://a/b", "a/b", "0" * 40, {})
+    asked: list[float] = []
+
+    def pause(seconds: float) -> None:
+        asked.append(seconds)
+        if len(asked) == 2:
+            raise download.Stopped
+
+    with pytest.raises(download.Stopped):
+        fetch.fetch(object(), listing, file, tmp_path / "w", pause)  # type: ignore[arg-type] # no hub
+    assert (tmp_path / "w.partial").stat().st_size == 3 * CHUNK
 
 
 def test_a_part_that_is_wrong_or_too_long_begins_anew(
