@@ -8,9 +8,9 @@ import sys
 from typing import NoReturn
 
 import click
+from ernie_quant.cli._streams import lasting_streams
 
 import ernie_quant
-from ernie_quant.cli._streams import lasting_streams
 from ernie_quant.disk import FULL
 from ernie_quant.errors import ErnieQuantError, RetryError
 

@@ -89,7 +89,7 @@ ALL = {"experts", "shared_experts", "mlp", "attention"}
         ({"experts_only": True}, {"experts"}),
         ({"experts_only": True, "mtp": True}, {"experts", "mtp"}),
     ],
-    ids=str,
+    ids=["all", "mtp", "experts_only", "experts_only and mtp"],  # a set has no order of its own
 )
 @pytest.mark.parametrize("name", ["wint4", "wint8", "fp8"])
 @pytest.mark.parametrize("layout", [PT, PADDLE], ids=lambda layout: layout.name)
