@@ -217,8 +217,8 @@ def test_the_last_lines_say_how_to_run_the_result(command: Command, tmp_path: Pa
     code, out, err = command("wint4", SOURCE, tmp_path / "out", "--experts-only", "--group-size", "32")
     assert (code, err) == (0, "")
     vllm, transformers = out.splitlines()[-2:]
-    assert vllm.startswith(f"  vLLM: vllm serve {tmp_path / 'out'} ")
-    assert transformers.startswith("  transformers: python -c ")
+    assert vllm.startswith(f"  vLLM >= 0.13: vllm serve {tmp_path / 'out'} ")
+    assert transformers.startswith("  transformers >= 5.17: python -c ")
     assert "Worst tensors:" in out
     assert "vllm serve out " in (tmp_path / "out/README.md").read_text()
 
