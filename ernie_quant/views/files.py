@@ -54,7 +54,7 @@ class Files:
 
     def check(self) -> None:
         """Are the files that were read still the same? Raises CheckpointError."""
-        for path in self._fds.keys() & self._stamps.keys():
+        for path in sorted(self._fds.keys() & self._stamps.keys()):
             self._stamps[path].check(path)
 
     def read_into(self, ref: TensorRef, buffer: memoryview, at: int) -> None:
