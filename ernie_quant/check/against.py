@@ -125,7 +125,7 @@ def _slabs(pair: Pair, files: Files, originals: Files) -> Iterator[tuple[torch.T
 
 def _kept_problem(pair: Pair, files: Files, originals: Files) -> str:
     name = pair.entry.name
-    if not all(_same(*both) for both in _slabs(pair, files, originals)):
+    if not all(same_bits(*both) for both in _slabs(pair, files, originals)):
         what = "what the source decodes to" if build.decodes(pair.view) else "the source's bytes"
         return f"{name}: should be {what}, and is not"
     return next(_misreported(name, Difference(), pair.row), "") if pair.row else ""
@@ -136,20 +136,28 @@ def _stored_problem(pair: Pair, files: Files, originals: Files) -> str:
     entry = pair.entry
     like = pair.view.source if isinstance(pair.view, Decoded) else None
     if not isinstance(like, Stored) or like.codec.form != entry.codec.form:
-        is_ = "kept" if not build.decodes(pair.view) else like.codec.form if isinstance(like, Stored) else "stored otherwise"
+        is_ = (
+            "kept"
+            if not build.decodes(pair.view)
+            else like.codec.form
+            if isinstance(like, Stored)
+            else "quantized in other pieces"
+        )
         return f"{entry.name}: is {entry.codec.form}, in the source {is_}; compare it with what it was made from"
     for rows in entry.slabs():
         ours, theirs = entry.encoded(files, rows), like.encoded(originals, rows)
-        if odd := [field for field in ours if not _same(theirs[field], ours[field])]:
+        if odd := [field for field in ours if not same_bits(theirs[field], ours[field])]:
             return f"{entry.name}: rows {rows[0]} to {rows[1]} have not the source's {' and '.join(odd)}; resharding changes none"
     return ""
 
 
-def _same(original: torch.Tensor, result: torch.Tensor) -> bool:
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal in dtype, shape and every bit."""
     import torch
 
-    bits = (tensor.contiguous().view(torch.uint8) for tensor in (original, result))
-    return original.dtype == result.dtype and torch.equal(*bits)
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (one, other)))
 
 
 def _misreported(name: str, total: Difference, row: TensorReport) -> Iterator[str]:

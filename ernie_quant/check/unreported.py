@@ -57,7 +57,7 @@ class Judgement:
     @property
     def changed(self) -> bool:
         """Are few blocks farther than all others?"""
-        return 0 < self.far and (RARE * self.far < self.blocks or (HALF * self.far < self.blocks and self.gross > 0))
+        return self.far > 0 and (RARE * self.far < self.blocks or (HALF * self.far < self.blocks and self.gross > 0))
 
 
 def judge(entry: Stored, view: View, files: Files, originals: Files) -> Judgement:

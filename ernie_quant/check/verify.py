@@ -6,13 +6,13 @@ config.json, the values from the files. The report and the manifest are what is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ernie_quant import names, runtimes
-from ernie_quant.check.against import compare_with
+from ernie_quant.check.against import compare_with, same_bits
 from ernie_quant.check.compared import Compared, Outcome, tally
 from ernie_quant.check.integrity import Progress, damaged_files, damaged_weights
 from ernie_quant.checkpoint import Stamp
@@ -69,10 +69,12 @@ def verify(
         raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
     chosen = stored if sample is None else _sample(stored, reports, sample)
     with one_torch_thread(), Files(checkpoint.stamps) as files:
-        problems = list(_value_problems(chosen, files))
+        unsound = _value_problems(chosen, files)
+        problems = list(unsound.values())
         outcomes: list[Outcome] = []
         if against is not None:
-            outcomes, more = compare_with(open_source(against), target, stored, chosen, reports, files)
+            sound = [entry for entry in chosen if entry.name not in unsound]
+            outcomes, more = compare_with(open_source(against), target, stored, sound, reports, files)
             problems += more + [outcome.problem for outcome in outcomes if outcome.problem]
     for path, stamp in stamps.items():
         stamp.check(path)
@@ -157,31 +159,36 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
     return reports, problems
 
 
-def _value_problems(chosen: list[Stored], files: Files) -> Iterator[str]:
-    """Quantized weights must decode to finite numbers, and those to the same codes; copies in ranks must agree."""
+def _value_problems(chosen: list[Stored], files: Files) -> dict[str, str]:
+    """Weight -> what is wrong with its values: quantized ones must decode to finite numbers, copies in ranks must agree."""
+    problems: dict[str, str] = {}
     for entry in chosen:
         copied = any(isinstance(part, Replicated) for part in entry.parts.values())
         if isinstance(entry.codec, Keep) and not copied:
             continue
         try:
-            problems = (_slab_problem(entry, files, rows) for rows in entry.slabs())
-            if problem := next(filter(None, problems), None):
-                yield problem
+            found = (_slab_problem(entry, files, rows) for rows in entry.slabs())
+            if problem := next(filter(None, found), None):
+                problems[entry.name] = problem
         except CheckpointError as error:
-            yield str(error)
+            problems[entry.name] = str(error)
+    return problems
 
 
 def _slab_problem(entry: Stored, files: Files, rows: tuple[int, int]) -> str | None:
-    import torch
-
-    encoded = entry.encoded(files, rows)
-    weight = entry.codec.decode(encoded)
+    packed = entry.packed(files, rows)
     if isinstance(entry.codec, Keep):
         return None
+    encoded = entry.target.unpack(entry.name, entry.codec, packed)
+    constants = entry.target.constants(entry.name, entry.codec, entry.spec, encoded)
+    repacked = constants | entry.target.pack(entry.name, entry.codec, encoded)
+    if odd := next((part for part in repacked if not same_bits(packed[part], repacked[part])), None):
+        return f"{odd}: is not what packing the codes of {entry.name} gives; a runtime may read it otherwise"
+    weight = entry.codec.decode(encoded)
     if not bool(weight.isfinite().all()):
         return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
     again = entry.codec.recode(weight, encoded)["codes"]
-    if not torch.equal(again.view(torch.uint8), encoded["codes"].view(torch.uint8)):
+    if not same_bits(again, encoded["codes"]):
         return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to weights whose codes are others; no codec wrote these"
     return None
 
