@@ -23,7 +23,7 @@ HINTS = {"no source": " (--against SRC)", "not in the sample": " (--full)"}
 
 @click.command()
 @_options.out
-@click.option("--against", type=_options.Source(), help="The source: compare every tensor with it.")
+@click.option("--against", type=_options.Source(), help="The source: compare tensors with it, of a sample or all.")
 @click.option(
     "--sample", type=click.IntRange(1), default=SAMPLE, show_default=True,
     help="About so many tensors' values are checked, of every role and codec its share.",
@@ -82,6 +82,6 @@ def _lines(result: Verified, source: str) -> Iterator[str]:
     if found.nearest:
         yield f"  {found.nearest} of these: no code could be nearer to {source} at its scale"
     if others := found.measured - found.nearest:
-        yield f"  {others} of these: other codes, as calibration chooses; only a large error would show"
+        yield f"  {others} of these: other codes, as calibration or another rounding chooses; only large errors would show"
     for why, count in result.not_compared.items():
         yield f"{count} not compared: {why}{HINTS.get(why, '')}"

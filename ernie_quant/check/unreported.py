@@ -5,7 +5,8 @@ codes at the stored scales, in blocks of 64 weights. Rounding leaves no block th
 codes everywhere, and each a little. Refused are
 
 - a row that has lost everything: its error is no better than that of zeros, and it holds a fair share of the weight;
-- few blocks that are farther, while all others are as near as can be: RARE ones, or below a half with a gross one among them;
+- few blocks that are farther, while all others are as near as can be: RARE ones with a clear one among them, or below a half
+  with a gross one;
 - where codes are not the nearest, a relative error above LIMITS.
 """
 
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
     from ernie_quant.codecs import Encoded
 
 BLOCK = 64  # weights of a row, or fewer where 64 does not divide it; WINT2 shuffles inputs within as many
-RARE, HALF = 100, 2  # calibration leaves fewer than one of 100 blocks alone, or next to none
-GROSS = 3  # times the error of the nearest codes, of the block and of its row: no code next to the nearest costs as much
-# codes may be those of a scale before it was rounded to bf16, and what they decode to is rounded once more: 2**-8 each
-SLACK = 2.0**-7
+RARE, HALF = 100, 2  # one of so many blocks
+# how much farther, in errors of the nearest codes of the block and of its row: a sixteenth is a third of a step of one code,
+# which a tie does not explain; three is what no code next to the nearest costs
+CLEAR, GROSS = 1 / 16, 3
 FAIR = 1000  # a row of less than a thousandth of the mean energy may vanish: blocks of fp8 share a scale
 LIMITS = ((3, 0.5), (6, 0.25), (math.inf, 0.05))  # below so many bits per weight, such a relative error; rounding stays far below
 ELEMENTS = 1 << 20  # at a time, in float64
@@ -45,19 +46,20 @@ class Judgement:
     difference: Difference = field(default_factory=Difference)
     blocks: int = 0
     far: int = 0  # blocks that are farther from the source than the nearest codes at their scales
-    gross: int = 0  # of these: much farther
+    clear: int = 0  # of these: too far for a tie
+    gross: int = 0  # of these: too far for a neighbour
     lost: tuple[int, ...] = ()  # rows
 
     def __add__(self, other: Judgement) -> Judgement:
         return Judgement(
-            self.difference + other.difference, self.blocks + other.blocks, self.far + other.far, self.gross + other.gross,
-            self.lost + other.lost,
+            self.difference + other.difference, self.blocks + other.blocks, self.far + other.far, self.clear + other.clear,
+            self.gross + other.gross, self.lost + other.lost,
         )  # fmt: skip
 
     @property
     def changed(self) -> bool:
         """Are few blocks farther than all others?"""
-        return self.far > 0 and (RARE * self.far < self.blocks or (HALF * self.far < self.blocks and self.gross > 0))
+        return (self.clear > 0 and RARE * self.far < self.blocks) or (self.gross > 0 and HALF * self.far < self.blocks)
 
 
 def judge(entry: Stored, view: View, files: Files, originals: Files) -> Judgement:
@@ -79,24 +81,16 @@ def judge_slab(name: str, codec: Codec, original: torch.Tensor, encoded: Encoded
     mean = judged.difference.total / len(original)
     for start in range(0, len(original), step):
         x, there, best = (t[start : start + step].double() for t in (original, result, nearest))
-        excess, nearest_error = _excess(x, there, best), _blocks((x - best).square())
+        nearest_error = _blocks((x - best).square())
+        excess = _blocks((x - there).square()) - nearest_error
         usual = torch.maximum(nearest_error, nearest_error.mean(1, keepdim=True))
         far = ~(excess <= 0)  # NaN is far
         energy = x.square().sum(1)
         lost = ~((x - there).square().sum(1) < energy) & (energy > 0) & (energy >= mean / FAIR)
         rows = tuple(first + start + int(row) for row in lost.nonzero())
-        gross = int((far & ~(excess <= GROSS * usual)).sum())
-        judged += Judgement(blocks=far.numel(), far=int(far.sum()), gross=gross, lost=rows)
+        clear, gross = (int((far & ~(excess <= times * usual)).sum()) for times in (CLEAR, GROSS))
+        judged += Judgement(blocks=far.numel(), far=int(far.sum()), clear=clear, gross=gross, lost=rows)
     return judged
-
-
-def _excess(x: torch.Tensor, there: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """By how much blocks [rows, blocks] lie farther from x than the best codes do, beyond what rounding to bf16 explains."""
-    import torch
-
-    slack = x.abs() * SLACK
-    allowed = torch.where(there != best, (2 * (x - best).abs() + slack) * slack, 0.0)
-    return _blocks((x - there).square() - (x - best).square() - allowed)
 
 
 def _blocks(elements: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ernie_quant.runtimes import fastdeploy
 
 SPEC = TensorSpec((256, 512), "BF16")
 BLOCKS = 256 * 512 // 64
-ABSMAX = RoundToNearest(4, CHANNEL, "absmax", full_range=False)  # codes at scales in float32, which are rounded afterwards
+ABSMAX = RoundToNearest(4, CHANNEL, "absmax", full_range=False)
 EXAMPLES = [example for module in plugins.modules(codecs) for example in module.EXAMPLES if not isinstance(example, Keep)]
 EXAMPLES += [fastdeploy.WINT4, fastdeploy.WINT8, ABSMAX, RoundToNearest(8, CHANNEL, "absmax", full_range=False)]
 every_codec = pytest.mark.parametrize("codec", EXAMPLES, ids=lambda codec: codec.describe())
@@ -42,6 +42,17 @@ def test_whatever_is_written_here_is_nearest(codec: Codec, kind: str) -> None:
     encoded = codec.encode(weight)
     judged = unreported.judge_slab("w", codec, weight, encoded)
     assert (judged.blocks, judged.far, judged.lost) == (BLOCKS, 0, ())
+    assert problem(codec, weight, encoded) == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_at_scales_that_were_rounded_afterwards_pass(bits: int, seed: int) -> None:
+    """As other programs have it: float32 scales for the codes, and those in bf16 are stored. Some codes could be nearer."""
+    codec, weight, high = RoundToNearest(bits, CHANNEL, "absmax"), gaussian(seed), 2 ** (bits - 1) - 1
+    scale = weight.float().abs().amax(1, keepdim=True) / high
+    encoded = {"codes": (weight.float() / scale).round().to(torch.int8), "scale": scale.bfloat16()}
+    assert unreported.judge_slab("w", codec, weight, encoded).far > 100
     assert problem(codec, weight, encoded) == ""
 
 
@@ -92,7 +103,7 @@ def test_another_weight_is_refused(codec: Codec) -> None:
     assert 1.5 < float(line.removeprefix("w: its relative error to the source is ").partition(";")[0]) < 2.2
 
 
-@pytest.mark.parametrize("strength", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("strength", [0.005, 0.02, 0.1, 0.3, 1.0])
 @every_codec
 def test_codes_that_somebody_calibrated_pass(codec: Codec, strength: float) -> None:
     """What is rounded is the weight and the errors of its neighbours: some codes are not the nearest then, everywhere."""
@@ -102,8 +113,20 @@ def test_codes_that_somebody_calibrated_pass(codec: Codec, strength: float) -> N
     noise = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(3))
     calibrated = codec.recode(weight.float() + noise * error * strength, encoded)
     judged = unreported.judge_slab("w", codec, weight, calibrated)
-    assert judged.far > BLOCKS / 100
+    assert judged.far > (0.9 * BLOCKS if strength == 1 else -1)  # of a weak one nothing may be left
     assert problem(codec, weight, calibrated) == ""
+
+
+def test_a_code_next_to_the_nearest_is_not_gross_in_a_quiet_block() -> None:
+    """The first 64 weights of each row are all but zero, and in 60 rows one has the next code: of them that is all the error."""
+    codec, weight = RoundToNearest(4, CHANNEL), gaussian()
+    weight[:, :64] *= 0.01
+    encoded = codec.encode(weight)
+    codes = encoded["codes"].clone()
+    codes[:60, 5] = 1
+    judged = unreported.judge_slab("w", codec, weight, encoded | {"codes": codes})
+    assert (judged.far, judged.clear, judged.gross) == (60, 60, 0)
+    assert problem(codec, weight, encoded | {"codes": codes}) == ""
 
 
 @pytest.mark.parametrize(

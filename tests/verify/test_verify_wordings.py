@@ -46,7 +46,7 @@ LINES = {
     "reported": "quantized: error recomputed from SRC, it is the reported one",
     "measured": "quantized, without a report: relative error ERROR to SRC\n    at most MOST, of WORST",
     "nearest": "of these: no code could be nearer to SRC at its scale",
-    "others": "of these: other codes, as calibration chooses; only a large error would show",
+    "others": "of these: other codes, as calibration or another rounding chooses; only large errors would show",
     "no source": "not compared: no source (--against SRC)",
     "not sampled": "not compared: not in the sample (--full)",
 }
