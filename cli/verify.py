@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -11,12 +12,18 @@ from ernie_quant.cli._execute import return_freed_memory
 from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli._show import print_json
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ernie_quant.check.verify import Verified
+
 SAMPLE = 100
+HINTS = {"no source": " (--against SRC)", "not in the sample": " (--full)"}
 
 
 @click.command()
 @_options.out
-@click.option("--against", type=_options.Source(), help="The source: compare every tensor with it.")
+@click.option("--against", type=_options.Source(), help="The source: compare tensors with it, of a sample or all.")
 @click.option(
     "--sample", type=click.IntRange(1), default=SAMPLE, show_default=True,
     help="About so many tensors' values are checked, of every role and codec its share.",
@@ -32,7 +39,9 @@ def command(
 
     Every file is hashed; a changed byte is reported with the name of its weight. Of a sample, or of all with --full,
     the codes must decode to finite weights with the same codes; with --against, kept tensors must have the source's
-    bytes and quantized ones the reported error.
+    bytes and quantized ones the reported error, which is computed again. What has no report (ranks of files that others
+    published) must have an error that its codec makes; beside the quantized checkpoint that was resharded, its codes
+    and scales. What was compared with what is said line by line, and so is what was not.
 
     \b
     ernie-quant verify out --against ERNIE-4.5-21B-A3B-Paddle
@@ -48,11 +57,31 @@ def command(
     if as_json:
         print_json(verify.as_json(result))
         return
-    click.echo(f"{out}: verified: {result.files} files, {result.tensors} tensors, {result.quantized} quantized.", nl=False)
-    click.echo(f" {_compared(result.sampled, result.tensors, against)}")
+    click.echo(f"{out}: verified: {result.files} files, {result.tensors} tensors, {result.quantized} quantized")
+    for line in _lines(result, str(against)):
+        click.echo(f"  {line}")
 
 
-def _compared(sampled: int, tensors: int, against: Path | str | None) -> str:
-    if against is None:
-        return "All values are sound." if sampled == tensors else f"The values of {sampled} are sound."
-    return f"Every tensor agrees with {against}." if sampled == tensors else f"{sampled} tensors agree with {against}."
+def _lines(result: Verified, source: str) -> Iterator[str]:
+    """What was checked of the values: of how many tensors, and what."""
+    found = result.compared
+    if result.recoded:
+        of = "" if result.recoded == result.quantized else f" of {result.quantized}"
+        yield f"{result.recoded}{of} quantized: decode to finite weights, and these to the same codes"
+    if found.kept:
+        yield f"{found.kept} kept: bit for bit those of {source}"
+    if found.decoded:
+        yield f"{found.decoded} kept: bit for bit what {source} decodes to"
+    if found.stored:
+        yield f"{found.stored} quantized: codes and scales are those of {source}"
+    if found.reported:
+        yield f"{found.reported} quantized: error recomputed from {source}, it is the reported one"
+    if found.measured:
+        yield f"{found.measured} quantized, without a report: relative error {found.rel_error:.3g} to {source}"
+        yield f"  at most {found.worst_rel_error:.3g}, of {found.worst}"
+    if found.nearest:
+        yield f"  {found.nearest} of these: no code could be nearer to {source} at its scale"
+    if others := found.measured - found.nearest:
+        yield f"  {others} of these: other codes, as calibration or another rounding chooses; only large errors would show"
+    for why, count in result.not_compared.items():
+        yield f"{count} not compared: {why}{HINTS.get(why, '')}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.models import GOLDEN, copy, write
 
-from ernie_quant.check import verify as check
+from ernie_quant.check import against
 from ernie_quant.check.verify import verify
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import CheckpointError, VerifyError
@@ -97,7 +97,7 @@ def test_a_file_that_changes_after_its_hash_is_noticed(out: Path) -> None:
 def test_a_source_that_changes_meanwhile_is_noticed(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the back of the very last comparison: its file is open, and nobody opens it again."""
     source = copy(GOLDEN / "moe/paddle", tmp_path / "source")
-    read, reads, last = check.read, [0], [0]
+    read, reads, last = against.read, [0], [0]
 
     def counting(*arguments: Any) -> Any:
         reads[0] += 1
@@ -107,7 +107,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(out: Path, tmp_path: Path, m
                 os.utime(file, ns=(1, 1))
         return values
 
-    monkeypatch.setattr(check, "read", counting)
+    monkeypatch.setattr(against, "read", counting)
     assert verify(out, source).against
     reads, last = [0], [reads[0]]
     with pytest.raises(VerifyError) as error:

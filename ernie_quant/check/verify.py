@@ -6,48 +6,45 @@ config.json, the values from the files. The report and the manifest are what is 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ernie_quant import runtimes
+from ernie_quant import names, runtimes
+from ernie_quant.check.against import compare_with, same_bits
+from ernie_quant.check.compared import Compared, Outcome, tally
 from ernie_quant.check.integrity import Progress, damaged_files, damaged_weights
 from ernie_quant.checkpoint import Checkpoint, Stamp
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import CheckpointError, ErnieQuantError, VerifyError
 from ernie_quant.jsonio import read_object
-from ernie_quant.measure import Difference, compare
-from ernie_quant.names import Weight
 from ernie_quant.paths import weight_folders
-from ernie_quant.plan.choose import oriented
 from ernie_quant.report.rows import FILENAME, TensorReport
 from ernie_quant.result.manifest import read_manifest
 from ernie_quant.runtimes import Runtime
 from ernie_quant.sources import open_source
 from ernie_quant.threads import one_torch_thread
-from ernie_quant.views import build, kinds
+from ernie_quant.views import kinds
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import Replicated
-from ernie_quant.views.read import read
-from ernie_quant.weights import plain
-from ernie_quant.weights.layouts import LAYOUTS
-from ernie_quant.weights.plain import resolve
-from ernie_quant.weights.stored import Stored, open_stored, resolve_quantized
+from ernie_quant.weights.stored import Stored, linears_of, open_stored
 
-TOLERANCE = 1e-9  # of a relative error, which is computed by the same sums again
+NO_SOURCE, NOT_SAMPLED = "no source", "not in the sample"  # why a tensor was not compared
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked: all files by hash, all tensors by name and shape, the values of `sampled` ones."""
+    """What was checked: all files by hash, all tensors by name, shape and form; and of how many the values, in what way."""
 
     files: int
     tensors: int
     quantized: int
-    sampled: int
+    sampled: int  # tensors whose values were asked for
+    recoded: int  # of these the quantized ones: they decode to finite numbers, and those to the same codes
     against: bool
+    compared: Compared = field(default_factory=Compared)  # with the source
+    not_compared: Mapping[str, int] = field(default_factory=dict)  # why -> how many tensors
 
 
 def verify(
@@ -56,7 +53,7 @@ def verify(
     """Check the result in `out`, and with `against` its tensors against the source. Raises VerifyError.
 
     Values are checked of `sample` tensors (None: of all): quantized ones must decode to finite numbers whose codes are
-    the same again, and against the source they must have the error that was reported.
+    the same again; what they are compared with, where there is a source, `against.kind_of` says.
     """
     manifest = read_manifest(out)
     # before the first hash: what is hashed is still what is there at the end
@@ -68,20 +65,43 @@ def verify(
     target = runtimes.find(manifest["runtime"])
     stored, problems = open_stored(checkpoint, target)
     reports, more = _reports(out, stored) if _has_report(manifest) else ({}, [])
-    problems += [*checkpoint.anomalies, *more]
+    problems += [*checkpoint.anomalies, *more, *_misread(checkpoint, target, stored)]
     if problems:
         raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
     chosen = stored if sample is None else _sample(stored, reports, sample)
     with one_torch_thread(), Files(checkpoint.stamps) as files:
-        problems = list(_value_problems(chosen, files))
+        unsound = _value_problems(chosen, files)
+        problems = list(unsound.values())
+        outcomes: list[Outcome] = []
         if against is not None:
-            problems += _against(stored, chosen, reports, target, files, open_source(against))
+            sound = [entry for entry in chosen if entry.name not in unsound]
+            outcomes, more = compare_with(open_source(against), target, stored, sound, reports, files)
+            problems += more + [outcome.problem for outcome in outcomes if outcome.problem]
     for path, stamp in stamps.items():
         stamp.check(path)
     if problems:
-        raise VerifyError(f"{out}: {len(problems)} tensor(s) are not as reported", problems)
-    quantized = sum(not isinstance(s.codec, Keep) for s in stored)
-    return Verified(len(manifest["files"]), len(stored), quantized, len(chosen), against is not None)
+        raise VerifyError(f"{out}: {len(problems)} tensor(s) are not what they should be", problems)
+    compared = tally(outcomes)
+    assert against is None or compared.total == len(chosen), "a tensor was compared with nothing"
+    return Verified(
+        len(manifest["files"]), len(stored), _quantized(stored), len(chosen), _quantized(chosen), against is not None,
+        compared, _not_compared(len(stored), compared.total, against is not None),
+    )  # fmt: skip
+
+
+def _misread(checkpoint: Checkpoint, target: Runtime, stored: list[Stored]) -> list[str]:
+    """Layers that a program would read otherwise, because it knows them by names that config.json forgets."""
+    entry = checkpoint.config.get("quantization_config")
+    return target.misread(entry, linears_of(stored)) if entry else []
+
+
+def _quantized(entries: list[Stored]) -> int:
+    return sum(not isinstance(entry.codec, Keep) for entry in entries)
+
+
+def _not_compared(tensors: int, compared: int, against: bool) -> dict[str, int]:
+    left = tensors - compared
+    return {NOT_SAMPLED if against else NO_SOURCE: left} if left else {}
 
 
 def _has_report(manifest: Mapping[str, Any]) -> bool:
@@ -127,7 +147,8 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
         reports = {r["name"]: TensorReport.from_json(r) for r in read_object(out / FILENAME)["tensors"]}
     except (KeyError, TypeError):
         raise VerifyError(f"{out / FILENAME}: lacks the rows of its tensors", []) from None
-    problems = [f"{n}: is in the report, not in the files" for n in reports.keys() - {s.name for s in stored}]
+    unknown = sorted(reports.keys() - {s.name for s in stored}, key=names.natural)
+    problems = [f"{name}: is in the report, not in the files" for name in unknown]
     for entry in stored:
         row = reports.get(entry.name)
         nbytes = sum(kinds.spec_of(part).nbytes for part in entry.parts.values())
@@ -145,95 +166,38 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
     return reports, problems
 
 
-def _value_problems(chosen: list[Stored], files: Files) -> Iterator[str]:
-    """Quantized weights must decode to finite numbers, and those to the same codes; copies in ranks must agree."""
+def _value_problems(chosen: list[Stored], files: Files) -> dict[str, str]:
+    """Weight -> what is wrong with its values: quantized ones must decode to finite numbers, copies in ranks must agree."""
+    problems: dict[str, str] = {}
     for entry in chosen:
         copied = any(isinstance(part, Replicated) for part in entry.parts.values())
         if isinstance(entry.codec, Keep) and not copied:
             continue
         try:
-            problems = (_slab_problem(entry, files, rows) for rows in entry.slabs())
-            if problem := next(filter(None, problems), None):
-                yield problem
+            found = (_slab_problem(entry, files, rows) for rows in entry.slabs())
+            if problem := next(filter(None, found), None):
+                problems[entry.name] = problem
         except CheckpointError as error:
-            yield str(error)
-
-
-def _slab_problem(entry: Stored, files: Files, rows: tuple[int, int]) -> str | None:
-    import torch
-
-    encoded = entry.encoded(files, rows)
-    weight = entry.codec.decode(encoded)
-    if isinstance(entry.codec, Keep):
-        return None
-    if not bool(weight.isfinite().all()):
-        return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
-    again = entry.codec.recode(weight, encoded)["codes"]
-    if not torch.equal(again.view(torch.uint8), encoded["codes"].view(torch.uint8)):
-        return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to weights whose codes are others; no codec wrote these"
-    return None
-
-
-def _against(
-    stored: list[Stored], chosen: list[Stored], reports: Mapping[str, TensorReport], target: Runtime, files: Files,
-    source: Checkpoint,
-) -> list[str]:  # fmt: skip
-    """Kept tensors have the source's bytes; decoded ones have the error that was reported; none is missing."""
-    quantized = bool(source.config.get("quantization_config"))  # the result was dequantized from it
-    table = resolve_quantized(source) if quantized else resolve(source, frozenset(plain.FIXES))
-    if table.problems:
-        raise VerifyError(f"{source.folder}: the source itself has {len(table.problems)} problem(s)", table.problems)
-    weights = {w.name: w for w in LAYOUTS[target.LAYOUT].join(table.weights)}
-    there = {s.name for s in stored}
-    problems = [f"{name}: is in the source, not in the result" for name in weights.keys() - there]
-    problems += [f"{name}: is in the result, not in the source" for name in there - weights.keys()]
-    chosen = [entry for entry in chosen if entry.name in weights]
-    needs = [[ref.file for ref in build.refs(weights[entry.name].view)] for entry in chosen]
-    with source.download(needs) as download:
-        for number, entry in enumerate(chosen):
-            with Files(download.stamps, download.path) as originals:
-                try:
-                    problems += _difference(entry, weights[entry.name], reports.get(entry.name), files, originals)
-                    originals.check()
-                except ErnieQuantError as error:
-                    problems.append(str(error))
-            download.done(number)
+            problems[entry.name] = str(error)
     return problems
 
 
-def _difference(entry: Stored, weight: Weight, row: TensorReport | None, files: Files, originals: Files) -> list[str]:
-    import torch
-
-    view = oriented(weight, entry.codec, entry.layout)
-    if view.shape != entry.shape:
-        return [f"{entry.name}: is {entry.shape}, in the source {view.shape}"]
-    if row is not None and set(row.sources) != set(weight.sources):
-        said, is_ = ", ".join(row.sources), ", ".join(weight.sources)
-        return [f"{entry.name}: the report says it comes from {said}, it comes from {is_}"]
-    total = Difference()
-    for span in entry.slabs():
-        original = read(view, originals, span)
-        result = entry.read(files, span)
-        if isinstance(entry.codec, Keep):
-            if original.dtype != result.dtype or not torch.equal(original.view(torch.uint8), result.view(torch.uint8)):
-                return [f"{entry.name}: should be the source's bytes, and is not"]
-        else:
-            total += compare(entry.name, original, result)
-    return [] if row is None else list(_misreported(entry.name, total, row))
-
-
-def _misreported(name: str, total: Difference, row: TensorReport) -> Iterator[str]:
-    """The first figure of the report that is not what the files give."""
-    for what, is_, said in (
-        ("relative error", total.rel_error, row.rel_error),
-        ("largest error", total.largest, row.max_abs_error),
-        ("squared error", total.error, row.squared_error),
-        ("squared norm", total.total, row.squared_norm),
-        ("SQNR in dB", total.sqnr_db or 0.0, row.sqnr_db or 0.0),
-    ):
-        if abs(is_ - said) > TOLERANCE * max(1.0, abs(said)) or not math.isfinite(is_):
-            yield f"{name}: its {what} is {is_:.6g}, the report says {said:.6g}"
-            return
+def _slab_problem(entry: Stored, files: Files, rows: tuple[int, int]) -> str | None:
+    packed = entry.packed(files, rows)
+    if isinstance(entry.codec, Keep):
+        return None
+    encoded = entry.target.unpack(entry.name, entry.codec, packed)
+    constants = entry.target.constants(entry.name, entry.codec, entry.spec, encoded)
+    repacked = constants | entry.target.pack(entry.name, entry.codec, encoded)
+    if odd := next((part for part in repacked if not same_bits(packed[part], repacked[part])), None):
+        return f"{odd}: is not what packing the codes of {entry.name} gives; a runtime may read it otherwise"
+    weight = entry.codec.decode(encoded)
+    if not bool(weight.isfinite().all()):
+        return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
+    again = entry.codec.recode(weight, encoded)["codes"]
+    if not same_bits(again, encoded["codes"]):
+        return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to weights whose codes are others; no codec wrote these"
+    return None
 
 
 def as_json(result: Verified) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from ernie_quant.run.shared import run_shared
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 
-SAMPLE = 100  # tensors whose values are checked before they are published
+SAMPLE = 100  # about so many tensors, of which the quantized are decoded and recoded before they are published
 DROPPED = ".dropped"  # in the work folder: what is being deleted
 
 Log = Callable[..., None]
@@ -126,7 +126,7 @@ def _target(
     repair(out, target.repo)  # the last run may have been killed while it wrote the card
     report = _make(target, plan, job, out, deadline, log)
     checked = verify(out, progress=_until(deadline), sample=SAMPLE)
-    log(event="verified", repo=target.repo, files=checked.files, tensors=checked.tensors, sampled=checked.sampled)
+    log(event="verified", repo=target.repo, files=checked.files, tensors=checked.tensors, recoded=checked.recoded)
     done = publish(out, hub, Destination(target.repo, target.revision, target.private), _until(deadline))
     _tag(hub, target, tag, done.commit)
     _forget(out)

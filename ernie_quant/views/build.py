@@ -94,3 +94,16 @@ def refs(view: View) -> list[TensorRef]:
             return refs(base)
         case Cat(parts) | Replicated(parts):
             return list(dict.fromkeys(r for p in parts for r in refs(p)))
+
+
+def decodes(view: View) -> bool:
+    """Is anything under it decoded when it is read?"""
+    match view:
+        case Decoded():
+            return True
+        case Leaf():
+            return False
+        case T(base) | Cut(base) | Fold(base) | Unfold(base):
+            return decodes(base)
+        case Cat(parts) | Replicated(parts):
+            return any(map(decodes, parts))

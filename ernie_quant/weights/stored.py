@@ -85,6 +85,10 @@ class Stored:
 
     def encoded(self, files: Files, rows: tuple[int, int], device: str = CPU) -> Encoded:
         """The codec's fields for these rows."""
+        return self.target.unpack(self.name, self.codec, self.packed(files, rows, device))
+
+    def packed(self, files: Files, rows: tuple[int, int], device: str = CPU) -> dict[str, torch.Tensor]:
+        """The stored tensors of these rows."""
         out = self.shape[0] if self.shape else 1
         tensors = {}
         for name, view in self.parts.items():
@@ -92,7 +96,7 @@ class Stored:
             if part.out_axis is not None:
                 view = build.cut(view, part.out_axis, *part.span(rows, out))
             tensors[name] = read(view, files, device=device)
-        return self.target.unpack(self.name, self.codec, tensors)
+        return tensors
 
 
 def linears_of(entries: Sequence[Stored]) -> list[Linear]:

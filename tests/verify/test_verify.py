@@ -14,6 +14,7 @@ from helpers.results import EXPERT, WIDTHS, edit, first_byte, poke, refused, sea
 from helpers.runs import OF_128S, SOURCE, everything
 from safetensors.torch import save_file
 
+from ernie_quant.check.compared import Compared
 from ernie_quant.check.verify import Verified, verify
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
@@ -34,8 +35,9 @@ def test_a_conversion_is_verified(family: str, runtime: str, tmp_path: Path) -> 
     write(GOLDEN / family / "paddle", tmp_path / "out", runtime, shard_bytes=100_000)
     count = len(tensors(tmp_path / "out"))
     files = len([p for p in (tmp_path / "out").iterdir() if p.name not in ("ernie-quant.json", "SHA256SUMS")])
-    assert verify(tmp_path / "out") == Verified(files, count, 0, count, against=False)
-    assert verify(tmp_path / "out", GOLDEN / family / "paddle") == Verified(files, count, 0, count, against=True)
+    assert verify(tmp_path / "out") == Verified(files, count, 0, count, 0, against=False, not_compared={"no source": count})
+    compared = Verified(files, count, 0, count, 0, against=True, compared=Compared(kept=count))
+    assert verify(tmp_path / "out", GOLDEN / family / "paddle") == compared
 
 
 @pytest.mark.parametrize(

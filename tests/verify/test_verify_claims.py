@@ -15,7 +15,9 @@ from helpers.runs import SOURCE, everything
 from safetensors.torch import save_file
 
 from ernie_quant.check.verify import verify
+from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
+from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.errors import ErnieQuantError, OutputError
 from ernie_quant.readers.safetensors import read_header
 from ernie_quant.weights import layouts
@@ -70,6 +72,37 @@ def test_a_float8_list_of_kept_layers_must_be_true(tmp_path: Path) -> None:
     edit(tmp_path / "out", "config.json", quantization(lambda q: q["modules_to_not_convert"].remove(router)))
     with pytest.raises(ErnieQuantError, match=re.escape(router)):
         verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "codec", "change", "line"),
+    [
+        pytest.param(
+            "moe_mtp", Float8Block(),
+            lambda q: q.update(modules_to_not_convert=[m for m in q["modules_to_not_convert"] if ".layers.3." not in m]),
+            "model.mtp_block.0.self_attn.q_proj.weight: is stored as kept, but of model.layers.3.self_attn.q_proj, as a program"
+            " calls the layer, config.json says fp8", id="the draft's layer",
+        ),
+        pytest.param(
+            "vl", RoundToNearest(4, 64), lambda q: stop_ignoring(q, "experts_gate"),
+            "model.layers.1.mlp.text_experts_gate matches 0 of config_groups", id="routers of a VL model",
+        ),
+        pytest.param(
+            "vl", Float8Block(), lambda q: stop_ignoring(q, "qkv_proj"),
+            "attn.qkv_proj matches 0 of config_groups", id="SGLang's name",
+        ),
+    ],
+)  # fmt: skip
+def test_config_json_must_say_it_under_every_programs_name(
+    family: str, codec: Codec, change: Callable[[dict[str, Any]], object], line: str, tmp_path: Path
+) -> None:
+    source = random_model(tmp_path / "src", layouts.PT, family, **WIDTHS[family])
+    write(source, tmp_path / "out", recipe=everything(codec, mtp=False))
+    verify(tmp_path / "out")
+    edit(tmp_path / "out", "config.json", quantization(change))
+    with pytest.raises(ErnieQuantError) as error:
+        verify(tmp_path / "out")
+    assert line in str([str(error.value), *getattr(error.value, "problems", [])])
 
 
 def test_a_dropped_tensor_is_missed(out: Path) -> None:

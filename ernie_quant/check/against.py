@@ -1,0 +1,174 @@
+"""Every tensor of a result beside its source: `kind_of` decides what it is compared with, one function compares each kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ernie_quant.check import unreported
+from ernie_quant.check.compared import DECODED, KEPT, MEASURED, REPORTED, STORED, Outcome
+from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.codecs.keep import Keep
+from ernie_quant.errors import ErnieQuantError, VerifyError
+from ernie_quant.measure import Difference, compare
+from ernie_quant.names import Weight, natural
+from ernie_quant.plan.choose import oriented
+from ernie_quant.report.rows import TensorReport
+from ernie_quant.runtimes import Runtime
+from ernie_quant.views import build
+from ernie_quant.views.files import Files
+from ernie_quant.views.kinds import Decoded, View
+from ernie_quant.views.read import read
+from ernie_quant.weights import plain
+from ernie_quant.weights.layouts import LAYOUTS
+from ernie_quant.weights.plain import resolve
+from ernie_quant.weights.stored import Stored, resolve_quantized
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 1e-9  # of a relative error, which is computed by the same sums again
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor of the result, the view of the source's that it was made of, and its row in the report."""
+
+    entry: Stored
+    view: View  # as the codec sees it
+    row: TensorReport | None
+    sources: tuple[str, ...]
+    resharded: bool  # both sides are quantized, so the report speaks of another source: the first one
+
+
+def compare_with(
+    source: Checkpoint, target: Runtime, stored: Sequence[Stored], chosen: Sequence[Stored],
+    reports: Mapping[str, TensorReport], files: Files,
+) -> tuple[list[Outcome], list[str]]:  # fmt: skip
+    """The chosen tensors beside those of the source, and names that one side lacks. Raises VerifyError, ErnieQuantError."""
+    weights, quantized = _weights(source, target)
+    there = {entry.name for entry in stored}
+    problems = [f"{name}: is in the source, not in the result" for name in sorted(weights.keys() - there, key=natural)]
+    problems += [f"{name}: is in the result, not in the source" for name in sorted(there - weights.keys(), key=natural)]
+    resharded = quantized and any(not isinstance(entry.codec, Keep) for entry in stored)
+    pairs = [
+        _pair(entry, weights[entry.name], None if resharded else reports.get(entry.name), resharded)
+        for entry in chosen
+        if entry.name in weights
+    ]
+    outcomes = []
+    with source.download([[ref.file for ref in build.refs(pair.view)] for pair in pairs]) as download:
+        for number, pair in enumerate(pairs):
+            with Files(download.stamps, download.path) as originals:
+                outcomes.append(_outcome(pair, files, originals))
+            download.done(number)
+    return outcomes, problems
+
+
+def _weights(source: Checkpoint, target: Runtime) -> tuple[dict[str, Weight], bool]:
+    """The source's weights under the names of the result, and whether they are quantized. Raises VerifyError."""
+    quantized = bool(source.config.get("quantization_config"))
+    table = resolve_quantized(source) if quantized else resolve(source, frozenset(plain.FIXES))
+    if table.problems:
+        raise VerifyError(f"{source.folder}: the source itself has {len(table.problems)} problem(s)", table.problems)
+    return {w.name: w for w in LAYOUTS[target.LAYOUT].join(table.weights)}, quantized
+
+
+def _pair(entry: Stored, weight: Weight, row: TensorReport | None, resharded: bool) -> Pair:
+    return Pair(entry, oriented(weight, entry.codec, entry.layout), row, weight.sources, resharded)
+
+
+def kind_of(pair: Pair) -> str:
+    """What a tensor is compared with; there is no kind that is compared with nothing."""
+    if isinstance(pair.entry.codec, Keep):
+        return DECODED if build.decodes(pair.view) else KEPT
+    if pair.resharded:
+        return STORED
+    return MEASURED if pair.row is None else REPORTED
+
+
+def _outcome(pair: Pair, files: Files, originals: Files) -> Outcome:
+    """What came of a comparison; what cannot be read is wrong too."""
+    try:
+        outcome = _compared(pair, kind_of(pair), files, originals)
+        originals.check()
+    except ErnieQuantError as error:
+        return Outcome(pair.entry.name, kind_of(pair), str(error))
+    return outcome
+
+
+def _compared(pair: Pair, kind: str, files: Files, originals: Files) -> Outcome:
+    entry, row = pair.entry, pair.row
+    if pair.view.shape != entry.shape:
+        return Outcome(entry.name, kind, f"{entry.name}: is {entry.shape}, in the source {pair.view.shape}")
+    if row is not None and set(row.sources) != set(pair.sources):
+        said, is_ = ", ".join(row.sources), ", ".join(pair.sources)
+        return Outcome(entry.name, kind, f"{entry.name}: the report says it comes from {said}, it comes from {is_}")
+    if kind in (KEPT, DECODED):
+        return Outcome(entry.name, kind, _kept_problem(pair, files, originals))
+    if kind == STORED:
+        return Outcome(entry.name, kind, _stored_problem(pair, files, originals))
+    if row is not None:
+        difference = sum((compare(entry.name, *both) for both in _slabs(pair, files, originals)), Difference())
+        return Outcome(entry.name, kind, next(_misreported(entry.name, difference, row), ""))
+    judged = unreported.judge(entry, pair.view, files, originals)
+    problem = unreported.problem(entry.name, entry.codec, entry.spec, judged)
+    return Outcome(entry.name, kind, problem, judged.difference, nearest=not judged.far)
+
+
+def _slabs(pair: Pair, files: Files, originals: Files) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The source's rows and the result's."""
+    return ((read(pair.view, originals, rows), pair.entry.read(files, rows)) for rows in pair.entry.slabs())
+
+
+def _kept_problem(pair: Pair, files: Files, originals: Files) -> str:
+    name = pair.entry.name
+    if not all(same_bits(*both) for both in _slabs(pair, files, originals)):
+        what = "what the source decodes to" if build.decodes(pair.view) else "the source's bytes"
+        return f"{name}: should be {what}, and is not"
+    return next(_misreported(name, Difference(), pair.row), "") if pair.row else ""
+
+
+def _stored_problem(pair: Pair, files: Files, originals: Files) -> str:
+    """Resharding changes no bit: codes and scales are those of the source, field by field."""
+    entry = pair.entry
+    like = pair.view.source if isinstance(pair.view, Decoded) else None
+    if not isinstance(like, Stored) or like.codec.form != entry.codec.form:
+        is_ = (
+            "kept"
+            if not build.decodes(pair.view)
+            else like.codec.form
+            if isinstance(like, Stored)
+            else "quantized in other pieces"
+        )
+        return f"{entry.name}: is {entry.codec.form}, in the source {is_}; compare it with what it was made from"
+    for rows in entry.slabs():
+        ours, theirs = entry.encoded(files, rows), like.encoded(originals, rows)
+        if odd := [field for field in ours if not same_bits(theirs[field], ours[field])]:
+            return f"{entry.name}: rows {rows[0]} to {rows[1]} have not the source's {' and '.join(odd)}; resharding changes none"
+    return ""
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal in dtype, shape and every bit."""
+    import torch
+
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (one, other)))
+
+
+def _misreported(name: str, total: Difference, row: TensorReport) -> Iterator[str]:
+    """The first figure of the report that is not what the files give."""
+    for what, is_, said in (
+        ("relative error", total.rel_error, row.rel_error),
+        ("largest error", total.largest, row.max_abs_error),
+        ("squared error", total.error, row.squared_error),
+        ("squared norm", total.total, row.squared_norm),
+        ("SQNR in dB", total.sqnr_db or 0.0, row.sqnr_db or 0.0),
+    ):
+        if abs(is_ - said) > TOLERANCE * max(1.0, abs(said)) or not math.isfinite(is_):
+            yield f"{name}: its {what} is {is_:.6g}, the report says {said:.6g}"
+            return
