@@ -1,0 +1,105 @@
+"""What is made, and how vLLM is asked to load it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Run:
+    """One start of vLLM."""
+
+    tp: int = 1
+    speculate: bool = False
+
+    def __str__(self) -> str:
+        return f"TP {self.tp}{', speculation' if self.speculate else ''}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A source of models.py and the command that quantizes it; `recipe` is a file for `--recipe`."""
+
+    source: str
+    command: tuple[str, ...]
+    runs: tuple[Run, ...]
+    recipe: str = ""
+
+    @property
+    def name(self) -> str:
+        """`moe wint4 --experts-only`, or `moe quantize --recipe mixed-layers`."""
+        return " ".join((self.source, *self.command))
+
+
+TEXT = (Run(1), Run(2))
+MTP = (Run(1), Run(1, speculate=True), Run(2, speculate=True))
+ONE = (Run(1),)
+
+RECIPES = {
+    # attention and dense FFN int8 per channel; the experts of one layer int8, of the other int4
+    "by-layer": """
+[[rule]]
+match = 'layers\\.1\\.mlp\\.experts'
+codec = "rtn"
+bits = 8
+[[rule]]
+role = "experts"
+codec = "rtn"
+bits = 4
+group_size = 64
+[[rule]]
+role = "attention"
+codec = "rtn"
+bits = 8
+group_size = "channel"
+""",
+    # the MTP block int4, the attention of the decoder as it is
+    "mtp-alone": """
+[[rule]]
+role = "mtp"
+codec = "rtn"
+bits = 4
+[[rule]]
+role = "experts"
+codec = "rtn"
+bits = 4
+""",
+    # text and vision experts in different forms
+    "text-and-vision": """
+[[rule]]
+role = "experts"
+codec = "rtn"
+bits = 4
+[[rule]]
+role = "vision_experts"
+codec = "rtn"
+bits = 8
+group_size = 64
+""",
+}
+
+
+def _cases(source: str, runs: tuple[Run, ...], *commands: str) -> list[Case]:
+    return [Case(source, tuple(command.split()), runs) for command in commands]
+
+
+def _recipe(source: str, runs: tuple[Run, ...], recipe: str) -> Case:
+    return Case(source, ("quantize", "--recipe", recipe), runs, recipe)
+
+
+CASES = [
+    *_cases(
+        "dense", TEXT, "wint4", "wint4 --group-size 64", "wint4 --group-size 32", "wint4 --group-size channel", "wint8", "fp8"
+    ),
+    *_cases("moe", TEXT, "wint4 --experts-only", "wint4", "wint4 --group-size 64", "wint4 --group-size 32"),
+    *_cases("moe", TEXT, "wint4 --group-size channel", "wint8 --experts-only", "wint8 --group-size channel"),
+    *_cases("moe", TEXT, "fp8 --experts-only", "fp8"),
+    _recipe("moe", TEXT, "by-layer"),
+    *_cases("mtp", MTP, "wint4 --experts-only", "wint4", "wint4 --mtp", "wint8", "wint8 --mtp --group-size channel"),
+    *_cases("mtp", MTP, "fp8 --experts-only", "fp8", "fp8 --mtp"),
+    _recipe("mtp", MTP, "mtp-alone"),
+    *_cases("vl", TEXT, "wint4 --experts-only", "wint4", "wint4 --group-size 32", "wint4 --group-size channel", "wint8"),
+    _recipe("vl", TEXT, "by-layer"),
+    _recipe("vl", TEXT, "text-and-vision"),
+    *_cases("vl", TEXT, "fp8 --experts-only", "fp8"),
+]
