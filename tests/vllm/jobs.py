@@ -13,6 +13,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 import traceback
@@ -96,11 +97,16 @@ def forked(job: dict[str, Any]) -> dict[str, Any]:
             sys.stdout.flush()
             os._exit(code)
     _, status = os.waitpid(child, 0)
-    seconds = round(time.monotonic() - started, 1)
-    error = ""
-    if status:
-        error = (out / "error").read_text() if (out / "error").exists() else f"ended with status {status}"
-    return {"error": error, "seconds": seconds}
+    return {"error": cause(out, status) if status else "", "seconds": round(time.monotonic() - started, 1)}
+
+
+def cause(out: Path, status: int) -> str:
+    """Why it failed; of a worker, which tells its parent no more than that it did, from the log."""
+    error = (out / "error").read_text() if (out / "error").exists() else f"ended with status {status}"
+    if "background process" not in error:
+        return error
+    raised = re.findall(r"\b(\w+(?:Error|Exception): .*)", (out / "log").read_text(errors="replace"))
+    return next((text for text in raised if text not in error), error)
 
 
 def import_once() -> None:

@@ -11,6 +11,7 @@ python tests/vllm/matrix.py --vllm-python .venv-vllm/bin/python -k "mtp wint4" -
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -23,12 +24,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]  # tests/helpers, the program
 
+import damages  # noqa: E402
 import judge  # noqa: E402
 import models  # noqa: E402
 from cases import CASES, RECIPES, Case, Run  # noqa: E402
 from helpers.models import invoke, tensors  # noqa: E402
 from runtime import Runtime  # noqa: E402
-from table import EXACT, Result, Verdict, line, markdown, some  # noqa: E402
+from table import EXACT, FAILS, WRONG, Result, Verdict, line, markdown, some  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def make(case: Case, source: Path, folder: Path) -> Made:
         Path(words[-1]).write_text(RECIPES[case.recipe])
     invoke(words[0], source, made.quantized, *words[1:])
     invoke("dequantize", made.quantized, made.plain, "--to", "pt")
+    if case.damage:
+        damages.do(case.damage, made.quantized)
     return made
 
 
@@ -56,7 +60,7 @@ def judged(made: Made, run: Run, runtime: Runtime, folder: Path) -> Verdict:
     """Load both, and compare."""
     loaded, reference = folder / "of-quantized", folder / "of-plain"
     if error := runtime.load(made.quantized, loaded, run):
-        return Verdict("refused", error)
+        return Verdict(FAILS, error)
     if error := runtime.load(made.plain, reference, run):
         return Verdict("no reference", error)
     plain = tensors(made.plain)
@@ -64,13 +68,13 @@ def judged(made: Made, run: Run, runtime: Runtime, folder: Path) -> Verdict:
         return Verdict("no reference", some(odd))
     logprobs = judge.distance(loaded, reference)
     if wrong := judge.parameters(loaded, plain, run):
-        return Verdict("wrong values", some(wrong), logprobs)
+        return Verdict(WRONG, some(wrong), logprobs)
     return Verdict(EXACT if logprobs == 0 else "wrong logprobs", "", logprobs)
 
 
 def results(case: Case, runtime: Runtime, work: Path) -> Iterator[Result]:
     """One for each of the case's runs, or one that says why there is no file."""
-    folder = work / case.name.replace(" ", "-").replace("--", "-")
+    folder = work / re.sub(r"\W+", "-", case.name)
     folder.mkdir()
     started = time.monotonic()
     try:
@@ -81,7 +85,7 @@ def results(case: Case, runtime: Runtime, work: Path) -> Iterator[Result]:
     for run in case.runs:
         started = time.monotonic()
         verdict = judged(made, run, runtime, folder / f"tp{run.tp}{'-speculation' * run.speculate}")
-        yield Result(case.name, str(run), verdict, time.monotonic() - started)
+        yield Result(case.name, str(run), verdict, time.monotonic() - started, WRONG if case.damage else EXACT)
 
 
 def run_all(cases: Sequence[Case], python: str, keep: Path | None) -> tuple[list[Result], dict[str, str]]:
@@ -125,7 +129,7 @@ def main() -> int:
     started = time.monotonic()
     found, versions = run_all(cases, wanted.vllm_python, wanted.keep)
     fine = sum(result.fine for result in found)
-    print(f"{fine} of {len(found)} exact, {time.monotonic() - started:.0f} s")
+    print(f"{fine} of {len(found)} as they should be, {time.monotonic() - started:.0f} s")
     if wanted.table:
         wanted.table.write_text(markdown(found, versions))
     return int(fine < len(found))

@@ -72,5 +72,5 @@ class Float8Blocks:
         become_plain(layer, {"weight": weight}, (stored,))
 
     def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Without quantizing the input."""
-        return product(layer, x, bias)
+        """Without quantizing the input; a router that became float8 by mistake shall run, and be found by its weight."""
+        return product(layer, x.to(layer.weight.dtype), bias)
