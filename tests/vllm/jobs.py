@@ -9,12 +9,15 @@ runs it in a forked process, and answers each with a line. What vLLM prints goes
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 
 PROMPT = (1, 5, 9, 77, 300, 12, 640, 33, 8, 500, 111, 222)
 NEW_TOKENS = 4
+SECONDS = 300  # for one job, on a busy machine
 ENVIRONMENT = {
     "PLAIN_ARITHMETIC": "1",
     "VLLM_PLUGINS": "plain_arithmetic",
@@ -83,6 +87,7 @@ def forked(job: dict[str, Any]) -> dict[str, Any]:
     out.mkdir(parents=True)
     child = os.fork()
     if child == 0:
+        os.setsid()  # with its workers, to be stopped together
         log = os.open(out / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -96,8 +101,28 @@ def forked(job: dict[str, Any]) -> dict[str, Any]:
         finally:
             sys.stdout.flush()
             os._exit(code)
-    _, status = os.waitpid(child, 0)
+    status = ended(child, started + SECONDS)
+    tidy((out / "log").read_text(errors="replace"))
     return {"error": cause(out, status) if status else "", "seconds": round(time.monotonic() - started, 1)}
+
+
+def ended(child: int, deadline: float) -> int:
+    """Its status, when it has ended or was stopped."""
+    found, status = os.waitpid(child, os.WNOHANG)
+    while not found and time.monotonic() < deadline:
+        time.sleep(0.05)
+        found, status = os.waitpid(child, os.WNOHANG)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # workers that outlive a failed start too
+    return status if found else os.waitpid(child, 0)[1]
+
+
+def tidy(log: str) -> None:
+    """Remove what vLLM leaves of its processes' rendezvous, in memory and on disk; the log names it."""
+    for name in set(re.findall(r"vllm_dist_[0-9a-f]{32}", log)):
+        for folder in ("/dev/shm", tempfile.gettempdir()):
+            for path in Path(folder).glob(f"{name}*"):
+                path.unlink()
 
 
 def cause(out: Path, status: int) -> str:

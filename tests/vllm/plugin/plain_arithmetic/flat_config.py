@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 
-class FlatConfig(PretrainedConfig):  # type: ignore[misc]
+class FlatConfig(PretrainedConfig):
     """All keys as they are; vision_config is one of its own, as vLLM expects it."""
 
     model_type = "ernie4_5_moe_vl"

@@ -15,7 +15,7 @@ INTEGER_PARAMETERS = ("weight_packed", "weight_scale", "weight_shape")
 
 def product(layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The one product of all linears. A weight in another dtype (a float32 router) takes its input as it comes."""
-    return F.linear(x, layer.weight, bias)  # type: ignore[arg-type]
+    return F.linear(x, layer.weight, bias)
 
 
 def become_plain(layer: nn.Module, decoded: dict[str, torch.Tensor], dropped: tuple[str, ...]) -> None:
@@ -35,7 +35,7 @@ def replace() -> None:
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w8a8_fp8 as ct_float8
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16 as ct_integers
 
-    class Integers(MPLinearKernel):  # type: ignore[misc]
+    class Integers(MPLinearKernel):
         @classmethod
         def get_min_capability(cls) -> int:
             return -1
