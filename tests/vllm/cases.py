@@ -104,6 +104,28 @@ codec = "rtn"
 bits = 8
 group_size = 64
 """,
+    # shared experts in more bits than the routed ones
+    "shared-in-8-bits": """
+[[rule]]
+role = "shared_experts"
+codec = "rtn"
+bits = 8
+[[rule]]
+role = "experts"
+codec = "rtn"
+bits = 4
+""",
+    # integers and float8 in one checkpoint
+    "int4-and-fp8": """
+[[rule]]
+role = "experts"
+codec = "rtn"
+bits = 4
+[[rule]]
+role = "attention"
+codec = "fp8"
+quant_method = "compressed-tensors"
+""",
 }
 
 
@@ -122,12 +144,12 @@ CASES = [
     *_cases("moe", TEXT, "wint4 --experts-only", "wint4", "wint4 --group-size 64", "wint4 --group-size 32"),
     *_cases("moe", TEXT, "wint4 --group-size channel", "wint8 --experts-only", "wint8 --group-size channel"),
     *_cases("moe", TEXT, "fp8 --experts-only", "fp8"),
-    *(_recipe("moe", TEXT, recipe) for recipe in ("by-layer", "one-layer", "one-layer-fp8")),
+    *(_recipe("moe", TEXT, recipe) for recipe in ("by-layer", "one-layer", "one-layer-fp8", "shared-in-8-bits", "int4-and-fp8")),
     *_cases("mtp", MTP, "wint4 --experts-only", "wint4", "wint4 --mtp", "wint8", "wint8 --mtp --group-size channel"),
-    *_cases("mtp", MTP, "fp8 --experts-only", "fp8", "fp8 --mtp"),
+    *_cases("mtp", MTP, "wint4 --experts-only --mtp", "fp8 --experts-only", "fp8", "fp8 --mtp"),
     _recipe("mtp", MTP, "mtp-alone"),
     *_cases("vl", TEXT, "wint4 --experts-only", "wint4", "wint4 --group-size 32", "wint4 --group-size channel", "wint8"),
-    *(_recipe("vl", TEXT, recipe) for recipe in ("by-layer", "by-layer-both", "one-layer", "text-and-vision")),
+    *(_recipe("vl", TEXT, recipe) for recipe in ("by-layer", "by-layer-both", "one-layer", "text-and-vision", "int4-and-fp8")),
     *_cases("vl", TEXT, "fp8 --experts-only", "fp8"),
     _recipe("vl", TEXT, "one-layer-fp8"),
     Case("moe", ("wint4",), (Run(1),), damage="gate and up swapped in one expert"),
