@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import signal
 import sys
 from typing import NoReturn
@@ -57,6 +58,7 @@ def group() -> None:
 def main() -> NoReturn:
     """Run, and turn every expected error into one line on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    _print_any_name()
     try:
         sys.exit(group.main(standalone_mode=False, prog_name="ernie-quant") or 0)
     except click.exceptions.Abort:
@@ -76,6 +78,13 @@ def main() -> NoReturn:
         line = f"error: {error.filename or 'input/output'}: {error.strerror}{again}"
     print(line, file=sys.stderr)
     sys.exit(code)
+
+
+def _print_any_name() -> None:
+    """A name that is no text in the terminal's encoding is printed with escapes; it must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 RESUME = "interrupted; the same command goes on where it stopped"

@@ -17,6 +17,7 @@ SAMPLE = 100
 @click.command()
 @_options.out
 @click.option("--against", type=_options.Source(), help="The source: compare every tensor with it.")
+@_options.follow_links
 @click.option(
     "--sample", type=click.IntRange(1), default=SAMPLE, show_default=True,
     help="About so many tensors' values are checked, of every role and codec its share.",
@@ -26,8 +27,9 @@ SAMPLE = 100
 @_options.json_option
 @click.pass_context
 def command(
-    ctx: click.Context, out: Path, against: Path | str | None, sample: int, full: bool, quiet: bool, as_json: bool
-) -> None:
+    ctx: click.Context, out: Path, against: Path | str | None, follow_links: bool, sample: int, full: bool, quiet: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Read a result back from disk: hashes, index, headers, config and values must agree.
 
     Every file is hashed; a changed byte is reported with the name of its weight. Of a sample, or of all with --full,
@@ -44,7 +46,7 @@ def command(
     return_freed_memory()
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
     with progress_bar(size, quiet) as progress:
-        result = verify.verify(out, against, progress, None if full else sample)
+        result = verify.verify(out, against, progress, None if full else sample, links=follow_links)
     if as_json:
         print_json(verify.as_json(result))
         return

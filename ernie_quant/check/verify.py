@@ -32,6 +32,7 @@ from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import Replicated
 from ernie_quant.views.read import read
 from ernie_quant.weights import plain
+from ernie_quant.weights.claims import evidence
 from ernie_quant.weights.layouts import LAYOUTS
 from ernie_quant.weights.plain import resolve
 from ernie_quant.weights.stored import Stored, open_stored, resolve_quantized
@@ -51,12 +52,13 @@ class Verified:
 
 
 def verify(
-    out: Path, against: Path | str | None = None, progress: Progress = lambda _: None, sample: int | None = None
-) -> Verified:
+    out: Path, against: Path | str | None = None, progress: Progress = lambda _: None, sample: int | None = None, *,
+    links: bool = False,
+) -> Verified:  # fmt: skip
     """Check the result in `out`, and with `against` its tensors against the source. Raises VerifyError.
 
     Values are checked of `sample` tensors (None: of all): quantized ones must decode to finite numbers whose codes are
-    the same again, and against the source they must have the error that was reported.
+    the same again, and against the source, whose `links` are followed if asked for, the error that was reported.
     """
     manifest = read_manifest(out)
     # before the first hash: what is hashed is still what is there at the end
@@ -68,14 +70,14 @@ def verify(
     target = runtimes.find(manifest["runtime"])
     stored, problems = open_stored(checkpoint, target)
     reports, more = _reports(out, stored) if _has_report(manifest) else ({}, [])
-    problems += [*checkpoint.anomalies, *more]
+    problems += [*checkpoint.anomalies, *checkpoint.slips, *more]
     if problems:
         raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
     chosen = stored if sample is None else _sample(stored, reports, sample)
     with one_torch_thread(), Files(checkpoint.stamps) as files:
         problems = list(_value_problems(chosen, files))
         if against is not None:
-            problems += _against(stored, chosen, reports, target, files, open_source(against))
+            problems += _against(stored, chosen, reports, target, files, open_source(against, links=links))
     for path, stamp in stamps.items():
         stamp.check(path)
     if problems:
@@ -179,7 +181,7 @@ def _against(
     source: Checkpoint,
 ) -> list[str]:  # fmt: skip
     """Kept tensors have the source's bytes; decoded ones have the error that was reported; none is missing."""
-    quantized = bool(source.config.get("quantization_config"))  # the result was dequantized from it
+    quantized = bool(evidence(source))  # the result was dequantized from it
     table = resolve_quantized(source) if quantized else resolve(source, frozenset(plain.FIXES))
     if table.problems:
         raise VerifyError(f"{source.folder}: the source itself has {len(table.problems)} problem(s)", table.problems)
