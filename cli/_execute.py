@@ -34,7 +34,8 @@ def refuse_experts_only(options: dict[str, Any]) -> None:
 
 def execute(
     src: Path | str, out: Path, rules: Recipe, runtime: str, *, max_shard_size: int, vl_config: str, copy_code: bool,
-    fixes: tuple[str, ...], follow_links: bool = False, unsupported: bool = False, dequantize: bool = False, tp: int = 1, **options: Any,
+    fixes: tuple[str, ...], follow_links: bool = False, unsupported: bool = False, dequantize: bool = False, tp: int = 1,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Plan, then run, then say what happened."""
     from ernie_quant.plan.make import make_plan

@@ -28,9 +28,7 @@ def parse(raw: bytes, *, finite: bool = True) -> Any:
         raise ValueError(f"too large: {values} values, {MAX_VALUES} are allowed")
     try:
         number, constant = (_finite, _refuse) if finite else (float, float)
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=constant, parse_float=number
-        )
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=constant, parse_float=number)
         deep = _is_deep(value)
     except RecursionError:
         deep = True

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ernie_quant.errors import ConfigError, line_of
+from ernie_quant.errors import CheckpointError, ConfigError, line_of
 from ernie_quant.jsonio import not_finite, read_object
 from ernie_quant.paths import CONFIG, inside
+from ernie_quant.sources.pointers import is_pointer, words
 
 # numbers that programs compute with; the sizes that this one needs are checked where they are read
 USED = {"rope_theta", "rope_parameters", "rope_scaling", "rms_norm_eps", "compression_ratio", "moe_norm_min", "freq_allocation"}
@@ -15,6 +16,8 @@ USED = {"rope_theta", "rope_parameters", "rope_scaling", "rms_norm_eps", "compre
 
 def read_config(folder: Path, *, links: bool) -> tuple[dict[str, Any], list[str]]:
     """config.json of `folder`, and notes. Raises CheckpointError or ConfigError."""
+    if is_pointer(folder / CONFIG):
+        raise CheckpointError(words([CONFIG]))
     config = read_object(inside(folder, CONFIG, "the checkpoint", links=links), finite=False)
     odd = dict(not_finite(config))
     if used := next((path for path in odd if USED & {*path.split(".")}), None):

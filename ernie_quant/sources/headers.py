@@ -11,6 +11,7 @@ from ernie_quant.errors import CheckpointError, MissingFileError
 from ernie_quant.paths import MTP_FOLDER, RANK_FOLDER, inside
 from ernie_quant.readers import read_header
 from ernie_quant.sources import sets
+from ernie_quant.sources.pointers import is_pointer, words
 from ernie_quant.sources.sets import Chosen, choose
 
 RANK_PICKLE = re.compile(r"model_state\.tp(\d+)\.pdparams")
@@ -80,6 +81,8 @@ class Headers:
             except MissingFileError as error:
                 self.anomalies.append(str(error))
                 continue
+            if is_pointer(path):
+                raise CheckpointError(words([name]))
             files[path] = Stamp.of(path)
             if (twin := seen.setdefault((path.stat().st_dev, path.stat().st_ino), path)) != path:
                 raise CheckpointError(f"{name}: is the same file as {twin.name}")

@@ -118,7 +118,7 @@ def _remarks(chosen: WeightSet, others: Sequence[str]) -> Iterator[str]:
         return
     loaders = []
     if chosen.title == "model.safetensors" and any(".safetensors" in o for o in others):
-        loaders.append("transformers chooses so too, vLLM would read the shards")
+        loaders.append("transformers chooses so too, vLLM does not")
     if any(".pdparams" in o for o in others):
         loaders.append("FastDeploy would read .pdparams first")
     told = f" ({'; '.join(loaders)})" if loaders else ""

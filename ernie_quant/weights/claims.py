@@ -28,7 +28,9 @@ def leftover(source: Checkpoint) -> str:
     method = entry.get("quant_method") if isinstance(entry, dict) else None
     dtypes = ", ".join(sorted({ref.spec.dtype for ref in source.refs.values()}))
     said = f"{claim} ({method!r:.40})" if method else claim
-    return line_of(f"config.json: {said} is left over, as every tensor is plain ({dtypes}): they are taken as they are, it is dropped")
+    return line_of(
+        f"config.json: {said} is left over, as every tensor is plain ({dtypes}): they are taken as they are, it is dropped"
+    )
 
 
 def notes_of(source: Checkpoint) -> list[str]:

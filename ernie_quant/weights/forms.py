@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from ernie_quant import archs, names, plugins
 from ernie_quant.checkpoint import Checkpoint, TensorRef
+from ernie_quant.codecs.ccq import GROUP, ConvolutionalCode
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.dtypes import FLOATS
 from ernie_quant.errors import ConfigError, PlanError, line_of
 from ernie_quant.names import NameMap
 from ernie_quant.views.kinds import spec_of
 from ernie_quant.weights.layouts import LAYOUTS, Layout, layout_of
-from ernie_quant.weights.stored import open_stored, runtime_of, table_of
+from ernie_quant.weights.stored import Stored, open_stored, runtime_of, table_of
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,24 @@ def describe(checkpoint: Checkpoint) -> Described:
         return _foreign(checkpoint, str(error))
     found = [
         (
-            entry.rule.role, entry.spec.dtype if isinstance(entry.codec, Keep) else entry.codec.form, entry.spec.numel,
+            entry.rule.role, _words_of(entry), entry.spec.numel,
             sum(spec_of(view).nbytes for view in entry.parts.values()),
         )
         for entry in entries
     ]  # fmt: skip
-    return Described(_method(checkpoint, plugins.name_of(target)), LAYOUTS[target.LAYOUT], table_of(checkpoint, target), _grouped(found), tuple(problems))
+    return Described(
+        _method(checkpoint, plugins.name_of(target)),
+        LAYOUTS[target.LAYOUT],
+        table_of(checkpoint, target),
+        _grouped(found),
+        tuple(problems),
+    )
+
+
+def _words_of(entry: Stored) -> str:
+    if isinstance(entry.codec, Keep):
+        return entry.spec.dtype
+    return f"{entry.codec.form}, group {GROUP}" if isinstance(entry.codec, ConvolutionalCode) else entry.codec.form
 
 
 def _foreign(checkpoint: Checkpoint, why: str) -> Described:

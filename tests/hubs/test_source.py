@@ -125,7 +125,15 @@ def test_what_is_left_behind_is_said_as_for_a_folder(hub: LoopbackHub, tmp_path:
         (source / name).write_bytes(data)
     hub.put(NAME, files)
     here, there = open_source(source), open_source(ADDRESS)
-    assert there.notes == here.notes == ("not read and not carried along: figures/, model.gguf, pytorch_model.bin",)
+    used = here.notes[0].partition(";")[0]
+    assert (
+        there.notes
+        == here.notes
+        == (
+            f"{used}; also there, and not read: pytorch_model.bin",
+            "not read and not carried along: figures/, model.gguf, pytorch_model.bin",
+        )
+    )
     assert [p.name for p in there.extra_files] == [p.name for p in here.extra_files] == sorted({"generation_config.json", *read})
 
 
