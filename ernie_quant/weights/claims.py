@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.dtypes import FLOATS
 from ernie_quant.errors import PlanError, line_of
@@ -24,7 +26,7 @@ def leftover(source: Checkpoint) -> str:
     claim = _claim(source)
     if not claim or evidence(source):
         return ""
-    entry = source.config[claim]
+    entry = next(part[claim] for part in _sections(source) if claim in part)
     method = entry.get("quant_method") if isinstance(entry, dict) else None
     dtypes = ", ".join(sorted({ref.spec.dtype for ref in source.refs.values()}))
     said = f"{claim} ({method!r:.40})" if method else claim
@@ -47,8 +49,14 @@ def refuse_quantized(source: Checkpoint) -> None:
 
 def _claim(source: Checkpoint) -> str:
     """The key by which config.json says so."""
-    said = (key for key in CLAIMS if source.config.get(key) and (key != "is_quantized" or source.config[key] is True))
+    said = (key for part in _sections(source) for key in CLAIMS if part.get(key) not in (None, False))
     return next(said, "")
+
+
+def _sections(source: Checkpoint) -> list[dict[str, Any]]:
+    """config.json, and the part of it that speaks of the text model."""
+    text = source.config.get("text_config")
+    return [source.config, *([text] if isinstance(text, dict) else [])]
 
 
 def _odd(source: Checkpoint) -> bool:

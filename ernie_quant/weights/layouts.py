@@ -49,7 +49,7 @@ class Layout:
         With as many kv heads as heads Baidu's model code takes q, k and v from qkv_proj head by head, FastDeploy's loader
         one after the other (fastdeploy/model_executor/layers/linear.py): the same file is two models. By kv groups it is one.
         """
-        if self.out_first or self.kv_groups or dims["Q"] != dims["KV"]:
+        if self.out_first or self.kv_groups or "KV" not in dims or dims["Q"] != dims["KV"]:
             return ""
         return (
             f"config.json: num_key_value_heads equals num_attention_heads ({dims['kv_heads']}): in Paddle's layout programs"

@@ -115,6 +115,7 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
         ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "quantization_config ('fp8')"),
         ("quantization_config", {"quantization": "wint2", "is_permuted": True}, "quantization_config"),
         ("compression_config", {"format": "pack-quantized"}, "compression_config"),
+        ("quantization_config", {}, "quantization_config"),  # transformers would ask it for a method
         ("is_quantized", True, "is_quantized"),
     ],
 )

@@ -339,3 +339,12 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(
     assert (code, err.count("\n")) == (75, 1), err
     assert f"files/{SHARDS[1]}: cannot be written: No space left on device; the same command goes on" in err
     assert waits == []
+
+
+def test_an_index_left_over_on_a_hub_is_passed_over_as_in_a_folder(hub: LoopbackHub, tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00020.safetensors"}}
+    hub.put(NAME, {"model.safetensors.index.json": json.dumps(index).encode()})
+    checkpoint = open_source(ADDRESS)
+    left = "model.safetensors.index.json (1 file(s), of which none is there)"
+    assert checkpoint.notes == (f"weights are read from {SHARDS[0]}; also there, and not read: {left}",)
+    assert checkpoint.refs.keys() == open_source(SOURCE).refs.keys()
