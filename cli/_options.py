@@ -25,7 +25,16 @@ class Source(click.ParamType):
         return value if isinstance(value, Path) or "://" in value else Path(value)
 
 
-source = click.argument("src", type=Source())
+follow_links = click.option(
+    "--follow-links", is_flag=True, help="Read files that links in SRC lead to, wherever they lie; only for links of your own."
+)
+
+
+def source(command: F) -> F:
+    """SRC, and whether its links are followed."""
+    return click.argument("src", type=Source())(follow_links(command))
+
+
 out = click.argument("out", type=FOLDER)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON result on stdout.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="No progress, no report on the terminal.")

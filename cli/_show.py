@@ -89,23 +89,39 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
             click.echo(f"  {title}: {command}")
 
 
+def _roles(inspected: Inspection) -> str:
+    from ernie_quant.report.tables import table
+
+    lines = [(role, str(r["tensors"]), f"{r['bytes'] / 1e9:.3f}") for role, r in inspected.roles.items()]
+    return table(("role", "tensors", "GB"), lines)
+
+
+def _forms(inspected: Inspection) -> str:
+    from ernie_quant.report.tables import table
+
+    lines = [
+        (f["role"], f["form"], str(f["weights"]), f"{f['bits_per_weight']:.3f}", f"{f['nbytes'] / 1e9:.3f}")
+        for f in inspected.forms
+    ]
+    weights, nbytes = sum(f["numel"] for f in inspected.forms), sum(f["nbytes"] for f in inspected.forms)
+    total = ("all", "", str(sum(f["weights"] for f in inspected.forms)), f"{8 * nbytes / weights:.3f}", f"{nbytes / 1e9:.3f}")
+    return table(("role", "form", "weights", "bits per weight", "GB"), [*lines, total])
+
+
 def inspection(inspected: Inspection) -> str:
     """For people."""
     from ernie_quant.inspect import COUNTS
-    from ernie_quant.report.tables import table
 
     ranks = f", {inspected.ranks} tensor-parallel ranks" if inspected.ranks > 1 else ""
     dtypes = ", ".join(f"{n} x {dtype}" for dtype, n in sorted(inspected.dtypes.items()))
+    how = f", {inspected.quantized}" if inspected.quantized else ""
     lines = [
-        f"{inspected.source}: {inspected.family}, {inspected.layout} layout{ranks}",
+        f"{inspected.source}: {inspected.family}, {inspected.layout} layout{how}{ranks}",
         f"{inspected.tensors} tensors ({dtypes}), {inspected.bytes / 1e9:.2f} GB in {inspected.files} file(s)",
         ", ".join(f"{COUNTS[key]} {n}" for key, n in inspected.counts.items() if n),
         ", ".join(f"{key} {n}" for key, n in inspected.dims.items()),
         "",
-        table(
-            ("role", "tensors", "GB"),
-            [(role, str(r["tensors"]), f"{r['bytes'] / 1e9:.3f}") for role, r in inspected.roles.items()],
-        ),
+        _forms(inspected) if inspected.forms else _roles(inspected),
     ]
     lines += [f"note: {note}" for note in inspected.notes]
     lines += shown([f"anomaly: {anomaly}" for anomaly in inspected.anomalies])

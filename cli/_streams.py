@@ -49,6 +49,8 @@ def lasting_streams() -> Iterator[None]:
 def _lasting(stream: TextIO | None, original: TextIO | None, fd: int) -> Any:
     if stream is not original:
         return stream
-    encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "backslashreplace")
+    encoding = stream.encoding if stream else "utf-8"
     lines = fd == STDERR or (stream is not None and stream.isatty())
-    return io.TextIOWrapper(io.BufferedWriter(_Output(fd, "wb", closefd=False)), encoding, errors, line_buffering=lines)
+    output = io.BufferedWriter(_Output(fd, "wb", closefd=False))
+    # a name that is no text in the terminal's encoding is printed with escapes; it must not end a run
+    return io.TextIOWrapper(output, encoding, "backslashreplace", line_buffering=lines)

@@ -14,7 +14,7 @@ from ernie_quant.cli._show import print_json
 @_options.source
 @_options.fix
 @_options.json_option
-def command(src: Path | str, fixes: tuple[str, ...], as_json: bool) -> None:
+def command(src: Path | str, fixes: tuple[str, ...], as_json: bool, follow_links: bool) -> None:
     """Show what a checkpoint is, where its bytes are, and what is wrong with it.
 
     Reads headers and config.json only. Exits with 1 if there is any anomaly.
@@ -24,7 +24,7 @@ def command(src: Path | str, fixes: tuple[str, ...], as_json: bool) -> None:
     """
     from ernie_quant import inspect
 
-    inspected = inspect.inspect(src, frozenset(fixes))
+    inspected = inspect.inspect(src, frozenset(fixes), links=follow_links)
     if as_json:
         print_json(dict(inspected.__dict__))
     else:

@@ -27,7 +27,7 @@ from ernie_quant.cli._show import print_json
 @_options.json_option
 def command(
     src: Path | str, recipe_file: Path | None, gpu_memory: int, utilization: float, reserve: int, max_model_len: int,
-    max_num_seqs: int, kv_dtype: str, wint4_layers: int, as_json: bool,
+    max_num_seqs: int, kv_dtype: str, wint4_layers: int, as_json: bool, follow_links: bool,
 ) -> None:  # fmt: skip
     """Show how many GPUs a checkpoint takes in each format. Reads headers only; the MTP block is not counted.
 
@@ -37,12 +37,14 @@ def command(
     from ernie_quant.plan import capacity, recipe
     from ernie_quant.report import tables
     from ernie_quant.sources import open_source
+    from ernie_quant.weights.claims import notes_of
 
     limits = capacity.Limits(gpu_memory, utilization, reserve, max_model_len, max_num_seqs, kv_dtype)
     own = recipe.read(recipe_file) if recipe_file else None
-    rows = capacity.estimate(open_source(src), limits, wint4_layers, own)
+    checkpoint = open_source(src, links=follow_links)
+    rows, notes = capacity.estimate(checkpoint, limits, wint4_layers, own), notes_of(checkpoint)
     if as_json:
-        print_json({"rule": asdict(limits), "formats": [asdict(row) for row in rows]})
+        print_json({"rule": asdict(limits), "formats": [asdict(row) for row in rows], "notes": notes})
         return
     lines = [
         (
@@ -59,3 +61,5 @@ def command(
         f"\nKV cache ({kv_dtype}): {rows[0].kv_bytes_per_token} bytes per token; sequences: of that length,"
         f" at most {max_num_seqs}"
     )
+    for note in notes:
+        click.echo(f"note: {note}")

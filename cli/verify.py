@@ -24,6 +24,7 @@ HINTS = {"no source": " (--against SRC)", "not in the sample": " (--full)"}
 @click.command()
 @_options.out
 @click.option("--against", type=_options.Source(), help="The source: compare tensors with it, of a sample or all.")
+@_options.follow_links
 @click.option(
     "--sample", type=click.IntRange(1), default=SAMPLE, show_default=True,
     help="About so many tensors' values are checked, of every role and codec its share.",
@@ -33,8 +34,9 @@ HINTS = {"no source": " (--against SRC)", "not in the sample": " (--full)"}
 @_options.json_option
 @click.pass_context
 def command(
-    ctx: click.Context, out: Path, against: Path | str | None, sample: int, full: bool, quiet: bool, as_json: bool
-) -> None:
+    ctx: click.Context, out: Path, against: Path | str | None, follow_links: bool, sample: int, full: bool, quiet: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Read a result back from disk: hashes, index, headers, config and values must agree.
 
     Every file is hashed; a changed byte is reported with the name of its weight. Of a sample, or of all with --full,
@@ -53,7 +55,7 @@ def command(
     return_freed_memory()
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
     with progress_bar(size, quiet) as progress:
-        result = verify.verify(out, against, progress, None if full else sample)
+        result = verify.verify(out, against, progress, None if full else sample, links=follow_links)
     if as_json:
         print_json(verify.as_json(result))
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ernie_quant.dtypes import ITEMSIZE
-from ernie_quant.errors import CheckpointError
+from ernie_quant.errors import CheckpointError, utf8
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +155,13 @@ class Checkpoint:
     revision: str = ""  # commit of the hub repository, if it is one or a download client left a note of it
     address: str = ""  # of a repository on a hub: hf://org/name
     downloader: Downloader | None = None  # brings the files of such a one
+    slips: tuple[str, ...] = ()  # where an index is wrong, although every tensor is there
+    others: tuple[str, ...] = ()  # notes on weights that are there and not read
 
     @property
     def title(self) -> str:
         """What people call it: the name of the repository or of the folder."""
-        return self.address.rpartition("/")[2] or self.folder.resolve().name
+        return self.address.rpartition("/")[2] or utf8(self.folder.resolve().name)
 
     def download(self, needs: Sequence[Sequence[Path]], budget: int | None = None) -> AbstractContextManager[Download]:
         """The weight files `needs[0]`, `needs[1]`, …, in this order. Raises CheckpointError or RetryError."""

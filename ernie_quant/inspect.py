@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from ernie_quant import names, plugins
-from ernie_quant.checkpoint import TensorSpec
+from ernie_quant import archs, names, plugins
+from ernie_quant.checkpoint import Checkpoint, TensorSpec
+from ernie_quant.names import NameMap
 from ernie_quant.sources import open_source
+from ernie_quant.weights import claims, forms
 from ernie_quant.weights.layouts import layout_of
 from ernie_quant.weights.plain import Resolved, resolve
 
@@ -29,22 +33,45 @@ class Inspection:
     roles: dict[str, dict[str, int]]  # role -> tensors, bytes
     anomalies: tuple[str, ...]
     notes: tuple[str, ...]
+    quantized: str = ""  # by which method, as config.json says
+    forms: tuple[dict[str, Any], ...] = ()  # role, form, weights, numel, nbytes, bits_per_weight of a quantized one
 
 
-def inspect(source: Path, fixes: frozenset[str] = frozenset()) -> Inspection:
-    """Look at a checkpoint. Raises CheckpointError or ConfigError where nothing more can be said."""
-    checkpoint = open_source(source)
+def inspect(source: Path | str, fixes: frozenset[str] = frozenset(), *, links: bool = False) -> Inspection:
+    """Look at a checkpoint, plain or quantized. Raises CheckpointError or ConfigError where nothing more can be said."""
+    checkpoint = open_source(source, links=links)
+    if claims.evidence(checkpoint):
+        return _of_quantized(str(source), checkpoint)
     table = resolve(checkpoint, fixes)
-    refs = [ref for rank in checkpoint.ranks for ref in rank.refs.values()]
-    dtypes: dict[str, int] = {}
-    for ref in refs:
-        dtypes[ref.spec.dtype] = dtypes.get(ref.spec.dtype, 0) + 1
-    counts = {key: len(table.map.ids[key]) for key in COUNTS if key in table.map.ids}
     return Inspection(
-        str(source), plugins.name_of(table.arch), layout_of(checkpoint.refs).title,
-        len(checkpoint.ranks), sum(len(r.files) for r in checkpoint.ranks), len(refs), checkpoint.nbytes,
-        dtypes, dict(table.map.dims), counts, _roles(table), tuple(table.problems), checkpoint.notes,
+        **_facts(str(source), checkpoint), family=plugins.name_of(table.arch), layout=layout_of(checkpoint.refs).title,
+        dims=dict(table.map.dims), counts=_counts(table.map), roles=_roles(table), anomalies=tuple(table.problems),
+        notes=tuple(claims.notes_of(checkpoint)),
     )  # fmt: skip
+
+
+def _of_quantized(source: str, checkpoint: Checkpoint) -> Inspection:
+    found = forms.describe(checkpoint)
+    roles: dict[str, dict[str, int]] = {}
+    for form in found.forms:
+        entry = roles.setdefault(form.role, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += form.weights
+        entry["bytes"] += form.nbytes
+    return Inspection(
+        **_facts(source, checkpoint), family=plugins.name_of(archs.find(checkpoint.config)), layout=found.layout.title,
+        dims=dict(found.table.dims), counts=_counts(found.table), roles=roles,
+        anomalies=(*checkpoint.anomalies, *found.problems), notes=(*checkpoint.notes, *found.notes), quantized=found.title,
+        forms=tuple({**asdict(form), "bits_per_weight": round(form.bits_per_weight, 4)} for form in found.forms),
+    )  # fmt: skip
+
+
+def _facts(source: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What does not depend on what the tensors are."""
+    refs = [ref for rank in checkpoint.ranks for ref in rank.refs.values()]
+    return {
+        "source": source, "ranks": len(checkpoint.ranks), "files": sum(len(r.files) for r in checkpoint.ranks),
+        "tensors": len(refs), "bytes": checkpoint.nbytes, "dtypes": dict(Counter(ref.spec.dtype for ref in refs)),
+    }  # fmt: skip
 
 
 # ids of an architecture, and what a person calls their number
@@ -52,6 +79,10 @@ COUNTS = {
     "layer": "layers", "dense": "dense layers", "moe": "MoE layers", "expert": "experts (text)",
     "vision_expert": "experts (vision)", "shared": "layers with shared experts", "mtp": "MTP blocks", "block": "vision blocks",
 }  # fmt: skip
+
+
+def _counts(table: NameMap) -> dict[str, int]:
+    return {key: len(table.ids[key]) for key in COUNTS if key in table.ids}
 
 
 def _roles(table: Resolved) -> dict[str, dict[str, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ MAX_VALUES = 1_250_000  # eight per tensor of a header
 MAX_DEPTH = 64  # far below what recursion allows, so that whoever walks the value later may recurse
 
 
-def parse(raw: bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, with what the text is instead."""
+def parse(raw: bytes, *, finite: bool = True) -> Any:
+    """The value of a JSON text. Raises ValueError, with what the text is instead.
+
+    NaN and infinities are no JSON, but Python writes them: with `finite` off they pass.
+    """
     if len(raw) > MAX_BYTES:
         raise ValueError(f"too large: more than {MAX_BYTES} bytes")
     # every value but the first follows one of these; those inside of strings are counted too, which only errs upwards
     if (values := raw.count(b",") + raw.count(b"[") + raw.count(b"{")) > MAX_VALUES:
         raise ValueError(f"too large: {values} values, {MAX_VALUES} are allowed")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_refuse, parse_float=_finite)
+        number, constant = (_finite, _refuse) if finite else (float, float)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=constant, parse_float=number)
         deep = _is_deep(value)
     except RecursionError:
         deep = True
@@ -34,11 +39,11 @@ def parse(raw: bytes) -> Any:
     return value
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises CheckpointError."""
+def read_object(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """The JSON object in `path`; without NaN and infinities, unless `finite` is off. Raises CheckpointError."""
     try:
         with open(path, "rb") as file:
-            value = parse(file.read(MAX_BYTES + 1))
+            value = parse(file.read(MAX_BYTES + 1), finite=finite)
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -46,6 +51,28 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name}: is not a JSON object")
     return value
+
+
+def finite_only(value: Any) -> Any:
+    """`value` without the entries of its objects that are NaN or an infinity, or lists with one: JSON has no words for them."""
+    if isinstance(value, dict):
+        return {key: finite_only(inner) for key, inner in value.items() if not _is_odd(inner)}
+    return value
+
+
+def not_finite(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries that `finite_only` leaves out: `vision_config.x` and its value."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from not_finite(value, f"{path}{key}.")
+        elif _is_odd(value):
+            yield f"{path}{key}", value
+
+
+def _is_odd(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(_is_odd(item) or (isinstance(item, dict) and any(not_finite(item))) for item in value)
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

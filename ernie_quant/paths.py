@@ -21,10 +21,11 @@ def weight_folders(root: Path) -> list[Path]:
     return [*ranks, *(m for m in reversed(models) if m.is_dir())]
 
 
-def inside(folder: Path, name: str, who: str) -> Path:
+def inside(folder: Path, name: str, who: str, *, links: bool = False) -> Path:
     """`folder / name`, if that is a regular file that lies in it. Raises CheckpointError.
 
-    A link may point to the `blobs` of the download cache whose snapshot the folder is; nowhere else.
+    A link may point to the `blobs` of the download cache whose snapshot the folder is, or is a folder of; elsewhere with
+    `links` only.
     """
     path = folder / plain(name, who)
     try:
@@ -32,14 +33,23 @@ def inside(folder: Path, name: str, who: str) -> Path:
         exists, regular = path.exists(), path.is_file()
     except (OSError, RuntimeError) as error:  # a name too long for the disk, links in a circle
         raise CheckpointError(f"{name[:200]}: named by {who}, but cannot be looked up: {error}"[:400]) from None
-    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    if not any(real.is_relative_to(r) for r in roots):
-        raise CheckpointError(f"{name}: is a link to {real}, outside the folder; copy the file or open its folder")
+    if not exists and path.is_symlink():
+        raise MissingFileError(f"{name}: named by {who}, but is a link to {real}, which is not there")
+    if not links and not any(real.is_relative_to(r) for r in (root, *_blobs(root))):
+        raise CheckpointError(
+            f"{name}: is a link to {real}, outside the folder; copy the file or open its folder, or --follow-links if the"
+            " links are yours"
+        )
     if not exists:
         raise MissingFileError(f"{name}: named by {who}, but is not there")
     if not regular:
         raise CheckpointError(f"{name}: named by {who}, but is no regular file")
     return path
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Where the files of a hub's snapshot lie, if `root` is one (`REPO/snapshots/COMMIT`) or a folder of one."""
+    return [commit.parent.parent / "blobs" for commit in (root, *root.parents[:2]) if commit.parent.name == "snapshots"]
 
 
 def plain(name: str, who: str) -> PurePosixPath:

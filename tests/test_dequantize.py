@@ -15,6 +15,7 @@ from helpers.commands import Command
 from helpers.containers import PUBLISHED, WIDTHS, decode_all, read_folder, widened
 from helpers.disk import no_waiting
 from helpers.models import GOLDEN, config, dequantized, invoke, logits, random_model, same, tensors, write
+from helpers.synthetic import write_safetensors
 from safetensors.torch import load_file
 
 from ernie_quant.check.verify import verify
@@ -213,6 +214,9 @@ def test_the_format_of_another_program_is_refused(
 ) -> None:
     shutil.copytree(folder / "src", tmp_path / "src")
     (tmp_path / "src/config.json").write_text(json.dumps(config(folder / "src") | {"quantization_config": entry}))
+    table = load_file(tmp_path / "src/model.safetensors")
+    name = next(name for name in table if name.endswith("down_proj.weight"))
+    write_safetensors(tmp_path / "src/model.safetensors", table | {name: table[name].to(torch.int8)})  # not plain
     code, out, err = command("dequantize", tmp_path / "src", tmp_path / "out", "--to", "pt")
     assert (code, out) == (1, "")
     assert words in err

@@ -115,16 +115,25 @@ def test_the_index_and_the_files_must_name_the_same_tensors(sharded: Path) -> No
     assert set(open_source(sharded).anomalies) == {
         f"a: the index says it is in {FILES[1]}, which does not hold it",
         f"c: the index says it is in {FILES[1]}, which does not hold it",
-        f"b: is in {FILES[1]}, the index does not name it",
     }
 
 
-def test_a_tensor_in_another_file_than_the_index_says_is_an_anomaly(sharded: Path) -> None:
+def test_a_tensor_in_another_file_than_the_index_says_is_no_anomaly_but_a_note(sharded: Path) -> None:
+    """Every tensor is there, and programs read all of every file; `verify` asks for the slips."""
     write_index(sharded, {"a": FILES[1], "b": FILES[0]})
-    assert set(open_source(sharded).anomalies) == {
-        f"a: the index says it is in {FILES[1]}, it is in {FILES[0]}",
-        f"b: the index says it is in {FILES[0]}, it is in {FILES[1]}",
-    }
+    checkpoint = open_source(sharded)
+    slip = f"a: the index says it is in {FILES[1]}, it is in {FILES[0]}"
+    assert checkpoint.anomalies == ()
+    assert checkpoint.slips == (slip, f"b: the index says it is in {FILES[0]}, it is in {FILES[1]}")
+    assert checkpoint.notes == (f"model.safetensors.index.json: {slip}, and 1 more like it; the files are what is read",)
+
+
+def test_a_name_that_the_index_forgot_is_a_note(sharded: Path) -> None:
+    write_safetensors(sharded / FILES[1], {"b": B, "c": A})
+    checkpoint = open_source(sharded)
+    slip = f"c: is in {FILES[1]}, the index does not name it"
+    assert (checkpoint.anomalies, checkpoint.slips, list(checkpoint.refs)) == ((), (slip,), ["a", "b", "c"])
+    assert checkpoint.notes == (f"model.safetensors.index.json: {slip}; the files are what is read",)
 
 
 def test_a_tensor_in_two_files_is_an_anomaly(sharded: Path) -> None:
@@ -181,7 +190,8 @@ def test_a_rank_that_is_a_link_is_refused(tmp_path: Path) -> None:
     folder = write_ranks(tmp_path / "tp", "dense", 2)
     (folder / "rank1").rename(tmp_path / "elsewhere")
     (folder / "rank1").symlink_to(tmp_path / "elsewhere")
-    assert refusal(folder) == "rank1: is a link; open the folder that it points to"
+    assert refusal(folder) == "rank1: is a link; open the folder that it points to, or --follow-links"
+    assert len(open_source(folder, links=True).ranks) == 2
 
 
 # --- links and things that are no files ------------------------------------------------------------------------------
@@ -262,7 +272,8 @@ def test_other_files_are_carried_along_and_other_weights_are_named(sharded: Path
     checkpoint = open_source(sharded)
     assert [p.name for p in checkpoint.extra_files] == carried
     left = "model.gguf, onnx/, optimizer.pt, pytorch_model.bin, scheduler.pdparams"
-    assert checkpoint.notes == (f"not read and not carried along: {left}",)
+    others = "weights are read from model.safetensors.index.json; also there, and not read: pytorch_model.bin"
+    assert checkpoint.notes == (others, f"not read and not carried along: {left}")
     assert list(checkpoint.refs) == ["a", "b"]
 
 
@@ -271,7 +282,9 @@ def test_safetensors_are_preferred_to_pickles(tmp_path: Path) -> None:
     write_pdparams(tmp_path / "model_state.pdparams", {"old": A})
     write_safetensors(tmp_path / "model.safetensors", {"new": A})
     assert list(open_source(tmp_path).refs) == ["new"]
-    assert open_source(tmp_path).notes == ("not read and not carried along: model_state.pdparams",)
+    others = "weights are read from model.safetensors; also there, and not read: model_state.pdparams"
+    left = "not read and not carried along: model_state.pdparams"
+    assert open_source(tmp_path).notes == (f"{others} (FastDeploy would read .pdparams first)", left)
 
 
 def test_another_file_that_is_a_link_out_of_the_folder_is_refused(sharded: Path) -> None:
@@ -286,14 +299,14 @@ def test_links_to_one_file_do_not_multiply_the_work(sharded: Path) -> None:
 
 
 def test_more_tensors_than_any_model_has_are_refused(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ernie_quant.sources.folder.MAX_TENSORS", 1)
+    monkeypatch.setattr("ernie_quant.sources.sets.MAX_TENSORS", 1)
     assert "names 2 tensors, more than any such model has" in refusal(sharded)
     (sharded / "model.safetensors.index.json").unlink()
     assert "holds more than 1 tensors, which no such model has" in refusal(sharded)
 
 
 def test_a_thousand_anomalies_are_fifty_and_a_number(sharded: Path) -> None:
-    index = {"weight_map": {f"t{i}": FILES[0] for i in range(1000)}}
+    index = {"weight_map": {f"t{i}": FILES[0] for i in range(1001)}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     checkpoint = open_source(sharded)
     assert len(checkpoint.anomalies) > 1000

@@ -64,16 +64,11 @@ def pair(config: Config, key: str, least: int = 1, default: int | None = None) -
 
 
 def attention_dims(config: Config) -> dict[str, int]:
-    """H, Q, KV, I, V and the number of kv heads. Raises ConfigError, for MHA too."""
+    """H, Q, KV, I, V and the number of kv heads. Raises ConfigError."""
     hidden, heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
     kv_heads = whole(config, "num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise ConfigError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    if heads == kv_heads:
-        raise ConfigError(
-            f"config.json: num_key_value_heads equals num_attention_heads ({heads}): multi-head attention is fused"
-            " in another way, and no ERNIE 4.5 release has it"
-        )
     if config.get("head_dim") is None and hidden % heads:
         raise ConfigError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     head_dim = whole(config, "head_dim", default=hidden // heads)

@@ -22,6 +22,7 @@ from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import Decoded, View
 from ernie_quant.views.read import read
 from ernie_quant.weights import plain
+from ernie_quant.weights.claims import evidence
 from ernie_quant.weights.layouts import LAYOUTS
 from ernie_quant.weights.plain import resolve
 from ernie_quant.weights.stored import Stored, resolve_quantized
@@ -69,7 +70,7 @@ def compare_with(
 
 def _weights(source: Checkpoint, target: Runtime) -> tuple[dict[str, Weight], bool]:
     """The source's weights under the names of the result, and whether they are quantized. Raises VerifyError."""
-    quantized = bool(source.config.get("quantization_config"))
+    quantized = bool(evidence(source))
     table = resolve_quantized(source) if quantized else resolve(source, frozenset(plain.FIXES))
     if table.problems:
         raise VerifyError(f"{source.folder}: the source itself has {len(table.problems)} problem(s)", table.problems)

@@ -48,12 +48,14 @@ class Verified:
 
 
 def verify(
-    out: Path, against: Path | str | None = None, progress: Progress = lambda _: None, sample: int | None = None
-) -> Verified:
+    out: Path, against: Path | str | None = None, progress: Progress = lambda _: None, sample: int | None = None, *,
+    links: bool = False,
+) -> Verified:  # fmt: skip
     """Check the result in `out`, and with `against` its tensors against the source. Raises VerifyError.
 
     Values are checked of `sample` tensors (None: of all): quantized ones must decode to finite numbers whose codes are
-    the same again; what they are compared with, where there is a source, `against.kind_of` says.
+    the same again; what they are compared with, where there is a source (its `links` are followed if asked for),
+    `against.kind_of` says.
     """
     manifest = read_manifest(out)
     # before the first hash: what is hashed is still what is there at the end
@@ -65,7 +67,7 @@ def verify(
     target = runtimes.find(manifest["runtime"])
     stored, problems = open_stored(checkpoint, target)
     reports, more = _reports(out, stored) if _has_report(manifest) else ({}, [])
-    problems += [*checkpoint.anomalies, *more, *_misread(checkpoint, target, stored)]
+    problems += [*checkpoint.anomalies, *checkpoint.slips, *more, *_misread(checkpoint, target, stored)]
     if problems:
         raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
     chosen = stored if sample is None else _sample(stored, reports, sample)
@@ -75,7 +77,7 @@ def verify(
         outcomes: list[Outcome] = []
         if against is not None:
             sound = [entry for entry in chosen if entry.name not in unsound]
-            outcomes, more = compare_with(open_source(against), target, stored, sound, reports, files)
+            outcomes, more = compare_with(open_source(against, links=links), target, stored, sound, reports, files)
             problems += more + [outcome.problem for outcome in outcomes if outcome.problem]
     for path, stamp in stamps.items():
         stamp.check(path)

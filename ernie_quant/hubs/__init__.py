@@ -19,6 +19,12 @@ from ernie_quant import plugins
 from ernie_quant.errors import CheckpointError, HubError
 
 ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9]*)://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+# what people have instead: ORG/NAME, or the address of a page in a browser
+HOSTS = {"huggingface.co": "hf", "hf.co": "hf", "hf-mirror.com": "hf", "modelscope.cn": "modelscope"}
+PAGE = re.compile(
+    r"((https?://)?(?P<host>(www\.)?(huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.cn))/(models/)?)?"
+    r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+)|/(tree|resolve|blob)/(?P<tree>[\w.-]+)(/.*)?)?/?"
+)
 
 
 @dataclass(frozen=True)
@@ -129,11 +135,24 @@ def parse(address: str) -> tuple[str, str, str]:
     """`hf://org/name@revision` -> scheme, `org/name`, revision ("" if none is given). Raises CheckpointError."""
     found = ADDRESS.fullmatch(address)
     if not found or ".." in address:
-        raise CheckpointError(f"{address[:200]}: is not SCHEME://ORG/NAME or SCHEME://ORG/NAME@REVISION")
+        meant = suggestion(address)
+        raise CheckpointError(
+            f"{address[:200]}: is not SCHEME://ORG/NAME or SCHEME://ORG/NAME@REVISION{f'; it is {meant}' if meant else ''}"
+        )
     if found["scheme"] not in schemes():
         there = ", ".join(f"{scheme}://" for scheme in schemes())
         raise CheckpointError(f"{address}: there is no {found['scheme']}://; there is {there}")
     return found["scheme"], found["repo"], found["revision"] or ""
+
+
+def suggestion(text: str) -> str:
+    """The address that somebody may mean by `ORG/NAME` or by that of a web page; empty if none."""
+    found = PAGE.fullmatch(text)
+    if not found or ".." in text or text.startswith("."):
+        return ""
+    scheme = next((s for host, s in HOSTS.items() if found["host"] and found["host"].endswith(host)), "hf")
+    revision = found["tree"] or found["revision"]
+    return f"{scheme}://{found['repo']}{f'@{revision}' if revision else ''}"
 
 
 def schemes() -> tuple[str, ...]:

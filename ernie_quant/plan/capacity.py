@@ -19,8 +19,9 @@ from ernie_quant.plan import built_in
 from ernie_quant.plan.choose import Choice, choose, linears_of
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
 from ernie_quant.runtimes import Linear, _sharing
+from ernie_quant.weights.claims import refuse_quantized
 from ernie_quant.weights.layouts import LAYOUTS
-from ernie_quant.weights.plain import refuse_quantized, resolve
+from ernie_quant.weights.plain import resolve
 
 GIB = 1 << 30
 GPUS = (("80GiB", 80 * GIB), ("141GiB", 141 * GIB))  # memory that people have
@@ -116,6 +117,7 @@ def estimate(
     vl = any(w.role == VISION_EXPERT for w in table.weights)
     moe = any(w.role == EXPERT for w in table.weights)
     forms = [f for f in formats(wint4_layers) if not (vl and f.text_only) and not (not moe and f.needs_experts)]
+    forms = [f for f in forms if not LAYOUTS[runtimes.find(f.runtime).LAYOUT].problem(table.map.dims)]
     if recipe is not None:
         forms.append(Format(recipe.name, "by recipe", recipe, "vllm"))
     model = Model.of(table.config, table.map.dims)

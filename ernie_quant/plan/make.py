@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_quant import runtimes
+from ernie_quant import jsonio, runtimes
 from ernie_quant.archs._config import Facts
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import Keep
@@ -22,8 +22,9 @@ from ernie_quant.plan.recipe import KEEP_ALL, Recipe
 from ernie_quant.plan.steps import SHARD_BYTES, Plan, Step
 from ernie_quant.runtimes import Runtime, _sharing
 from ernie_quant.views.kinds import View
+from ernie_quant.weights.claims import notes_of, refuse_quantized
 from ernie_quant.weights.layouts import LAYOUTS, Layout
-from ernie_quant.weights.plain import Resolved, refuse_quantized, resolve
+from ernie_quant.weights.plain import Resolved, resolve
 from ernie_quant.weights.stored import resolve_quantized
 
 
@@ -51,6 +52,8 @@ def make_plan(
     if table.problems:
         raise PlanError(f"{source.folder}: {len(table.problems)} problem(s) in the checkpoint", table.problems)
     layout = LAYOUTS[target.LAYOUT]
+    if problem := layout.problem(table.map.dims):
+        raise PlanError(f"{source.folder}: {problem}", [])
     weights = layout.join(table.weights)
     choices = choose(weights, recipe, target)
     linears = linears_of(choices.chosen, layout)
@@ -72,7 +75,7 @@ def make_plan(
     }  # fmt: skip
     return Plan(
         source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, copies, tp_sizes,
-        (*source.notes, *left, *choices.notes, *refused, *target.notes(linears)),
+        (*notes_of(source), *left, *choices.notes, *refused, *target.notes(linears)),
         identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, tp_sizes, model),
     )  # fmt: skip
 
@@ -106,4 +109,4 @@ def _config(table: Resolved, layout: Layout, vl_config: str, steps: Sequence[Ste
     config: dict[str, Any] = table.arch.config_for(spelling, table.config, facts)
     if not copy_code:  # it would point to files that are not there
         config.pop("auto_map", None)
-    return config
+    return dict(jsonio.finite_only(config))

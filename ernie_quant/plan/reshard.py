@@ -12,7 +12,7 @@ from ernie_quant.archs._config import whole
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import CheckpointError, PlanError
-from ernie_quant.jsonio import read_object
+from ernie_quant.jsonio import finite_only, read_object
 from ernie_quant.paths import README
 from ernie_quant.plan.files import files
 from ernie_quant.plan.identity import Identity, identity
@@ -46,7 +46,7 @@ def make_reshard_plan(source: Checkpoint, tp: int, *, known: Identity | None = N
             place = "/".join(filter(None, [folder, f"rank{rank}" if tp > 1 else ""]))
             steps = [step for entry in inside for step in _steps(entry, rank, tp, dims)]
             shards += files(place, steps, target, shard_bytes)
-    config = {key: value for key, value in source.config.items() if key != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
+    config = {k: v for k, v in finite_only(source.config).items() if k != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
     copies = tuple(path for path in source.extra_files if path.name != README)
     recipe, notes, reports = _reports(source)
     runtime = plugins.name_of(target)

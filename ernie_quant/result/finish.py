@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ernie_quant.disk import write_file
+from ernie_quant.errors import utf8
 from ernie_quant.jsonio import dumps
 from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, SUMS
 from ernie_quant.plan.steps import Plan
@@ -38,7 +39,7 @@ def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows
         header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
         put(report.FILENAME, report.to_json(rows, header).encode())
     described = describe(plan)
-    put(README, card.readme(described, plan.config, rows, out.name).encode())
+    put(README, card.readme(described, plan.config, rows, utf8(out.name)).encode())
     text = dumps(manifest(described, plan, entries)).encode()
     write_file(out / SUMS, sums(entries, text).encode())
     write_file(out / MANIFEST, text)

@@ -13,12 +13,15 @@ def is_address(source: str | Path) -> bool:
     return isinstance(source, str) and "://" in source
 
 
-def open_source(source: str | Path) -> Checkpoint:
-    """Read the headers of a checkpoint, without its data. Raises CheckpointError, ConfigError, HubError or RetryError."""
+def open_source(source: str | Path, *, links: bool = False) -> Checkpoint:
+    """Read the headers of a checkpoint, without its data; `links` that lead out of a folder are followed if asked for.
+
+    Raises CheckpointError, ConfigError, HubError or RetryError.
+    """
     if not is_address(source):
         from ernie_quant.sources.folder import open_folder
 
-        return open_folder(Path(source))
+        return open_folder(Path(source), links=links)
     from ernie_quant.sources.hub import open_remote
 
     scheme, repo, revision = hubs.parse(str(source))

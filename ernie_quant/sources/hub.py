@@ -34,15 +34,14 @@ def open_remote(hub: Hub, address: str, repo: str, revision: str, cache: Path | 
     listing, headers, use = place_headers(hub, address, repo, revision, time.sleep, cache)
     sweep_others(headers.parent)
     downloader = HubDownloader(hub, listing, headers, headers.with_name("files"), use)
+    left = left_behind(listing)
     try:
-        found = open_folder(headers)
+        found = open_folder(headers, beside=left)
     except CheckpointError:  # headers come without a hash: what was damaged on its way must not be refused for ever
         for path in headers.rglob("*.safetensors"):
             path.unlink()
         raise
-    left = left_behind(listing)
-    notes = [f"not read and not carried along: {', '.join(left)}"] if left else []
-    return replace(found, address=address, revision=listing.commit, downloader=downloader, notes=(*found.notes, *notes))
+    return replace(found, address=address, revision=listing.commit, downloader=downloader)
 
 
 def place_headers(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
-from ernie_quant.names import COPY, Op, Row, Rule, Weight, natural
+from ernie_quant.names import COPY, Dims, Op, Row, Rule, Weight, natural
 from ernie_quant.runtimes import Linear
 
 
@@ -42,6 +42,19 @@ class Layout:
     out_first: bool  # linears are stored [out, in], one tensor per projection
     root: str = "ernie."  # how the names of the model begin
     kv_groups: bool = False  # q, k and v take turns, a kv head at a time
+
+    def problem(self, dims: Dims) -> str:
+        """Why attention cannot be read or written in this layout; empty if it can.
+
+        With as many kv heads as heads Baidu's model code takes q, k and v from qkv_proj head by head, FastDeploy's loader
+        one after the other (fastdeploy/model_executor/layers/linear.py): the same file is two models. By kv groups it is one.
+        """
+        if self.out_first or self.kv_groups or "KV" not in dims or dims["Q"] != dims["KV"]:
+            return ""
+        return (
+            f"config.json: num_key_value_heads equals num_attention_heads ({dims['kv_heads']}): in Paddle's layout programs"
+            " disagree about the order of q, k and v in qkv_proj then, and no ERNIE 4.5 release has it; PT files have them apart"
+        )
 
     def stored(self, row: Row) -> list[StoredTensor]:
         """There: the stored tensors that hold a row of the table."""

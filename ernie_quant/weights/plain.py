@@ -9,15 +9,14 @@ from typing import Any
 from ernie_quant import archs
 from ernie_quant.archs import Arch
 from ernie_quant.checkpoint import Checkpoint, TensorRef
-from ernie_quant.errors import PlanError
 from ernie_quant.names import NameMap, Op, Row, Weight, natural
 from ernie_quant.views import build
 from ernie_quant.views.kinds import View
+from ernie_quant.weights import claims
 from ernie_quant.weights.layouts import Layout, StoredTensor, layout_of
 
 # names that published files are known to hold transposed, and that --fix repairs
 FIXES = ("mtp_linear_proj",)
-QUANTIZED_PARTS = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_weight", ".qweight", ".super_scales")
 
 
 @dataclass(frozen=True)
@@ -35,29 +34,23 @@ def resolve(checkpoint: Checkpoint, fixes: frozenset[str] = frozenset()) -> Reso
     """Names and shapes of a checkpoint against its architecture's table. Raises ConfigError."""
     arch = archs.find(checkpoint.config)
     config = arch.flat(checkpoint.config)
+    if claims.leftover(checkpoint):
+        config = {key: value for key, value in config.items() if key not in claims.CLAIMS}
     name_map = arch.name_map(config, list(checkpoint.refs))
     weights, problems = canonical(checkpoint, name_map, fixes)
-    return Resolved(arch, config, name_map, weights, [*checkpoint.anomalies, *problems])
+    problems = [*checkpoint.anomalies, *problems]
+    return Resolved(arch, config, name_map, weights, problems + (list(checkpoint.others) if problems else []))
 
 
 def canonical(checkpoint: Checkpoint, table: NameMap, fixes: frozenset[str]) -> tuple[list[Weight], list[str]]:
     """All tensors in canonical form, in natural order of their PT names, and every disagreement found."""
-    if problem := table.size_problem(len(checkpoint.refs)):
+    layout = layout_of(checkpoint.refs)
+    if problem := table.size_problem(len(checkpoint.refs)) or layout.problem(table.dims):
         return [], [problem]
-    reader = _Reader(table, layout_of(checkpoint.refs), [dict(_aliased(rank.refs)) for rank in checkpoint.ranks], fixes)
+    reader = _Reader(table, layout, [dict(_aliased(rank.refs)) for rank in checkpoint.ranks], fixes)
     weights = [weight for row in table.rows() for weight in reader.weights(row)]
-    reader.report_unknown()
-    return sorted(weights, key=lambda w: natural(w.name)), reader.problems
-
-
-def refuse_quantized(source: Checkpoint) -> None:
-    """Quantizing twice multiplies the errors. Raises PlanError."""
-    said = next((k for k in ("quantization_config", "compression_config") if source.config.get(k)), None)
-    said = said or ("is_quantized" if source.config.get("is_quantized") is True else None)
-    part = next((n for n in source.refs if n.endswith(QUANTIZED_PARTS)), None)
-    if said or part:
-        evidence = f"config.json has {said}" if said else f"it holds {part}"
-        raise PlanError(f"{source.folder}: is quantized already ({evidence}); start from the original checkpoint", [])
+    # a name that nobody knows says more than thousands that are missing
+    return sorted(weights, key=lambda w: natural(w.name)), [*reader.unknown(), *reader.problems]
 
 
 def _aliased(refs: Mapping[str, TensorRef]) -> Iterator[tuple[str, TensorRef]]:
@@ -122,12 +115,12 @@ class _Reader:
         self.problems.append(f"{ref.name}: {versus}{each}")
         return None
 
-    def report_unknown(self) -> None:
+    def unknown(self) -> Iterator[str]:
         """Every stored tensor that no rule names."""
         for refs in self.ranks:
             for name in sorted(set(refs) - self.used, key=natural):
                 where = f", {'x'.join(map(str, refs[name].spec.shape))}, in {refs[name].file.name}"
-                self.problems.append(f"{name}: is unknown to this architecture{where}")
+                yield f"{name}: is unknown to this architecture{where}"
 
 
 def _versus(row: Row, op: Op, ref: TensorRef, expected: tuple[int, ...]) -> str:

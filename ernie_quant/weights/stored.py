@@ -22,7 +22,7 @@ from ernie_quant.views import build
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import Decoded, View, spec_of
 from ernie_quant.views.read import CPU, read, slabs
-from ernie_quant.weights import ranks
+from ernie_quant.weights import claims, ranks
 from ernie_quant.weights.layouts import LAYOUTS, Layout
 from ernie_quant.weights.plain import Resolved
 
@@ -124,7 +124,7 @@ def table_of(checkpoint: Checkpoint, target: Runtime) -> NameMap:
 def open_stored(checkpoint: Checkpoint, target: Runtime) -> tuple[list[Stored], list[str]]:
     """Every weight that the table expects, and every disagreement. Raises ConfigError."""
     table, layout = table_of(checkpoint, target), LAYOUTS[target.LAYOUT]
-    if problem := table.size_problem(len(checkpoint.refs)):
+    if problem := table.size_problem(len(checkpoint.refs)) or layout.problem(table.dims):
         return [], [problem]
     groups, problems = _by_weight(checkpoint, target)
     expected = {tensor.name: (row, tensor.shape) for row in table.rows() for tensor in layout.stored(row)}
@@ -146,7 +146,7 @@ def open_stored(checkpoint: Checkpoint, target: Runtime) -> tuple[list[Stored], 
         problems += _spec_problems(entry)
         stored.append(entry)
     unknown = sorted((name for refs in groups.values() for name in refs), key=names.natural)
-    return stored, problems + [f"{name}: is unknown to this architecture" for name in unknown]
+    return stored, [f"{name}: is unknown to this architecture" for name in unknown] + problems
 
 
 def _by_weight(checkpoint: Checkpoint, target: Runtime) -> tuple[dict[str, dict[str, list[TensorRef]]], list[str]]:
@@ -190,6 +190,11 @@ def runtime_of(checkpoint: Checkpoint) -> Runtime:
     promise = checkpoint.config.get("quantization_config")
     if not isinstance(promise, dict) or not promise:
         raise PlanError(f"{checkpoint.folder}: is not quantized (config.json has no quantization_config); convert it", [])
+    if claims.leftover(checkpoint):
+        raise PlanError(
+            f"{checkpoint.folder}: is not quantized (config.json has quantization_config, but every tensor is plain); convert it",
+            [],
+        )
     return runtimes.recognize(promise)
 
 

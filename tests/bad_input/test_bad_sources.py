@@ -217,12 +217,6 @@ def test_an_unsupported_model_type(run: Run, source: Callable[..., Path]) -> Non
     refused(run(*CONVERT), f"config.json: model_type is 'llama'; supported are {supported}")
 
 
-@pytest.mark.parametrize("kv_heads", [4, None])
-def test_multi_head_attention(run: Run, source: Callable[..., Path], kv_heads: int | None) -> None:
-    source(num_key_value_heads=kv_heads)
-    refused(run(*CONVERT), "config.json: num_key_value_heads equals num_attention_heads (4): multi-head attention is fused")
-
-
 def test_experts_only_on_a_model_without_experts(run: Run, source: Callable[..., Path]) -> None:
     source(model="dense")
     refused(run(*WINT4), "this model has no experts; without --experts-only its other linears are quantized")
@@ -230,7 +224,8 @@ def test_experts_only_on_a_model_without_experts(run: Run, source: Callable[...,
 
 @pytest.mark.parametrize("command", [WINT4, CONVERT, ("fp8", "SRC", "OUT")])
 def test_a_source_that_is_quantized_already(run: Run, source: Callable[..., Path], command: tuple[str, ...]) -> None:
-    folder = source(quantization_config={"quant_method": "fp8"})
+    name = "model.layers.0.mlp.down_proj.weight"
+    folder = source({name: tiny()[1][name].to(torch.float8_e4m3fn)}, quantization_config={"quant_method": "fp8"})
     line = "is quantized already (config.json has quantization_config); start from the original checkpoint"
     refused(run(*command), f"{folder}: {line}")
 
@@ -251,15 +246,35 @@ def test_our_own_output_is_not_quantized_again(run: Run, source: Callable[..., P
 
 
 @pytest.mark.parametrize(
-    ("text", "why"), [('"rope_theta": NaN', "NaN is no JSON number"), ('"x": 1e999', "1e999 is no"), ('"x": "\\ud800"', "codec")]
+    ("text", "why"),
+    [
+        ('"rms_norm_eps": NaN', "config.json: rms_norm_eps is nan, and programs compute with it; give it its number"),
+        ('"rope_theta": -1e999', "config.json: rope_theta is -inf, and programs compute with it"),
+        ('"rope_parameters": {"factors": [1, NaN]}', "config.json: rope_parameters.factors is [1, nan], and programs"),
+        ('"vocab_size": Infinity', "config.json: vocab_size is inf, not a whole number"),
+        ('"x": "\\ud800"', "config.json: is not valid JSON"),
+    ],
 )
 def test_config_json_that_could_not_be_written_again(run: Run, source: Callable[..., Path], text: str, why: str) -> None:
-    folder = source()
+    folder = source(**{text.split('"')[1]: None})
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text("{" + text + "," + config[config.index("{") + 1 :])
-    refused(
-        run("convert", "SRC", "OUT", "--to", "pt"), f"config.json: is not valid JSON: {why}" if why != "codec" else "config.json"
-    )
+    refused(run("convert", "SRC", "OUT", "--to", "pt"), why)
+
+
+def test_numbers_that_are_none_in_keys_that_nobody_uses_are_left_out_and_named(run: Run, source: Callable[..., Path]) -> None:
+    folder = source()
+    config = (folder / "config.json").read_text()
+    odd = '{"router_jitter": NaN, "loss": {"scale": 1e999, "kept": 1}, "bounds": [0, -Infinity],'
+    (folder / "config.json").write_text(odd + config[config.index("{") + 1 :])
+    outcome = run("convert", "SRC", "OUT", "--to", "pt")
+    assert outcome.code == 0
+    note = "config.json: router_jitter is nan, loss.scale is inf, bounds is [0, -inf]: JSON has no such numbers"
+    assert f"note: {note}" in outcome.stdout
+    assert note in (outcome.out / "README.md").read_text()
+    made = json.loads((outcome.out / "config.json").read_text(), parse_constant=pytest.fail)
+    assert made == json.loads(config) | {"loss": {"kept": 1}} | {k: made[k] for k in ("torch_dtype", "moe_num_shared_experts")}
+    assert run("verify", "OUT", "--against", "SRC").code == 0
 
 
 def test_a_config_that_promises_millions_of_tensors_is_not_expanded(run: Run, source: Callable[..., Path]) -> None:

@@ -215,8 +215,8 @@ def test_inspect_shows_anomalies_and_exits_with_1(run: Run, source: Callable[...
     outcome = run("inspect", "SRC")
     assert (outcome.code, outcome.stderr) == (1, "")
     assert outcome.stdout.splitlines()[-2:] == [
-        "anomaly: model.norm.weight: is missing",
         "anomaly: model.ghost: is unknown to this architecture, 1, in model.safetensors",
+        "anomaly: model.norm.weight: is missing",
     ]
 
 

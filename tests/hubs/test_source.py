@@ -126,7 +126,15 @@ def test_what_is_left_behind_is_said_as_for_a_folder(hub: LoopbackHub, tmp_path:
         (source / name).write_bytes(data)
     hub.put(NAME, files)
     here, there = open_source(source), open_source(ADDRESS)
-    assert there.notes == here.notes == ("not read and not carried along: figures/, model.gguf, pytorch_model.bin",)
+    used = here.notes[0].partition(";")[0]
+    assert (
+        there.notes
+        == here.notes
+        == (
+            f"{used}; also there, and not read: pytorch_model.bin",
+            "not read and not carried along: figures/, model.gguf, pytorch_model.bin",
+        )
+    )
     assert [p.name for p in there.extra_files] == [p.name for p in here.extra_files] == sorted({"generation_config.json", *read})
 
 
@@ -349,3 +357,12 @@ def test_a_full_disk_is_not_taken_for_a_broken_network(
     assert (code, err.count("\n")) == (75, 1), err
     assert f"files/{SHARDS[1]}: cannot be written: No space left on device; the same command goes on" in err
     assert waits == []
+
+
+def test_an_index_left_over_on_a_hub_is_passed_over_as_in_a_folder(hub: LoopbackHub, tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00020.safetensors"}}
+    hub.put(NAME, {"model.safetensors.index.json": json.dumps(index).encode()})
+    checkpoint = open_source(ADDRESS)
+    left = "model.safetensors.index.json (1 file(s), of which none is there)"
+    assert checkpoint.notes == (f"weights are read from {SHARDS[0]}; also there, and not read: {left}",)
+    assert checkpoint.refs.keys() == open_source(SOURCE).refs.keys()

@@ -114,9 +114,9 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     table["model.norm.weight"] = torch.zeros(63)
     del table["model.layers.1.input_layernorm.weight"]
     assert problems(tmp_path, config, table) == [
+        "stray: is unknown to this architecture, 1, in model.safetensors",
         "model.layers.1.input_layernorm.weight: is missing",
         "model.norm.weight: (63,) is not H = (64,)",
-        "stray: is unknown to this architecture, 1, in model.safetensors",
     ]
 
 
