@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 STDOUT, STDERR = 1, 2
+UNKNOWN = "backslashreplace"  # characters that a locale (C, POSIX, GBK) does not have, bytes of a name that are none
 
 
 class _Output(io.FileIO):
@@ -48,9 +49,9 @@ def lasting_streams() -> Iterator[None]:
 
 def _lasting(stream: TextIO | None, original: TextIO | None, fd: int) -> Any:
     if stream is not original:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=UNKNOWN)
         return stream
     encoding = stream.encoding if stream else "utf-8"
     lines = fd == STDERR or (stream is not None and stream.isatty())
-    output = io.BufferedWriter(_Output(fd, "wb", closefd=False))
-    # a name that is no text in the terminal's encoding is printed with escapes; it must not end a run
-    return io.TextIOWrapper(output, encoding, "backslashreplace", line_buffering=lines)
+    return io.TextIOWrapper(io.BufferedWriter(_Output(fd, "wb", closefd=False)), encoding, UNKNOWN, line_buffering=lines)
