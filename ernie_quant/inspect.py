@@ -8,7 +8,6 @@ from pathlib import Path
 from ernie_quant import names, plugins
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.sources import open_source
-from ernie_quant.weights.layouts import layout_of
 from ernie_quant.weights.plain import Resolved, resolve
 
 
@@ -41,9 +40,9 @@ def inspect(source: Path, fixes: frozenset[str] = frozenset()) -> Inspection:
         dtypes[ref.spec.dtype] = dtypes.get(ref.spec.dtype, 0) + 1
     counts = {key: len(table.map.ids[key]) for key in COUNTS if key in table.map.ids}
     return Inspection(
-        str(source), plugins.name_of(table.arch), layout_of(checkpoint.refs).title,
+        str(source), plugins.name_of(table.arch), table.layout.title,
         len(checkpoint.ranks), sum(len(r.files) for r in checkpoint.ranks), len(refs), checkpoint.nbytes,
-        dtypes, dict(table.map.dims), counts, _roles(table), tuple(table.problems), checkpoint.notes,
+        dtypes, dict(table.map.dims), counts, _roles(table), tuple(table.problems), (*checkpoint.notes, *table.notes),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from ernie_quant.archs import _rope
 from ernie_quant.archs._config import Facts, attention_dims, flag, text_config, whole
 from ernie_quant.archs._tables import MODEL, TIED_HEAD, UNTIED_HEAD
 from ernie_quant.names import NameMap
@@ -28,4 +29,4 @@ def name_map(config: dict[str, Any], names: Collection[str]) -> NameMap:
 def config_for(layout: str, config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     """config.json in the words of `layout`; transformers spells the class without the underscore."""
     architecture = "Ernie4_5_ForCausalLM" if layout == "paddle" else "Ernie4_5ForCausalLM"
-    return text_config(layout, config, facts, architecture, moe=False)
+    return _rope.in_words_of(layout, config, text_config(layout, config, facts, architecture, moe=False))
