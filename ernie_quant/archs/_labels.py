@@ -23,12 +23,8 @@ def as_it_is(config: dict[str, Any], names: Collection[str]) -> tuple[dict[str, 
     expert = next((name for name in names if EXPERT.search(name)), None)
     if label == MOE and expert is None and _is_dense(config, names):
         rest = {key: value for key, value in config.items() if not key.startswith("moe_")} | {"model_type": DENSE}
-        # a dense class assumes another width of heads where config.json does not say it
-        heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-        if config.get("head_dim") is None and type(heads) is int and type(hidden) is int and heads > 0:
-            rest["head_dim"] = hidden // heads
         dropped = sorted(key for key in config if key.startswith("moe_"))
-        without = f", without its {len(dropped)} keys moe_*" if dropped else ""
+        without = f", without {', '.join(dropped)}" if dropped else ""
         return rest, [f"model_type is {MOE!r}, no tensor is an expert's or a router's: read as the dense {DENSE!r}{without}"]
     if label == DENSE and expert is not None:
         if missing := [key for key in NEEDED if config.get(key) is None]:

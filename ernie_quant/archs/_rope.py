@@ -26,7 +26,9 @@ class Scaling:
     key: str
 
     def __str__(self) -> str:
-        return f"{self.key} is {self.factor}" if self.key == RATIO else f"{self.key} says {self.kind!r:.80} by {self.factor}"
+        if self.key == RATIO:
+            return f"{self.key} is {self.factor}"
+        return f"{self.key} says {self.kind!r:.80}" + (f" by {self.factor}" if self.kind == LINEAR else "")
 
 
 def scaling(config: Config) -> Scaling | None:
@@ -74,8 +76,9 @@ def notes(layout: str, config: Config) -> list[str]:
     if said is None or said.kind != LINEAR:
         return []
     if layout == "paddle":
-        return [f"{said}: written as {RATIO} {said.factor}, by which ERNIEKit divides positions; FastDeploy does not"]
-    return [f"{said}: written as linear scaling of RoPE by {said.factor} ({', '.join(SPELLINGS)})"]
+        written = "" if said.key == RATIO else f"written as {RATIO}; "
+        return [f"{said}: {written}ERNIEKit divides positions by it, FastDeploy does not"]
+    return [f"{said}: written as linear scaling of RoPE ({', '.join(SPELLINGS)})"] if said.key == RATIO else []
 
 
 def refuse_images(config: Config) -> None:

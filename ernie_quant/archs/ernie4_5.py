@@ -11,6 +11,7 @@ from ernie_quant.archs._tables import MODEL, TIED_HEAD, UNTIED_HEAD
 from ernie_quant.names import NameMap
 
 MODEL_TYPES = ("ernie4_5",)
+UNSAID_HEAD_DIM = 128  # what transformers' dense class takes where config.json says nothing; Paddle's divides
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -29,4 +30,9 @@ def name_map(config: dict[str, Any], names: Collection[str]) -> NameMap:
 def config_for(layout: str, config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     """config.json in the words of `layout`; transformers spells the class without the underscore."""
     architecture = "Ernie4_5_ForCausalLM" if layout == "paddle" else "Ernie4_5ForCausalLM"
-    return _rope.in_words_of(layout, config, text_config(layout, config, facts, architecture, moe=False))
+    out = _rope.in_words_of(layout, config, text_config(layout, config, facts, architecture, moe=False))
+    dims = attention_dims(config)
+    head_dim = dims["KV"] // dims["kv_heads"]
+    if layout == "pt" and out.get("head_dim") is None and head_dim != UNSAID_HEAD_DIM:
+        out["head_dim"] = head_dim
+    return out

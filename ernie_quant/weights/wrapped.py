@@ -15,9 +15,11 @@ from ernie_quant.checkpoint import TensorRef
 WORDS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # around the whole model, and names that only a wrapped one has: PEFT's merged adapters, and classes with a model of their own
 FRONTS = {
-    "base_model.model": ("base_model.model.",),
-    "model": ("model.model.", "model.ernie.", "model.lm_head."),
+    "base_model.model.": ("base_model.model.",),
+    "model.": ("model.model.", "model.ernie.", "model.lm_head."),
 }
+EMBEDDINGS = ("model.embed_tokens.weight", "ernie.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+MOST_FRONTS = 4  # one in the other
 # what every loader computes anew from config.json, or what only training counts
 BUFFERS = re.compile(
     r"(^|\.)rotary(_pos)?_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached|cos_sin_cache)$|\.moe_statics\.expert_usage$"
@@ -44,7 +46,7 @@ def unwrapped(ranks: Sequence[Mapping[str, TensorRef]]) -> Unwrapped:
         buffers = [name for name, real in names.items() if BUFFERS.search(real)]
         for name, real in names.items():
             if real in kept:
-                problems.append(f"{name}: is {real}, and so is {kept[real].name}; take one of them away")
+                problems.append(f"{name} and {kept[real].name}: both are {real}; take one of them away")
             kept.setdefault(real, refs[name])
         if buffers:
             such_as = f"{_number(buffers)}, such as {buffers[0]:.200}"
@@ -63,20 +65,29 @@ def _names_in_model(names: Iterable[str]) -> tuple[dict[str, str], list[str], li
     problems = list(_half_wrapped(real, wrappers))
     said = dict.fromkeys(words for places in wrappers.values() for words in places.values())
     notes = [_note(words, [name for name in real if words in wrappers[name].values()]) for words in said]
-    for front, signs in FRONTS.items():
-        if not any(name.startswith(signs) for name in real.values()):
-            continue
-        inside = [name for name in real if real[name].startswith(f"{front}.")]
-        if outside := next((name for name in real if not real[name].startswith(f"{front}.")), None):
-            problems.append(_half(outside, inside[0], front))
-        notes.append(_note(front, inside))
-        real |= {name: real[name].removeprefix(f"{front}.") for name in inside}
+    for _ in range(MOST_FRONTS):
+        if not (front := _front(real.values())):
+            break
+        inside = [name for name in real if real[name].startswith(front)]
+        if outside := next((name for name in real if not real[name].startswith(front)), None):
+            problems.append(_half(outside, inside[0], front[:-1]))
+        notes.append(_note(front[:-1], inside))
+        real |= {name: real[name].removeprefix(front) for name in inside}
     if _is_base(real.values()):
         notes.append("the names lack 'model.': the model was saved without its head, and is read with it")
         real = {name: there if there.startswith("lm_head.") else f"model.{there}" for name, there in real.items()}
     # transformers writes the vision tower below `model.`; the published files do not
     prefixed = {name: there for name, there in real.items() if there.startswith("model.vision_model.")}
     return real | {name: there.removeprefix("model.") for name, there in prefixed.items()}, notes, problems
+
+
+def _front(names: Collection[str]) -> str:
+    """What stands before the names of the model; whatever it is, the embeddings show it."""
+    for front, signs in FRONTS.items():
+        if any(name.startswith(signs) for name in names):
+            return front
+    embeddings = next((name for name in names if name.endswith(tuple(f".{end}" for end in EMBEDDINGS))), "")
+    return next((embeddings.removesuffix(end) for end in EMBEDDINGS if embeddings.endswith(f".{end}")), "")
 
 
 def _is_base(names: Collection[str]) -> bool:
