@@ -31,8 +31,7 @@ def config_for(layout: str, config: dict[str, Any], facts: Facts) -> dict[str, A
     """config.json in the words of `layout`; transformers spells the class without the underscore."""
     architecture = "Ernie4_5_ForCausalLM" if layout == "paddle" else "Ernie4_5ForCausalLM"
     out = _rope.in_words_of(layout, config, text_config(layout, config, facts, architecture, moe=False))
-    dims = attention_dims(config)
-    head_dim = dims["KV"] // dims["kv_heads"]
+    head_dim = whole(config, "hidden_size") // whole(config, "num_attention_heads")
     if layout == "pt" and out.get("head_dim") is None and head_dim != UNSAID_HEAD_DIM:
         out["head_dim"] = head_dim
     return out
