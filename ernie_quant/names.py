@@ -184,9 +184,10 @@ class NameMap:
         """Every rule for every combination of its ids."""
         for rule in self.rules:
             shapes = tuple(tuple(size_of(s, self.dims) for s in shape) for shape in rule.shapes)
-            last = len(self.ids[rule.ids[-1]]) if rule.ids else 1
-            for number, numbers in enumerate(itertools.product(*(self.ids[i] for i in rule.ids))):
-                values = dict(zip(rule.ids, numbers, strict=True))
+            ids = rule.ids
+            last = len(self.ids[ids[-1]]) if ids else 1
+            for number, numbers in enumerate(itertools.product(*(self.ids[i] for i in ids))):
+                values = dict(zip(ids, numbers, strict=True))
                 pt = tuple(p.format(**values) for p in rule.pt)
                 yield Row(rule, rule.paddle.format(**values), pt, shapes, (number % last, last))
 

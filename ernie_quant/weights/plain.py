@@ -106,14 +106,14 @@ class _Reader:
         axis = row.rule.ranks
         shares = len(self.ranks) if axis is not None else 1  # the others have it whole
         pieces: list[list[View]] = []
-        there = [self.there(name, row) for name in (stored.name, *stored.others)]
-        if not all(there):
+        names = (stored.name, *stored.others)
+        if not all([self.there(name, row) for name in names]):  # noqa: C419 - all of them are used
             return []
         for refs in self.ranks:
-            views = [self.checked(row, refs[name], stored, shares) for name in (stored.name, *stored.others)]
-            if (joined := _joined(views)) is None:
+            views = [view for name in names if (view := self.checked(row, refs[name], stored, shares)) is not None]
+            if len(views) < len(names):
                 return []
-            pieces.append(stored.op.apply(joined, self.table.dims, shares))
+            pieces.append(stored.op.apply(build.cat(views, 0) if stored.others else views[0], self.table.dims, shares))
         copies = [[rank[i] for rank in pieces] for i in range(len(stored.pt))]
         whole = [build.replicated(c) if axis is None else build.cat(c, axis) for c in copies]
         return [Weight(p, view, row) for p, view in zip(stored.pt, whole, strict=True)]
@@ -135,8 +135,8 @@ class _Reader:
             if any(shape[axis] % ranks for shape in shapes):
                 self.found[f"{ref.name}: {shapes[0]} cannot have been shared by {ranks} ranks"] = None
                 return None
-            shapes = tuple((*s[:axis], s[axis] // ranks, *s[axis + 1 :]) for s in shapes)
-        expected, shape = replace(stored, shapes=shapes).shape, ref.spec.shape
+            stored = replace(stored, shapes=tuple((*s[:axis], s[axis] // ranks, *s[axis + 1 :]) for s in shapes))
+        expected, shape = stored.shape, ref.spec.shape
         if shape == expected:
             return build.leaf(ref) if stored.place is None else build.pick(build.leaf(ref), stored.place[0])
         if row.rule.role == ROUTER and expected == (1, *shape):  # as Baidu's auto-parallel trainer saves the bias
@@ -171,11 +171,6 @@ class _Reader:
             f"{refs[alone[0]].name}: is one expert's, and {stacked} holds those of a whole layer; a checkpoint has one form or"
             f" the other ({len(alone)} such tensor{'s' if len(alone) > 1 else ''})"
         )
-
-
-def _joined(views: Sequence[View | None]) -> View | None:
-    found = [view for view in views if view is not None]
-    return build.cat(found, 0) if len(found) == len(views) else None
 
 
 def _versus(row: Row, stored: StoredTensor, ref: TensorRef, expected: tuple[int, ...]) -> str:

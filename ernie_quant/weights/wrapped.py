@@ -5,9 +5,10 @@ A wrapper stands in the name of every tensor of the module that it wraps, so it 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ernie_quant.checkpoint import TensorRef
 
@@ -20,6 +21,7 @@ FRONTS = {
 }
 EMBEDDINGS = ("model.embed_tokens.weight", "ernie.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 MOST_FRONTS = 4  # one in the other
+MOST_PARTS = 32  # of a name that is looked into; a model's own have up to 9
 # what every loader computes anew from config.json, or what only training counts
 BUFFERS = re.compile(
     r"(^|\.)rotary(_pos)?_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached|cos_sin_cache)$|\.moe_statics\.expert_usage$"
@@ -43,18 +45,19 @@ def unwrapped(ranks: Sequence[Mapping[str, TensorRef]]) -> Unwrapped:
     for refs in ranks:
         names, notes, problems = _names_in_model(refs)
         kept: dict[str, TensorRef] = {}
-        buffers = [name for name, real in names.items() if BUFFERS.search(real)]
+        buffers = {name: real for name, real in names.items() if BUFFERS.search(real)}
+        left = set(buffers.values())
         for name, real in names.items():
             if real in kept:
                 problems.append(f"{name} and {kept[real].name}: both are {real}; take one of them away")
             kept.setdefault(real, refs[name])
         if buffers:
-            such_as = f"{_number(buffers)}, such as {buffers[0]:.200}"
+            such_as = f"{_number(list(buffers))}, such as {next(iter(buffers)):.200}"
             notes.append(f"left out: {such_as}, that loaders compute or do not know (buffers, counts of training)")
-        found.ranks.append({real: ref for real, ref in kept.items() if not BUFFERS.search(real)} if buffers else kept)
-        found.notes += [note for note in notes if note not in found.notes]
-        found.problems += [problem for problem in problems if problem not in found.problems]
-    return found
+        found.ranks.append({real: ref for real, ref in kept.items() if real not in left})
+        found.notes += notes
+        found.problems += problems
+    return replace(found, notes=list(dict.fromkeys(found.notes)), problems=list(dict.fromkeys(found.problems)))
 
 
 def _names_in_model(names: Iterable[str]) -> tuple[dict[str, str], list[str], list[str]]:
@@ -63,15 +66,16 @@ def _names_in_model(names: Iterable[str]) -> tuple[dict[str, str], list[str], li
     for name in names:
         real[name], wrappers[name] = _without_words(name)
     problems = list(_half_wrapped(real, wrappers))
-    said = dict.fromkeys(words for places in wrappers.values() for words in places.values())
-    notes = [_note(words, [name for name in real if words in wrappers[name].values()]) for words in said]
+    wrapped = [name for name in real if wrappers[name]]
+    words = dict.fromkeys(word for name in wrapped for chain in wrappers[name].values() for word in chain.split("."))
+    notes = [_note(words, wrapped)] if wrapped else []
     for _ in range(MOST_FRONTS):
         if not (front := _front(real.values())):
             break
         inside = [name for name in real if real[name].startswith(front)]
         if outside := next((name for name in real if not real[name].startswith(front)), None):
             problems.append(_half(outside, inside[0], front[:-1]))
-        notes.append(_note(front[:-1], inside))
+        notes.append(_note([front[:-1]], inside))
         real |= {name: real[name].removeprefix(front) for name in inside}
     if _is_base(real.values()):
         notes.append("the names lack 'model.': the model was saved without its head, and is read with it")
@@ -102,7 +106,7 @@ def _is_base(names: Collection[str]) -> bool:
 def _without_words(name: str) -> tuple[str, dict[str, str]]:
     """The name without words that wrap, and where they stood: path of the module -> words."""
     parts = name.split(".")
-    if WORDS.isdisjoint(parts):
+    if WORDS.isdisjoint(parts) or len(parts) > MOST_PARTS:
         return name, {}
     kept: list[str] = []
     places: dict[str, str] = {}
@@ -124,7 +128,7 @@ def _half_wrapped(real: Mapping[str, str], wrappers: Mapping[str, Mapping[str, s
     told = set()
     for name, there in real.items() if first else ():
         places = wrappers[name]
-        paths = ["", *(there[: m.end()] for m in re.finditer(r"\.", there))]
+        paths = ["", *(there[: m.end()] for m in itertools.islice(re.finditer(r"\.", there), MOST_PARTS))]
         for place in paths:
             if place in first and place not in told and places.get(place) != wrappers[first[place]][place]:
                 told.add(place)
@@ -135,8 +139,9 @@ def _half(outside: str, inside: str, words: str) -> str:
     return f"{outside}: stands beside {inside:.200}: '{words}.' must wrap all tensors of a module or none; name them alike"
 
 
-def _note(words: str, names: Sequence[str]) -> str:
-    return f"'{words}.', which wraps a module, is left out of {_number(names)}, such as {names[0]:.200}"
+def _note(words: Iterable[str], names: Sequence[str]) -> str:
+    said = ", ".join(f"'{word}.'" for word in words)
+    return f"left out of the names of {_number(names)}, such as {names[0]:.200}: {said:.200}, around the model or parts of it"
 
 
 def _number(names: Sequence[str]) -> str:
