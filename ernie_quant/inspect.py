@@ -12,7 +12,6 @@ from ernie_quant.checkpoint import Checkpoint, TensorSpec
 from ernie_quant.names import NameMap
 from ernie_quant.sources import open_source
 from ernie_quant.weights import claims, forms
-from ernie_quant.weights.layouts import layout_of
 from ernie_quant.weights.plain import Resolved, resolve
 
 
@@ -44,9 +43,9 @@ def inspect(source: Path | str, fixes: frozenset[str] = frozenset(), *, links: b
         return _of_quantized(str(source), checkpoint)
     table = resolve(checkpoint, fixes)
     return Inspection(
-        **_facts(str(source), checkpoint), family=plugins.name_of(table.arch), layout=layout_of(checkpoint.refs).title,
+        **_facts(str(source), checkpoint), family=plugins.name_of(table.arch), layout=table.layout.title,
         dims=dict(table.map.dims), counts=_counts(table.map), roles=_roles(table), anomalies=tuple(table.problems),
-        notes=tuple(claims.notes_of(checkpoint)),
+        notes=(*claims.notes_of(checkpoint), *table.notes),
     )  # fmt: skip
 
 

@@ -123,6 +123,7 @@ class Row:
     paddle: str
     pt: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]  # of the PT tensors
+    place: tuple[int, int] = (0, 1)  # (i, n): number i of the n that its last id numbers
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -183,9 +184,12 @@ class NameMap:
         """Every rule for every combination of its ids."""
         for rule in self.rules:
             shapes = tuple(tuple(size_of(s, self.dims) for s in shape) for shape in rule.shapes)
-            for numbers in itertools.product(*(self.ids[i] for i in rule.ids)):
-                values = dict(zip(rule.ids, numbers, strict=True))
-                yield Row(rule, rule.paddle.format(**values), tuple(p.format(**values) for p in rule.pt), shapes)
+            ids = rule.ids
+            last = len(self.ids[ids[-1]]) if ids else 1
+            for number, numbers in enumerate(itertools.product(*(self.ids[i] for i in ids))):
+                values = dict(zip(ids, numbers, strict=True))
+                pt = tuple(p.format(**values) for p in rule.pt)
+                yield Row(rule, rule.paddle.format(**values), pt, shapes, (number % last, last))
 
     @property
     def size(self) -> int:

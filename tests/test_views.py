@@ -104,6 +104,20 @@ def test_a_view_of_a_tensor_with_no_or_three_dimensions(tmp_path: Path) -> None:
     assert read(cat([cut(by_name["vector"], 0, 3, 5), cut(by_name["vector"], 0, 0, 1)], 0)).tolist() == [3, 4, 0]
 
 
+def test_one_of_a_stack_of_matrices(tmp_path: Path) -> None:
+    cube = torch.arange(24.0).reshape(4, 3, 2)
+    (stack,) = (leaf(ref) for ref in read_header(write_safetensors(tmp_path / "m.safetensors", {"cube": cube})))
+    one = build.pick(stack, 2)  # 12, 13 / 14, 15 / 16, 17
+    assert (one.shape, one.dtype) == ((3, 2), "F32")
+    assert read(one).tolist() == [[12, 13], [14, 15], [16, 17]]
+    assert read(one, (1, 2)).tolist() == [[14, 15]]
+    assert read(transpose(one), (1, 2)).tolist() == [[13, 15, 17]]
+    assert read(cut(transpose(cut(one, 0, 1, 3)), 1, 1, 2)).tolist() == [[16], [17]]
+    assert cat([cut(one, 0, 0, 1), cut(one, 0, 1, 3)], 0) == one  # gate and up are one again
+    assert read(cat([cut(one, 0, 2, 3), build.pick(stack, 0)], 0)).tolist() == [[16, 17], [0, 1], [2, 3], [4, 5]]
+    assert [ref.name for ref in build.refs(transpose(one))] == ["cube"]
+
+
 def test_a_matrix_folded_by_hand(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "m.safetensors", {"m": torch.arange(12).reshape(4, 3)})
     (matrix,) = (leaf(ref) for ref in read_header(tmp_path / "m.safetensors"))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from ernie_quant.archs import _rope
 from ernie_quant.archs._config import Config, Facts, attention_dims, flag, last_moe_layer, moe_layers, text_config, whole
 from ernie_quant.archs._tables import MODEL, MTP_BLOCK, TEXT_EXPERTS, TIED_HEAD, UNTIED_HEAD
 from ernie_quant.names import NameMap
@@ -60,4 +61,4 @@ def mtp_blocks(config: Config, names: Collection[str]) -> Sequence[int]:
 
 def config_for(layout: str, config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     """config.json in the words of `layout`."""
-    return text_config(layout, config, facts, "Ernie4_5_MoeForCausalLM", moe=True)
+    return _rope.in_words_of(layout, config, text_config(layout, config, facts, "Ernie4_5_MoeForCausalLM", moe=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from ernie_quant.archs import _rope
 from ernie_quant.archs._config import (
     Config,
     Facts,
@@ -131,6 +132,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("config.json: mlp_layer_types has dense layers between sparse ones; the flat spelling cannot say that")
     experts, rope = pair(text, "moe_num_experts"), text.get("rope_parameters")
     sections = rope.get("mrope_section") if isinstance(rope, dict) else None
+    scaled = {_rope.RATIO: config.get(_rope.RATIO)} | text
     for key in ("model_type", "mlp_layer_types", "rope_parameters", "dtype", "torch_dtype"):
         text.pop(key, None)
     out = with_rope_theta({**text, "rope_parameters": rope})
@@ -153,7 +155,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     }
     if isinstance(sections, list) and len(sections) == 3:
         out["freq_allocation"] = sections[2]
-    return out
+    return _rope.in_words_of("paddle", scaled, out)
 
 
 def _flat_vision(vision: dict[str, Any]) -> dict[str, Any]:
@@ -168,9 +170,11 @@ def _flat_vision(vision: dict[str, Any]) -> dict[str, Any]:
 
 def config_for(layout: str, config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     """config.json in the words of `layout`: paddle, pt (flat) or transformers (nested)."""
+    if layout != "paddle":
+        _rope.refuse_images(config)
     if layout == "transformers":
         return _nested(config, facts)
-    out = with_dtype(dict(config), layout, facts)
+    out = _rope.in_words_of(layout, config, with_dtype(dict(config), layout, facts))
     out["architectures"], out["model_type"] = ["Ernie4_5_VLMoeForConditionalGeneration"], "ernie4_5_moe_vl"
     out["moe_num_shared_experts"] = facts.shared_experts
     return out

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant import jsonio, runtimes
+from ernie_quant.archs import _rope
 from ernie_quant.archs._config import Facts
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import Keep
@@ -15,7 +16,7 @@ from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.names import EMBED
 from ernie_quant.plan.capacity import Model, gpus_needed
-from ernie_quant.plan.choose import Choice, choose, folded_problems, linears_of, oriented
+from ernie_quant.plan.choose import Choice, Choices, choose, folded_problems, linears_of, oriented
 from ernie_quant.plan.files import into_files
 from ernie_quant.plan.identity import identity, of_statistics
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
@@ -57,7 +58,8 @@ def make_plan(
     weights = layout.join(table.weights)
     choices = choose(weights, recipe, target)
     linears = linears_of(choices.chosen, layout)
-    refused = target.unsupported(linears)
+    positions = _rope.notes(layout.name, table.config)
+    refused = [*target.unsupported(linears), *(_unscaled(positions, choices) if not layout.out_first else [])]
     problems = [*choices.problems, *recipe.unused(weights), *target.problems(linears), *([] if unsupported else refused)]
     if problems:
         raise PlanError(f"{source.folder}: cannot be done as asked", folded_problems(problems))
@@ -75,9 +77,16 @@ def make_plan(
     }  # fmt: skip
     return Plan(
         source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, copies, tp_sizes,
-        (*notes_of(source), *left, *choices.notes, *refused, *target.notes(linears)),
+        (*notes_of(source), *table.notes, *positions, *left, *choices.notes, *refused, *target.notes(linears)),
         identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, tp_sizes, model),
     )  # fmt: skip
+
+
+def _unscaled(positions: Sequence[str], choices: Choices) -> list[str]:
+    """Prequantized Paddle files are for FastDeploy alone, which would run another model without a word."""
+    if all(isinstance(choice.codec, Keep) for choice in choices.chosen):
+        return []
+    return [f"{note}, and would compute something else; --unsupported writes it all the same" for note in positions]
 
 
 def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> Step:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ernie_quant.checkpoint import TensorRef
 from ernie_quant.errors import CheckpointError
-from ernie_quant.views.kinds import Cat, Cut, Decoded, Fold, Leaf, Replicated, T, Unfold, View
+from ernie_quant.views.kinds import Cat, Cut, Decoded, Fold, Leaf, Pick, Replicated, T, Unfold, View
 
 
 def fold(view: View, by: int) -> View:
@@ -54,6 +54,11 @@ def cut(view: View, axis: int, start: int, stop: int) -> View:
     return Cut(view, axis, start, stop)
 
 
+def pick(view: View, index: int) -> View:
+    """`view[index]`."""
+    return Pick(view, index)
+
+
 def cat(parts: list[View], axis: int) -> View:
     """The parts joined along `axis`; neighbouring cuts of one view grow together, so split and cat cancel.
 
@@ -90,7 +95,7 @@ def refs(view: View) -> list[TensorRef]:
             return [ref]
         case Decoded(source):
             return list(dict.fromkeys(r for p in source.parts.values() for r in refs(p)))
-        case T(base) | Cut(base) | Fold(base) | Unfold(base):
+        case T(base) | Cut(base) | Pick(base) | Fold(base) | Unfold(base):
             return refs(base)
         case Cat(parts) | Replicated(parts):
             return list(dict.fromkeys(r for p in parts for r in refs(p)))
@@ -103,7 +108,7 @@ def decodes(view: View) -> bool:
             return True
         case Leaf():
             return False
-        case T(base) | Cut(base) | Fold(base) | Unfold(base):
+        case T(base) | Cut(base) | Pick(base) | Fold(base) | Unfold(base):
             return decodes(base)
         case Cat(parts) | Replicated(parts):
             return any(map(decodes, parts))

@@ -75,6 +75,24 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Pick:
+    """`base[index]`: one of several tensors that are stacked in one."""
+
+    base: View
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the base, without its first axis."""
+        return self.base.shape[1:]
+
+    @property
+    def dtype(self) -> str:
+        """Of the base."""
+        return self.base.dtype
+
+
+@dataclass(frozen=True)
 class Cat:
     """`parts` one after the other along `axis`."""
 
@@ -186,7 +204,7 @@ class Decoded:
         return self.source.spec.dtype
 
 
-View: TypeAlias = Leaf | T | Cut | Cat | Replicated | Fold | Unfold | Decoded
+View: TypeAlias = Leaf | T | Cut | Pick | Cat | Replicated | Fold | Unfold | Decoded
 
 
 def spec_of(view: View) -> TensorSpec:

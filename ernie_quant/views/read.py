@@ -11,7 +11,7 @@ from ernie_quant.dtypes import ITEMSIZE, as_bytes, torch_dtype
 from ernie_quant.errors import CheckpointError
 from ernie_quant.views.build import refs
 from ernie_quant.views.files import Files
-from ernie_quant.views.kinds import Cat, Cut, Decoded, Fold, Leaf, Readable, Replicated, T, Unfold, View
+from ernie_quant.views.kinds import Cat, Cut, Decoded, Fold, Leaf, Pick, Readable, Replicated, T, Unfold, View
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,8 @@ def _read_box(view: View, files: Files, box: Box, device: str) -> torch.Tensor:
             moved = list(box)
             moved[axis] = (box[axis][0] + start, box[axis][1] + start)
             return _read_box(base, files, tuple(moved), device)
+        case Pick(base, index):
+            return _read_box(base, files, ((index, index + 1), *box), device)[0]
         case Cat(parts, axis):
             pieces, at = [], 0
             for part in parts:

@@ -1,36 +1,47 @@
 """Layouts of names and weights: which stored tensors hold a row of the table, and the way back.
 
 PT is the canonical one: a linear's weight is [out, in], one tensor per projection. Paddle stores linears as [in, out],
-with q, k, v and gate, up in one tensor each. The third layout, of paddleformers, is Paddle's with other first parts of
-names and with q, k and v interleaved per kv head; it is only read.
+with q, k, v and gate, up in one tensor each. The others are only read: that of paddleformers is Paddle's with other first
+parts of names and with q, k and v interleaved per kv head; those of transformers 5 are what it holds in memory, and saves with
+`save_original_format=False` or as a state dict: the experts of a layer in one tensor [experts, out, in].
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
-from ernie_quant.names import COPY, Dims, Op, Row, Rule, Weight, natural
+from ernie_quant.names import COPY, EXPERT_ROLES, TRANSPOSE, Dims, Op, Row, Rule, Weight, natural
 from ernie_quant.runtimes import Linear
+from ernie_quant.weights import in_memory
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One stored tensor of a row: `op` makes the PT tensors `pt`, whose shapes are `shapes`, of it."""
+    """One stored tensor of a row: `op` makes the PT tensors `pt`, whose shapes are `shapes`, of it.
+
+    With a `place` (i, n) it is number i of the n that are stacked in the tensor `name`; with `others` it lies in several
+    tensors of one shape, to be joined along the first axis.
+    """
 
     name: str
     op: Op
     pt: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    place: tuple[int, int] | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the stored tensor."""
-        return self.op.stored_shape(self.shapes)
+        """Shape of the stored tensor, of each of them if there are others."""
+        shape = self.op.stored_shape(self.shapes)
+        if self.place is not None:
+            return (self.place[1], *shape)
+        return (shape[0] // (1 + len(self.others)), *shape[1:]) if self.others else shape
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class Layout:
     out_first: bool  # linears are stored [out, in], one tensor per projection
     root: str = "ernie."  # how the names of the model begin
     kv_groups: bool = False  # q, k and v take turns, a kv head at a time
+    held: Callable[[str, str], tuple[str, ...]] | None = None  # transformers' names in memory of a PT tensor of a role
+    turned_routers: bool = False  # stored transposed
 
     def problem(self, dims: Dims) -> str:
         """Why attention cannot be read or written in this layout; empty if it can.
@@ -58,10 +71,23 @@ class Layout:
 
     def stored(self, row: Row) -> list[StoredTensor]:
         """There: the stored tensors that hold a row of the table."""
+        if self.held is not None:
+            return self._in_memory(row, self.held)
         if self.out_first:
             return [StoredTensor(name, COPY, (name,), (shape,)) for name, shape in zip(row.pt, row.shapes, strict=True)]
         op = replace(row.rule.op, groups="kv_heads") if self.kv_groups and "KV" in row.rule.op.split else row.rule.op
         return [StoredTensor(re.sub(r"^ernie\.", self.root, row.paddle), op, row.pt, row.shapes)]
+
+    def _in_memory(self, row: Row, held: Callable[[str, str], tuple[str, ...]]) -> list[StoredTensor]:
+        role = row.rule.role
+        if role in EXPERT_ROLES and row.pt[0].endswith(".weight"):  # gate, then up, of every expert
+            return [StoredTensor(held(row.pt[0], role)[0], Op(split=row.rule.op.split), row.pt, row.shapes, row.place)]
+        op = TRANSPOSE if self.turned_routers and ".gate.weight" in row.pt[0] else COPY
+        tensors = []
+        for name, shape in zip(row.pt, row.shapes, strict=True):
+            first, *others = held(name, role)
+            tensors.append(StoredTensor(first, op, (name,), (shape,), others=tuple(others)))
+        return tensors
 
     def turns(self, rule: Rule) -> bool:
         """Is a kept weight of this rule stored as [in, out]?"""
@@ -74,7 +100,7 @@ class Layout:
 
     def join(self, weights: Sequence[Weight]) -> list[Weight]:
         """And back: canonical weights under the names of this layout, in natural order."""
-        assert not self.kv_groups, "the interleaved layout is only read"
+        assert self.name in LAYOUTS, "the other layouts are only read"
         if self.out_first:
             return list(weights)
         by_row: dict[str, list[Weight]] = {}
@@ -91,15 +117,21 @@ class Layout:
 PT = Layout("pt", "PT", out_first=True)
 PADDLE = Layout("paddle", "Paddle", out_first=False)
 PADDLEFORMERS = Layout("paddleformers", "paddleformers (third layout)", out_first=False, root="model.", kv_groups=True)
-LAYOUTS = {layout.name: layout for layout in (PT, PADDLE, PADDLEFORMERS)}
+FUSED = Layout("fused", "PT, experts of a layer fused (transformers 5)", out_first=True, held=in_memory.text)
+FUSED_VL = Layout(
+    "fused_vl", "PT, experts of a layer fused (transformers 5)", out_first=True, held=in_memory.vl, turned_routers=True
+)
+LAYOUTS = {layout.name: layout for layout in (PT, PADDLE)}  # of results
 
 
 def layout_of(names: Iterable[str]) -> Layout:
-    """Paddle, PT or the third layout; only names tell (config keys have misled others)."""
-    plain = False
+    """Which of them; only names tell (config keys have misled others)."""
+    plain = fused = False
     for name in names:
         if name.startswith("ernie."):
             return PADDLE
-        if name.startswith("model.") and ".qkv_proj." in name:
-            plain = True
-    return PADDLEFORMERS if plain else PT
+        if in_memory.is_vl(name):
+            return FUSED_VL
+        plain = plain or (name.startswith("model.") and ".qkv_proj." in name)
+        fused = fused or in_memory.is_stack(name)
+    return FUSED if fused else PADDLEFORMERS if plain else PT

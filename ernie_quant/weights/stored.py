@@ -204,7 +204,9 @@ def resolve_quantized(checkpoint: Checkpoint) -> Resolved:
     entries, problems = open_stored(checkpoint, target)
     arch, name_map = archs.find(checkpoint.config), table_of(checkpoint, target)
     config = {key: value for key, value in arch.flat(checkpoint.config).items() if key not in QUANTIZED}
-    return Resolved(arch, config, name_map, _canonical(entries, name_map), [*checkpoint.anomalies, *problems])
+    return Resolved(
+        arch, config, name_map, _canonical(entries, name_map), [*checkpoint.anomalies, *problems], LAYOUTS[target.LAYOUT]
+    )
 
 
 def _canonical(stored: Sequence[Stored], table: NameMap) -> list[Weight]:

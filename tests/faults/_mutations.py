@@ -27,7 +27,10 @@ NAMES = (
     "model.mtp_emb_norm.9999.weight", "x.shared_experts.y", "a.qkv_proj.b", "model.qkv_proj.", "ernie.",
     "vision_model.blocks.0.norm1.weight", "model.vision_model.ln.weight", "__metadata__", "lm_head.weight", "w@@.0",
     "UnpackBigParamInfor@@", "StructuredToParameterName@@", "weight_packed", "x.weight_scale", "constructor", "\ud83d\ude00",
-    "😀",
+    "😀", "_orig_mod.model.norm.weight", "model._orig_mod.norm.weight", "module.", "module.module.module",
+    "model.model.norm.weight", "base_model.model.model.norm.weight", "x.model.embed_tokens.weight", "embed_tokens.weight",
+    "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.0.up_proj.weight", "model.language_model.norm.weight",
+    "model.vision_tower.ln.weight", "model.rotary_emb.inv_freq", "model." * 700 + "x", "_orig_mod." * 500 + "x",
 )  # fmt: skip
 NUMBERS = (
     0, -1, 1, 2, 3, 4, 7, 8, 16, 255, 4095, 4096, 4097, 65535, 2**24 - 1, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32,
@@ -37,7 +40,8 @@ VALUES = (
     None, True, False, "", "x", "8", "BF16", "U16", "F8_E4M3", "I4", "ernie4_5", "ernie4_5_moe", "ernie4_5_moe_vl",
     "bfloat16", [], {}, [[]], [{}], {"a": 1}, [1], [1, 2], [2, 1, 3], [8, 8], [None, None], [True, 4], [-1, -1], [0] * 9,
     ["dense"], ["sparse", []], [2**63, 2**63], [2**24, 2**24], [1e9, 2], "x" * 100_000, list(range(3000)),
-    {str(i): i for i in range(500)},
+    {str(i): i for i in range(500)}, 4.0, {"type": "linear", "factor": 2}, {"rope_type": "yarn"},
+    {"rope_type": "linear", "factor": []},
 )  # fmt: skip
 RAW = (  # no value of Python's makes these texts
     "[" * 5000, '{"a":' * 3000, "[" * 70 + "]" * 70, "[" * 900 + "]" * 900, '{"a":' * 200 + "1" + "}" * 200, "9" * 5000,

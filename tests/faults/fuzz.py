@@ -34,6 +34,7 @@ if not __package__:  # run as a script
 
 import torch
 from ernie_quant.cli import _show
+from helpers.in_memory import fused, fused_vl
 from helpers.models import random_model
 from helpers.synthetic import write_bin, write_model, write_pdparams, write_safetensors
 from safetensors.torch import load_file
@@ -57,6 +58,7 @@ DENSE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "
          "num_hidden_layers": 1}  # fmt: skip
 MOE = DENSE | {"moe_intermediate_size": 32, "moe_num_experts": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 0,
                "moe_num_shared_experts": 1, "head_dim": 16}  # fmt: skip
+Model = tuple[dict[str, Any], dict[str, torch.Tensor]]
 KINDS = ("header", "index", "config", "pdparams", "bin")
 
 
@@ -137,6 +139,7 @@ class Sandbox:
             self.add("config", single, "config.json")
         for i, (config, tensors) in enumerate((mtp, vl)):
             self.add("config", write_model(root / f"other{i}", config, tensors), "config.json")
+        self.other_forms(moe, self.model("vl", layouts.PT, VL))
         out = root / "wint4"
         run_plan(make_plan(open_source(root / "single1"), runtime="vllm", recipe=wint4()), out, workers=1)
         self.add("config", out, "config.json", dequantize=True)
@@ -153,9 +156,23 @@ class Sandbox:
             for variant in variants:
                 self.hostile(variant.folder)
 
+    def other_forms(self, moe: Model, vl: Model) -> None:
+        """Experts of a layer in one tensor, names in wrappers, buffers, scaled positions, another model_type."""
+        in_memory = {"fused": (moe[0], fused(moe[1])), "fused-vl": (vl[0], fused_vl(vl[1], 2))}
+        wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in moe[1].items()}
+        wrapped["_orig_mod.module.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        config = moe[0] | {"model_type": "ernie4_5", "compression_ratio": 4.0}
+        for name, (settings, tensors) in {**in_memory, "wrapped": (config, wrapped)}.items():
+            folder = write_model(self.root / name, settings, tensors)
+            self.add("header", folder, "model.safetensors")
+            self.add("config", folder, "config.json")
+        pickled = self.folder("fused-bin", moe[0])
+        write_bin(pickled / "pytorch_model.bin", {f"module.{name}": tensor for name, tensor in fused(moe[1]).items()})
+        self.add("bin", pickled, "pytorch_model.bin")
+
     def model(self, family: str, layout: str, changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """config.json and random tensors."""
-        folder = random_model(self.root / f"random-{family}", layout, family, **changes)
+        folder = random_model(self.root / f"random-{family}-{layout.name}", layout, family, **changes)
         return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
 
     def folder(self, name: str, config: dict[str, Any]) -> Path:
