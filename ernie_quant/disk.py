@@ -14,6 +14,9 @@ from typing import IO
 from ernie_quant.errors import OutputError, RetryError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# of file systems without fsync, of anything or of folders: CIFS, gocryptfs and other FUSE, folders that we may not list
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_FOLDER_FSYNC = (*NO_FSYNC, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR)
 PARTIAL = ".partial"
 CHUNK = 8 << 20
 
@@ -41,13 +44,30 @@ def file_sha256(path: Path, progress: Callable[[int], None] = lambda _: None) ->
     return digest.hexdigest()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _passing(codes: tuple[int, ...]) -> Iterator[None]:
+    """Errors with these codes are none."""
     try:
+        yield
+    except OSError as error:
+        if error.errno not in codes:
+            raise
+
+
+def fsync(fd: int) -> None:
+    """Make a file durable, where its file system can do that."""
+    with _passing(NO_FSYNC):
         os.fsync(fd)
-    finally:
-        os.close(fd)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where its file system can do that."""
+    with _passing(NO_FOLDER_FSYNC):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 @contextmanager
@@ -67,7 +87,7 @@ def write_file(path: Path, data: bytes) -> str:
     with naming(path), open(partial, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
     os.replace(partial, path)
     fsync_folder(path.parent)
     return hashlib.sha256(data).hexdigest()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ernie_quant.checkpoint import Extent, Stamp, TensorRef
@@ -13,48 +16,88 @@ from ernie_quant.errors import CheckpointError
 
 TEXT_BLOCK = 1 << 16
 CONTINUATION = bytes(range(0x80, 0xC0))  # second and later bytes of a UTF-8 character
+MOST_OPEN = 64  # systems allow 256 or 1024; a checkpoint may have more files
+
+
+@dataclass
+class _Open:
+    """A file and how many threads read it just now."""
+
+    fd: int
+    readers: int = 0
 
 
 class Files:
-    """Open files, read at offsets: safe for several threads, closed together.
+    """Files that are open while they are read, at offsets: safe for several threads, closed together.
 
-    A file of which there is a stamp must be the one that was stamped, when it is opened and when `check` is called.
-    `locate` tells where the bytes of a file lie, if not there.
+    A file of which there is a stamp must be the one that was stamped, whenever it is opened and when `check` is called.
+    `locate` tells where the bytes of a file lie, if not there. `most` files stay open, those that were read last.
     """
 
-    def __init__(self, stamps: Mapping[Path, Stamp] | None = None, locate: Callable[[Path], Path] = lambda path: path) -> None:
-        self._stamps, self._locate = stamps or {}, locate
-        self._fds: dict[Path, int] = {}
+    def __init__(
+        self, stamps: Mapping[Path, Stamp] | None = None, locate: Callable[[Path], Path] = lambda path: path, most: int = MOST_OPEN
+    ) -> None:
+        self._stamps, self._locate, self._most = stamps or {}, locate, most
+        self._open: dict[Path, _Open] = {}  # the one that was read last is last
+        self._read: set[Path] = set()
+        self._lock = threading.Lock()
         self._counts: dict[tuple[Path, Extent], list[int]] = {}
 
     def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for one in self._open.values():
+            os.close(one.fd)
+        self._open.clear()
 
-    def fd(self, path: Path) -> int:
-        """The descriptor of `path`, opened on first use. Raises CheckpointError."""
-        if path not in self._fds:
-            try:
-                fd = os.open(self._locate(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            except OSError as error:
-                raise CheckpointError(f"{path}: was there when the run began, and now: {error.strerror}") from None
-            if path in self._stamps:
-                try:
-                    self._stamps[path].check(path, fd)
-                except CheckpointError:
-                    os.close(fd)
-                    raise
-            if self._fds.setdefault(path, fd) != fd:
+    @contextmanager
+    def opened(self, path: Path) -> Iterator[int]:
+        """The descriptor of `path`, which stays open for so long. Raises CheckpointError."""
+        one = self._taken(path) or self._taken(path, self._opened(path))
+        assert one is not None
+        try:
+            yield one.fd
+        finally:
+            with self._lock:
+                one.readers -= 1
+
+    def _taken(self, path: Path, fd: int | None = None) -> _Open | None:
+        """The open file for one more reader: the one that is there, or else `fd`, for which nobody waited under the lock."""
+        with self._lock:
+            one = self._open.pop(path, None)
+            if one is not None and fd is not None:
                 os.close(fd)  # another thread was first
-        return self._fds[path]
+            elif one is None and fd is not None:
+                one = _Open(fd)
+            if one is not None:
+                one.readers += 1
+                self._open[path] = one
+                self._read.add(path)
+                self._close_oldest()
+            return one
+
+    def _opened(self, path: Path) -> int:
+        try:
+            fd = os.open(self._locate(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise CheckpointError(f"{path}: was there when the run began, and now: {error.strerror}") from None
+        if path in self._stamps:
+            try:
+                self._stamps[path].check(path, fd)
+            except CheckpointError:
+                os.close(fd)
+                raise
+        return fd
+
+    def _close_oldest(self) -> None:
+        idle = [path for path, one in self._open.items() if not one.readers] if len(self._open) > self._most else []
+        for path in idle[: len(self._open) - self._most]:
+            os.close(self._open.pop(path).fd)
 
     def check(self) -> None:
         """Are the files that were read still the same? Raises CheckpointError."""
-        for path in sorted(self._fds.keys() & self._stamps.keys()):  # the same one first, whenever several have changed
+        for path in sorted(self._read & self._stamps.keys()):  # the same one first, whenever several have changed
             self._stamps[path].check(path)
 
     def read_into(self, ref: TensorRef, buffer: memoryview, at: int) -> None:
@@ -68,10 +111,14 @@ class Files:
                 at -= min(at, extent.nbytes)
 
     def _read_extent(self, ref: TensorRef, extent: Extent, buffer: memoryview, at: int) -> None:
-        fd = self.fd(ref.file)
-        if extent.latin1:
-            buffer[:] = self._latin1(fd, ref, extent, at, at + len(buffer))
-            return
+        with self.opened(ref.file) as fd:
+            if extent.latin1:
+                buffer[:] = self._latin1(fd, ref, extent, at, at + len(buffer))
+            else:
+                self._plain(fd, ref, extent, buffer, at)
+
+    @staticmethod
+    def _plain(fd: int, ref: TensorRef, extent: Extent, buffer: memoryview, at: int) -> None:
         done = 0
         while done < len(buffer):
             try:
