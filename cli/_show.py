@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one result on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """The one result on stdout, in ASCII: the same and valid in every locale."""
+    click.echo(json.dumps(value, indent=2))
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 STDOUT, STDERR = 1, 2
+UNKNOWN = "backslashreplace"  # characters that a locale (C, POSIX, GBK) does not have, bytes of a name that are none
 
 
 class _Output(io.FileIO):
@@ -49,6 +50,6 @@ def lasting_streams() -> Iterator[None]:
 def _lasting(stream: TextIO | None, original: TextIO | None, fd: int) -> Any:
     if stream is not original:
         return stream
-    encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "backslashreplace")
+    encoding = stream.encoding if stream else "utf-8"
     lines = fd == STDERR or (stream is not None and stream.isatty())
-    return io.TextIOWrapper(io.BufferedWriter(_Output(fd, "wb", closefd=False)), encoding, errors, line_buffering=lines)
+    return io.TextIOWrapper(io.BufferedWriter(_Output(fd, "wb", closefd=False)), encoding, UNKNOWN, line_buffering=lines)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,25 @@ def hold(place: Path, busy: str) -> Iterator[IO[str]]:
         except OSError as error:
             raise OutputError(f"{place}: cannot be locked ({error.strerror}); choose a folder on another disk") from None
         yield file
+
+
+def existing(path: Path) -> Path:
+    """The folder that `path` is, or the nearest around it that is there."""
+    return next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+
+
+def free_bytes(there: Path) -> int | None:
+    """Free space of a disk; None where it reports nothing at all, as some FUSE, overlay and quota file systems do.
+
+    A disk that is really full says so at the first file of a run.
+    """
+    return shutil.disk_usage(there).free or None
+
+
+def free_names(there: Path) -> int | None:
+    """Files that can still be made on a disk; None where it does not count them."""
+    found = os.statvfs(there)
+    return (found.f_favail or None) if found.f_files else None
 
 
 def file_sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:

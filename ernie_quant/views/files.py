@@ -35,7 +35,10 @@ class Files:
     """
 
     def __init__(
-        self, stamps: Mapping[Path, Stamp] | None = None, locate: Callable[[Path], Path] = lambda path: path, most: int = MOST_OPEN
+        self,
+        stamps: Mapping[Path, Stamp] | None = None,
+        locate: Callable[[Path], Path] = lambda path: path,
+        most: int = MOST_OPEN,
     ) -> None:
         self._stamps, self._locate, self._most = stamps or {}, locate, most
         self._open: dict[Path, _Open] = {}  # the one that was read last is last
