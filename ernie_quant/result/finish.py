@@ -17,8 +17,11 @@ from ernie_quant.result.manifest import describe, manifest, sums
 from ernie_quant.result.room import models
 
 
-def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> None:
-    """Write all but the weights, whose files are `shards`. Raises OSError, or CheckpointError for a source that changed."""
+def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> tuple[str, ...]:
+    """Write all but the weights, whose files are `shards`; the notes on the result.
+
+    Raises OSError, or CheckpointError for a source that changed.
+    """
     out = folder.path
     entries: dict[str, dict[str, object]] = {s.filename: {"bytes": s.nbytes, "sha256": s.sha256} for s in shards}
 
@@ -35,12 +38,15 @@ def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows
             put(f"{place}/{plan.format.INDEX}".lstrip("/"), dumps(index).encode())
     for model in models(plan):
         put(f"{model}/{CONFIG}".lstrip("/"), dumps(plan.config).encode())
+    odd = report.odd_values(rows or [row for shard in shards for row in shard.reports])
+    notes = tuple(dict.fromkeys([*plan.notes, *odd]))
     if rows:
-        header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
+        header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(notes)}
         put(report.FILENAME, report.to_json(rows, header).encode())
-    described = describe(plan)
+    described = describe(plan, notes)
     put(README, card.readme(described, plan.config, rows, line_of(out.name)).encode())
     text = dumps(manifest(described, plan, entries)).encode()
     write_file(out / SUMS, sums(entries, text).encode())
     write_file(out / MANIFEST, text)
     folder.drop_state()
+    return notes

@@ -41,7 +41,8 @@ class OutputFolder:
     def begin(self, plan: Plan, *, restart: bool, copies: int = 1, space_check: bool = True) -> Iterator[bool]:
         """Hold the folder for a run of `plan`; gives True if it is complete already.
 
-        `copies`: how often the disk must have room for the result, unless nobody asks (`space_check`). Raises OutputError or RetryError.
+        `copies`: how often the disk must have room for the result, unless nobody asks (`space_check`).
+        Raises OutputError or RetryError.
         """
         self._refuse_strangers(plan)
         if self._is_complete() and not restart and not self.state.is_dir():

@@ -24,6 +24,7 @@ class RunResult:
     complete_before: bool
     reports: tuple[TensorReport, ...]
     files_before: int = 0  # weight files that an earlier run had finished
+    notes: tuple[str, ...] = ()  # those of the plan, and on the values that were found
 
 
 def run_plan(
@@ -61,5 +62,5 @@ def write_all(
     reports = plan.reports
     if reports is None:
         reports = tuple(row for result in ordered for row in result.reports)
-    finish(folder, plan, ordered, reports)
-    return RunResult(plan, complete_before=False, reports=reports, files_before=before)
+    notes = finish(folder, plan, ordered, reports)
+    return RunResult(plan, complete_before=False, reports=reports, files_before=before, notes=notes)
