@@ -19,7 +19,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         made: Any = nb.njit(nogil=True, **options)(function)
         if _has_place():
             with suppress(RuntimeError, OSError):  # the first: no folder can be written
-                made._cache = _Forgiving(function)
+                made._cache = _Forgiving(function)  # type: ignore[no-untyped-call]
         result: Callable[..., Any] = made
         return result
 
@@ -35,19 +35,19 @@ def _has_place() -> bool:
     return bool(os.environ.get("NUMBA_CACHE_DIR")) or os.access(Path(__file__).parent, os.W_OK) or home.is_absolute()
 
 
-class _Forgiving(FunctionCache):  # type: ignore[misc]
+class _Forgiving(FunctionCache):
     """What cannot be read or kept (a full disk, a file of somebody else, half of one) is compiled again."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """None where there is nothing to be had."""
         try:
-            return super().load_overload(sig, target_context)
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
         except Exception:  # whatever unpickling half a file raises
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Perhaps."""
         try:
-            super().save_overload(sig, data)
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
         except Exception:  # it reads its index first, which may be damaged
-            self.disable()
+            self.disable()  # type: ignore[no-untyped-call]
