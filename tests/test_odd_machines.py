@@ -103,7 +103,7 @@ def test_a_cache_that_fails_is_none(way: str, tmp_path: Path) -> None:
             index.unlink()
             if way == "unreadable":
                 index.mkdir()
-    full = "import numba.core.caching as c\ndef save(*_): raise OSError(28, 'No space left')\nc.IndexDataCacheFile._save_data = save\n"
+    full = "import numba.core.caching as c\ndef save(*_): raise OSError(28, 'No space')\nc.IndexDataCacheFile._save_data = save\n"
     assert kernels(tmp_path, (full if way == "full" else "") + KERNELS, NUMBA_CACHE_DIR=str(home)) == [PACKED, "['cache']"]
 
 

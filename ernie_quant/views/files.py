@@ -21,10 +21,11 @@ MOST_OPEN = 64  # systems allow 256 or 1024; a checkpoint may have more files
 
 @dataclass
 class _Open:
-    """A file and how many threads read it just now."""
+    """A file, how many threads read it just now, and when the last one began."""
 
     fd: int
     readers: int = 0
+    last: int = 0
 
 
 class Files:
@@ -41,7 +42,8 @@ class Files:
         most: int = MOST_OPEN,
     ) -> None:
         self._stamps, self._locate, self._most = stamps or {}, locate, most
-        self._open: dict[Path, _Open] = {}  # the one that was read last is last
+        self._open: dict[Path, _Open] = {}
+        self._clock = 0
         self._read: set[Path] = set()
         self._lock = threading.Lock()
         self._counts: dict[tuple[Path, Extent], list[int]] = {}
@@ -57,28 +59,35 @@ class Files:
     @contextmanager
     def opened(self, path: Path) -> Iterator[int]:
         """The descriptor of `path`, which stays open for so long. Raises CheckpointError."""
-        one = self._taken(path) or self._taken(path, self._opened(path))
-        assert one is not None
+        one = self._take(path)
         try:
             yield one.fd
         finally:
-            with self._lock:
-                one.readers -= 1
+            self._give_back(one)
 
-    def _taken(self, path: Path, fd: int | None = None) -> _Open | None:
-        """The open file for one more reader: the one that is there, or else `fd`, for which nobody waited under the lock."""
+    def _take(self, path: Path) -> _Open:
+        """The open file, for one more reader; a file is waited for and opened without the lock."""
         with self._lock:
-            one = self._open.pop(path, None)
-            if one is not None and fd is not None:
+            if (one := self._open.get(path)) is not None:
+                self._count_reader(one)
+                return one
+        fd = self._opened(path)
+        with self._lock:
+            one = self._open.setdefault(path, _Open(fd))
+            if one.fd != fd:
                 os.close(fd)  # another thread was first
-            elif one is None and fd is not None:
-                one = _Open(fd)
-            if one is not None:
-                one.readers += 1
-                self._open[path] = one
-                self._read.add(path)
-                self._close_oldest()
+            self._read.add(path)
+            self._count_reader(one)
+            self._close_oldest()
             return one
+
+    def _count_reader(self, one: _Open) -> None:
+        self._clock += 1
+        one.readers, one.last = one.readers + 1, self._clock
+
+    def _give_back(self, one: _Open) -> None:
+        with self._lock:
+            one.readers -= 1
 
     def _opened(self, path: Path) -> int:
         try:
@@ -94,9 +103,10 @@ class Files:
         return fd
 
     def _close_oldest(self) -> None:
-        idle = [path for path, one in self._open.items() if not one.readers] if len(self._open) > self._most else []
-        for path in idle[: len(self._open) - self._most]:
-            os.close(self._open.pop(path).fd)
+        if (many := len(self._open) - self._most) > 0:
+            idle = sorted((one.last, path) for path, one in self._open.items() if not one.readers)
+            for _, path in idle[:many]:
+                os.close(self._open.pop(path).fd)
 
     def check(self) -> None:
         """Are the files that were read still the same? Raises CheckpointError."""
@@ -114,11 +124,14 @@ class Files:
                 at -= min(at, extent.nbytes)
 
     def _read_extent(self, ref: TensorRef, extent: Extent, buffer: memoryview, at: int) -> None:
-        with self.opened(ref.file) as fd:
+        one = self._take(ref.file)
+        try:
             if extent.latin1:
-                buffer[:] = self._latin1(fd, ref, extent, at, at + len(buffer))
+                buffer[:] = self._latin1(one.fd, ref, extent, at, at + len(buffer))
             else:
-                self._plain(fd, ref, extent, buffer, at)
+                self._plain(one.fd, ref, extent, buffer, at)
+        finally:
+            self._give_back(one)
 
     @staticmethod
     def _plain(fd: int, ref: TensorRef, extent: Extent, buffer: memoryview, at: int) -> None:
