@@ -51,10 +51,11 @@ def execute(
 
 def run(
     plan: Plan, out: Path, *, dry_run: bool, restart: bool, workers: int | None, quiet: bool, as_json: bool, tp: int = 1,
-    disk_budget: int | None = None,
+    disk_budget: int | None = None, no_space_check: bool = False,
 ) -> None:  # fmt: skip
     """Show a plan, or run it and say what happened."""
     from ernie_quant.plan.reshard import check_size
+    from ernie_quant.result.room import unknown_space
     from ernie_quant.run.shared import run_shared, shared_bytes
     from ernie_quant.run.whole import run_plan
 
@@ -66,9 +67,12 @@ def run(
         show_plan(plan, as_json)
         return
 
+    if not no_space_check and (note := unknown_space(out)):
+        click.echo(f"note: {note}; --no-space-check leaves this out", err=True)
     return_freed_memory()
     with progress_bar(shared_bytes(plan, tp), quiet) as progress:
-        how: dict[str, Any] = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget, "progress": progress}
+        how: dict[str, Any] = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget}
+        how |= {"progress": progress, "space_check": not no_space_check}
         result = run_shared(plan, out, tp, **how) if tp > 1 else run_plan(plan, out, **how)
     show_result(result, out, quiet, as_json)
 

@@ -91,6 +91,7 @@ def write_options(command: F) -> F:
             click.option("--restart", is_flag=True, help="Drop what an earlier run left in OUT and begin anew."),
             click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: one per processor, at most 8]"),
             click.option("--disk-budget", type=Size(), help="SRC on a hub: bytes of it on disk at once.  [default: the least]"),
+            click.option("--no-space-check", is_flag=True, help="Begin though the disk reports too little free space."),
             click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
             quiet, json_option,
         ]

@@ -11,14 +11,16 @@ import click
 from ernie_quant.errors import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ernie_quant.inspect import Inspection
     from ernie_quant.plan.steps import Plan
     from ernie_quant.run.whole import RunResult
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one result on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """The one result on stdout, in ASCII: the same and valid in every locale."""
+    click.echo(json.dumps(value, indent=2))
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
@@ -52,13 +54,13 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         f"\n{facts['bytes_in'] / 1e9:.2f} GB -> {facts['bytes_out']} bytes ({facts['bytes_out'] / 1e9:.2f} GB) of tensors,"
         f" {facts['bits_per_weight']:.3f} bits per weight, in {facts['files']} file(s); disk needed: {facts['disk_bytes']} bytes"
     )
-    _show_notes(plan)
+    _show_notes(plan, plan.notes)
 
 
-def _show_notes(plan: Plan) -> None:
+def _show_notes(plan: Plan, notes: Sequence[str]) -> None:
     if plan.tp_sizes:
         click.echo(f"tensor-parallel sizes that fit: {', '.join(map(str, plan.tp_sizes))}")
-    for note in plan.notes:
+    for note in notes:
         click.echo(f"note: {note}")
 
 
@@ -71,8 +73,8 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
     plan, reports, complete = result.plan, result.reports, result.complete_before
     if as_json:
         changed = total([r for r in reports if r.changed])
-        errors = {"rel_error": changed.rel_error, "worst_rel_error": changed.worst, "quantized": changed.tensors}
-        errors["files_before"] = result.files_before
+        errors: dict[str, Any] = {"rel_error": changed.rel_error, "worst_rel_error": changed.worst, "quantized": changed.tensors}
+        errors |= {"files_before": result.files_before, "notes": list(result.notes)}
         print_json(
             {"status": "complete" if complete else "done", "out": str(out), **_facts(plan), **({} if complete else errors)}
         )
@@ -82,7 +84,7 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
         return
     if not quiet:
         click.echo(tables(reports))
-        _show_notes(plan)
+        _show_notes(plan, result.notes)
         before = f" ({result.files_before} were finished before)" if result.files_before else ""
         click.echo(f"\n{out}: {plan.nbytes / 1e9:.3f} GB in {len(plan.shards)} file(s){before}. To run it:")
         for title, command in run_commands(plan, out):

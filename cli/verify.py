@@ -15,6 +15,7 @@ from ernie_quant.cli._show import print_json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ernie_quant.check.soundness import Odd
     from ernie_quant.check.verify import Verified
 
 SAMPLE = 100
@@ -59,9 +60,20 @@ def command(
     if as_json:
         print_json(verify.as_json(result))
         return
-    click.echo(f"{out}: verified: {result.files} files, {result.tensors} tensors, {result.quantized} quantized")
+    words = "verified, but the model is not sound" if result.odd.not_finite or result.odd.only_zeros else "verified"
+    click.echo(f"{out}: {words}: {result.files} files, {result.tensors} tensors, {result.quantized} quantized")
     for line in _lines(result, str(against)):
         click.echo(f"  {line}")
+
+
+def _odd(odd: Odd, source: str) -> Iterator[str]:
+    """What no sound model has, and who says that it must be so here."""
+    from ernie_quant.report.rows import some
+
+    for names, what in ((odd.not_finite, "NaN or infinity"), (odd.only_zeros, "nothing but zeros")):
+        for who, words in (("source", f", as {source} does"), ("report", ", as the report says"), ("", "")):
+            if found := [name for name, says in names.items() if says == who]:
+                yield f"{len(found)} {'holds' if len(found) == 1 else 'hold'} {what}{words}: {some(found)}"
 
 
 def _lines(result: Verified, source: str) -> Iterator[str]:
@@ -85,5 +97,6 @@ def _lines(result: Verified, source: str) -> Iterator[str]:
         yield f"  {found.nearest} of these: no code could be nearer to {source} at its scale"
     if others := found.measured - found.nearest:
         yield f"  {others} of these: other codes, as calibration or another rounding chooses; only large errors would show"
+    yield from _odd(result.odd, source)
     for why, count in result.not_compared.items():
         yield f"{count} not compared: {why}{HINTS.get(why, '')}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ernie_quant.dtypes import ITEMSIZE
-from ernie_quant.errors import CheckpointError, utf8
+from ernie_quant.errors import CheckpointError, line_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,8 @@ class Checkpoint:
 
     @property
     def title(self) -> str:
-        """What people call it: the name of the repository or of the folder."""
-        return self.address.rpartition("/")[2] or utf8(self.folder.resolve().name)
+        """What people call it: the name of the repository or of the folder, whose bytes need not be text."""
+        return line_of(self.address.rpartition("/")[2] or self.folder.resolve().name)
 
     def download(self, needs: Sequence[Sequence[Path]], budget: int | None = None) -> AbstractContextManager[Download]:
         """The weight files `needs[0]`, `needs[1]`, …, in this order. Raises CheckpointError or RetryError."""

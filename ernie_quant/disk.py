@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import IO
 from ernie_quant.errors import OutputError, RetryError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# of file systems without fsync, of anything or of folders: CIFS, gocryptfs and other FUSE, folders that we may not list
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_FOLDER_FSYNC = (*NO_FSYNC, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR)
 PARTIAL = ".partial"
 CHUNK = 8 << 20
 
@@ -31,6 +35,25 @@ def hold(place: Path, busy: str) -> Iterator[IO[str]]:
         yield file
 
 
+def existing(path: Path) -> Path:
+    """The folder that `path` is, or the nearest around it that is there."""
+    return next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+
+
+def free_bytes(there: Path) -> int | None:
+    """Free space of a disk; None where it reports nothing at all, as some FUSE, overlay and quota file systems do.
+
+    A disk that is really full says so at the first file of a run.
+    """
+    return shutil.disk_usage(there).free or None
+
+
+def free_names(there: Path) -> int | None:
+    """Files that can still be made on a disk; None where it does not count them."""
+    found = os.statvfs(there)
+    return (found.f_favail or None) if found.f_files else None
+
+
 def file_sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
     """The hash of a file on disk."""
     digest = hashlib.sha256()
@@ -41,13 +64,30 @@ def file_sha256(path: Path, progress: Callable[[int], None] = lambda _: None) ->
     return digest.hexdigest()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _passing(codes: tuple[int, ...]) -> Iterator[None]:
+    """Errors with these codes are none."""
     try:
+        yield
+    except OSError as error:
+        if error.errno not in codes:
+            raise
+
+
+def fsync(fd: int) -> None:
+    """Make a file durable, where its file system can do that."""
+    with _passing(NO_FSYNC):
         os.fsync(fd)
-    finally:
-        os.close(fd)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where its file system can do that."""
+    with _passing(NO_FOLDER_FSYNC):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 @contextmanager
@@ -67,7 +107,7 @@ def write_file(path: Path, data: bytes) -> str:
     with naming(path), open(partial, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
     os.replace(partial, path)
     fsync_folder(path.parent)
     return hashlib.sha256(data).hexdigest()

@@ -29,11 +29,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - 203]} … {text[-200:]}"
 
 
-def utf8(name: str) -> str:
-    """A name that can be written in UTF-8: bytes of file names that are none, such as those of GBK, as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def shown(lines: Sequence[str]) -> list[str]:
     """The first of `lines`, and how many more there are."""
     more = len(lines) - MAX_LINES

@@ -3,11 +3,14 @@
 rel_error      ||W - W'||^2 / ||W||^2
 sqnr_db        -10 log10(rel_error), in decibels; None where nothing differs
 max_abs_error  max |W - W'|, in units of the weight
+
+What is kept has no error, but may hold values that no sound model has; these are counted.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +19,7 @@ from ernie_quant.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+WEIGHT = re.compile(r"\.weight(_\d+)?$")  # weight_1: the second router of a VL model
 LARGEST = 2.0**120  # of a weight: beyond it scales round up to infinity, or a row vanishes, as WINT2 stores it
 
 
@@ -41,6 +45,35 @@ class Difference:
     def sqnr_db(self) -> float | None:
         """Signal to quantization noise, in dB."""
         return -10 * math.log10(self.rel_error) if 0 < self.rel_error < math.inf else None
+
+
+@dataclass(frozen=True)
+class Values:
+    """What of a weight, or of a part of it, no sound model has; parts add up."""
+
+    not_finite: int = 0  # elements that are NaN or infinity
+    only_zeros: bool = True
+
+    def __add__(self, other: Values) -> Values:
+        return Values(self.not_finite + other.not_finite, self.only_zeros and other.only_zeros)
+
+
+def values_of(tensor: torch.Tensor) -> Values:
+    """Of a tensor of any dtype, in one pass; whole numbers (codes) are never odd."""
+    if not tensor.is_floating_point():
+        return Values(only_zeros=False)
+    if not tensor.numel():
+        return Values()
+    numbers = tensor.float() if tensor.element_size() == 1 else tensor
+    low, high = (float(end) for end in numbers.aminmax())  # NaN is either, infinity one of them
+    if math.isfinite(low) and math.isfinite(high):
+        return Values(only_zeros=low == high == 0)
+    return Values(int((~numbers.isfinite()).sum()), only_zeros=False)
+
+
+def means_something(name: str) -> bool:
+    """Is it odd that this is all zeros? Of a matrix, a router, an embedding or a norm; a bias, of routing too, may be."""
+    return WEIGHT.search(name) is not None
 
 
 def compare(name: str, weight: torch.Tensor, decoded: torch.Tensor) -> Difference:

@@ -72,7 +72,11 @@ def test_the_refusal_says_how_much_in_gigabytes(plan: Plan, tmp_path: Path, monk
     """A result of 3 GB, and 1.5 GB are free: whole it lacks 1.5 GB, and 4.5 GB if it is shared."""
     monkeypatch.setattr(Plan, "disk_bytes", 3 * 10**9)
     free(15 * 10**8, monkeypatch)
-    with pytest.raises(RetryError, match=r"out: needs 3\.00 GB, 1\.50 GB more than the disk has free$"):
+    with pytest.raises(
+        RetryError, match=r"out: needs 3\.00 GB, 1\.50 GB more than the disk has free; --no-space-check begins all the same$"
+    ):
         run_plan(plan, tmp_path / "out")
-    with pytest.raises(RetryError, match=r"out: needs 6\.00 GB, 4\.50 GB more than the disk has free$"):
+    with pytest.raises(
+        RetryError, match=r"out: needs 6\.00 GB, 4\.50 GB more than the disk has free; --no-space-check begins all the same$"
+    ):
         share(plan, tmp_path / "out")

@@ -288,7 +288,7 @@ def test_rows_of_a_joint_touch_only_the_files_that_hold_them(stored: list[tuple[
     assert joined.shape == (28, 5)
     with Files() as files:
         views_read.read(joined, files, (8, 13))
-        assert set(files._fds) == {ref.file for ref in build.refs(parts[1])}
+        assert files._read == {ref.file for ref in build.refs(parts[1])}
 
 
 # --- slabs -----------------------------------------------------------------------------------------------------------
@@ -320,8 +320,8 @@ def test_files_are_closed_when_they_are_left(plain: dict[str, View]) -> None:
     files = Files()
     with files:
         views_read.read(plain["tall"], files)
-        assert len(files._fds) == 1
-    assert not files._fds
+        assert len(files._open) == 1
+    assert not files._open
 
 
 def test_threads_share_open_files(stored: list[tuple[View, Matrix]]) -> None:
@@ -330,5 +330,5 @@ def test_threads_share_open_files(stored: list[tuple[View, Matrix]]) -> None:
     joined = [(cat([v, transpose(transpose(v))], 0), np.concatenate([m, m])) for v, m in stored] * 5
     with Files() as files, ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda item: views_read.read(item[0], files).tolist(), joined))
-        assert len(files._fds) == 4
+        assert len(files._open) == 4
     assert results == [m.tolist() for _, m in joined]

@@ -12,7 +12,7 @@ from ernie_quant.check.compared import DECODED, KEPT, MEASURED, REPORTED, STORED
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import ErnieQuantError, VerifyError
-from ernie_quant.measure import Difference, compare
+from ernie_quant.measure import Difference, Values, compare, values_of
 from ernie_quant.names import Weight, natural
 from ernie_quant.plan.choose import oriented
 from ernie_quant.report.rows import TensorReport
@@ -108,7 +108,7 @@ def _compared(pair: Pair, kind: str, files: Files, originals: Files) -> Outcome:
         said, is_ = ", ".join(row.sources), ", ".join(pair.sources)
         return Outcome(entry.name, kind, f"{entry.name}: the report says it comes from {said}, it comes from {is_}")
     if kind in (KEPT, DECODED):
-        return Outcome(entry.name, kind, _kept_problem(pair, files, originals))
+        return _kept(pair, kind, files, originals)
     if kind == STORED:
         return Outcome(entry.name, kind, _stored_problem(pair, files, originals))
     if row is not None:
@@ -124,12 +124,15 @@ def _slabs(pair: Pair, files: Files, originals: Files) -> Iterator[tuple[torch.T
     return ((read(pair.view, originals, rows), pair.entry.read(files, rows)) for rows in pair.entry.slabs())
 
 
-def _kept_problem(pair: Pair, files: Files, originals: Files) -> str:
-    name = pair.entry.name
-    if not all(same_bits(*both) for both in _slabs(pair, files, originals)):
-        what = "what the source decodes to" if build.decodes(pair.view) else "the source's bytes"
-        return f"{name}: should be {what}, and is not"
-    return next(_misreported(name, Difference(), pair.row), "") if pair.row else ""
+def _kept(pair: Pair, kind: str, files: Files, originals: Files) -> Outcome:
+    name, values = pair.entry.name, Values()
+    for original, there in _slabs(pair, files, originals):
+        if not same_bits(original, there):
+            what = "what the source decodes to" if kind == DECODED else "the source's bytes"
+            return Outcome(name, kind, f"{name}: should be {what}, and is not")
+        values += values_of(there)
+    problem = next(_misreported(name, Difference(), pair.row), "") if pair.row else ""
+    return Outcome(name, kind, problem, values=values)
 
 
 def _stored_problem(pair: Pair, files: Files, originals: Files) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ernie_quant.measure import Difference
+from ernie_quant.measure import Difference, Values
 
 KEPT, DECODED, STORED, REPORTED, MEASURED = "kept", "decoded", "stored", "reported", "measured"
 
@@ -20,6 +20,7 @@ class Outcome:
     problem: str = ""
     difference: Difference = field(default_factory=Difference)  # where it is measured
     nearest: bool = False
+    values: Values | None = None  # of a kept tensor
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ from ernie_quant import names, runtimes
 from ernie_quant.check.against import compare_with, same_bits
 from ernie_quant.check.compared import Compared, Outcome, tally
 from ernie_quant.check.integrity import Progress, damaged_files, damaged_weights
+from ernie_quant.check.soundness import Odd, odd
 from ernie_quant.checkpoint import Checkpoint, Stamp
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import CheckpointError, ErnieQuantError, VerifyError
 from ernie_quant.jsonio import read_object
+from ernie_quant.measure import Values, values_of
 from ernie_quant.paths import weight_folders
 from ernie_quant.report.rows import FILENAME, TensorReport
 from ernie_quant.result.manifest import read_manifest
@@ -45,6 +47,7 @@ class Verified:
     against: bool
     compared: Compared = field(default_factory=Compared)  # with the source
     not_compared: Mapping[str, int] = field(default_factory=dict)  # why -> how many tensors
+    odd: Odd = field(default_factory=Odd)  # what no sound model has, but this one's source
 
 
 def verify(
@@ -72,13 +75,15 @@ def verify(
         raise VerifyError(f"{out}: {len(problems)} disagreement(s)", problems)
     chosen = stored if sample is None else _sample(stored, reports, sample)
     with one_torch_thread(), Files(checkpoint.stamps) as files:
-        unsound = _value_problems(chosen, files)
+        unsound, values = _values(chosen, files, kept=against is None)
         problems = list(unsound.values())
         outcomes: list[Outcome] = []
         if against is not None:
             sound = [entry for entry in chosen if entry.name not in unsound]
             outcomes, more = compare_with(open_source(against, links=links), target, stored, sound, reports, files)
             problems += more + [outcome.problem for outcome in outcomes if outcome.problem]
+        found, more = odd({name: of for name, of in values.items() if name not in unsound}, outcomes, reports)
+        problems += more
     for path, stamp in stamps.items():
         stamp.check(path)
     if problems:
@@ -87,7 +92,7 @@ def verify(
     assert against is None or compared.total == len(chosen), "a tensor was compared with nothing"
     return Verified(
         len(manifest["files"]), len(stored), _quantized(stored), len(chosen), _quantized(chosen), against is not None,
-        compared, _not_compared(len(stored), compared.total, against is not None),
+        compared, _not_compared(len(stored), compared.total, against is not None), found,
     )  # fmt: skip
 
 
@@ -168,38 +173,50 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
     return reports, problems
 
 
-def _value_problems(chosen: list[Stored], files: Files) -> dict[str, str]:
-    """Weight -> what is wrong with its values: quantized ones must decode to finite numbers, copies in ranks must agree."""
+def _values(chosen: list[Stored], files: Files, kept: bool) -> tuple[dict[str, str], dict[str, Values]]:
+    """Weight -> what is wrong with its values, and weight -> what is odd about them.
+
+    Quantized ones must decode to finite numbers, copies in ranks must agree. `kept`: look at the values of kept ones, too.
+    """
     problems: dict[str, str] = {}
+    values: dict[str, Values] = {}
     for entry in chosen:
         copied = any(isinstance(part, Replicated) for part in entry.parts.values())
-        if isinstance(entry.codec, Keep) and not copied:
+        if isinstance(entry.codec, Keep) and not (kept or copied):
             continue
         try:
-            found = (_slab_problem(entry, files, rows) for rows in entry.slabs())
-            if problem := next(filter(None, found), None):
-                problems[entry.name] = problem
-        except CheckpointError as error:
+            of = Values()
+            for rows in entry.slabs():
+                of += _slab_values(entry, files, rows)
+            values[entry.name] = of
+        except (CheckpointError, _Problem) as error:
             problems[entry.name] = str(error)
-    return problems
+    return problems, values
 
 
-def _slab_problem(entry: Stored, files: Files, rows: tuple[int, int]) -> str | None:
+class _Problem(Exception):
+    """What is wrong with the values of a weight."""
+
+
+def _slab_values(entry: Stored, files: Files, rows: tuple[int, int]) -> Values:
     packed = entry.packed(files, rows)
     if isinstance(entry.codec, Keep):
-        return None
+        return values_of(next(iter(packed.values())))
     encoded = entry.target.unpack(entry.name, entry.codec, packed)
     constants = entry.target.constants(entry.name, entry.codec, entry.spec, encoded)
     repacked = constants | entry.target.pack(entry.name, entry.codec, encoded)
-    if odd := next((part for part in repacked if not same_bits(packed[part], repacked[part])), None):
-        return f"{odd}: is not what packing the codes of {entry.name} gives; a runtime may read it otherwise"
+    if other := next((part for part in repacked if not same_bits(packed[part], repacked[part])), None):
+        raise _Problem(f"{other}: is not what packing the codes of {entry.name} gives; a runtime may read it otherwise")
     weight = entry.codec.decode(encoded)
-    if not bool(weight.isfinite().all()):
-        return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity"
+    values = values_of(weight)
+    if values.not_finite:
+        raise _Problem(f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity")
     again = entry.codec.recode(weight, encoded)["codes"]
     if not same_bits(again, encoded["codes"]):
-        return f"{entry.name}: rows {rows[0]} to {rows[1]} decode to weights whose codes are others; no codec wrote these"
-    return None
+        raise _Problem(
+            f"{entry.name}: rows {rows[0]} to {rows[1]} decode to weights whose codes are others; no codec wrote these"
+        )
+    return values
 
 
 def as_json(result: Verified) -> dict[str, Any]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
+
+from ernie_quant.kernels._compiled import compiled
 
 U = np.uint64
 # every second element of 8, 16 and 32 bits
 EVEN8, EVEN16, EVEN32 = U(0x00FF00FF00FF00FF), U(0x0000FFFF0000FFFF), U(0x00000000FFFFFFFF)
 
 
-@nb.njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _swap(a, b, shift, even):  # type: ignore[no-untyped-def]
     """Exchange the upper elements of each pair in `a` with the lower ones in `b`."""
     x = ((a >> shift) ^ b) & even
     return a ^ (x << shift), b ^ x
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def load_16(rows, first, n, column, group, out):  # type: ignore[no-untyped-def]
     """out[j] = rows[first : first + n, column + j], for `group` j: 16-bit elements, four to a word.
 
@@ -35,7 +36,7 @@ def load_16(rows, first, n, column, group, out):  # type: ignore[no-untyped-def]
             out[4 * c + 1, i], out[4 * c + 3, i] = _swap(b, e, U(32), EVEN32)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def store_8(lanes, first, n, column, group, out):  # type: ignore[no-untyped-def]
     """out[first : first + n, column + j] = lanes[j], for `group` j: 8-bit elements, eight to a word.
 

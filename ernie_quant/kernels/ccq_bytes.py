@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
+
+from ernie_quant.kernels._compiled import compiled
 
 F = np.float32
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def round_bf16(x):  # type: ignore[no-untyped-def]
     """f32 [n] rounded to bf16 in place, half to even; x is finite."""
     bits = x.view(np.uint32)
@@ -16,7 +17,7 @@ def round_bf16(x):  # type: ignore[no-untyped-def]
         bits[i] = np.uint32((bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000))
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def nearest_bytes(planes, super_scale, local, table, codes):  # type: ignore[no-untyped-def]
     """The bytes whose decoded weights are nearest: planes f32 [4, in/4], table f32 [256, 5] -> codes uint8 [in/4]."""
     product, decoded = np.empty(1, F), np.empty(256 * 4, F)
@@ -50,7 +51,7 @@ def nearest_bytes(planes, super_scale, local, table, codes):  # type: ignore[no-
             codes[16 * g + v] = byte[v]
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def nearest_rows(weight, tables, pair, local_scale, super_scale, codes):  # type: ignore[no-untyped-def]
     """`nearest_bytes` of every row of a weight f32 [out, in] in stored order, with tables[pair[row]]: codes uint8 [out, in/4]."""
     rows, width = weight.shape
@@ -64,7 +65,7 @@ def nearest_rows(weight, tables, pair, local_scale, super_scale, codes):  # type
         nearest_bytes(planes, super_scale[row], local, tables[pair[row]], codes[row])
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def decode_rows(codes, local_scale, super_scale, code_scale, code_zp, out):  # type: ignore[no-untyped-def]
     """What bytes and scales decode to: out uint32 [out, in/2], two bf16 each; 2j and 2j + 1 stay neighbours in stored order."""
     rows, groups = local_scale.shape

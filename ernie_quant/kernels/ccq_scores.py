@@ -7,14 +7,15 @@ cells to the 3.6 bytes that can be nearest did 200 with either: its loads and br
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
+
+from ernie_quant.kernels._compiled import compiled
 
 F = np.float32
 
 
 # "contract" allows fused multiply-add. It changes no bit: every intermediate is exact in float32, see ccq_reference.
-@nb.njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def best_scores(x, table, best):  # type: ignore[no-untyped-def]
     """Largest `x.p - |p|^2 / 2` over the 256 bytes: x f32 [4, n], table f32 [256, 5] -> best f32 [n]."""
     x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
@@ -37,14 +38,14 @@ def best_scores(x, table, best):  # type: ignore[no-untyped-def]
             best[i] = p if p > best[i] else best[i]
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def gains(planes, scale, table, scratch, out):  # type: ignore[no-untyped-def]
     """Half of what the codes explain of each group of a row: planes f32 [4, in/4], scale f32 [groups] -> out f64 [groups]."""
     place(planes, scale, scratch)
     placed_gains(scale, table, scratch, out)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def place(planes, scale, scratch):  # type: ignore[no-untyped-def]
     """x = planes / scale on the grid of 1/512: -> scratch[2:], scratch f32 [6, in/4]."""
     inverse = scratch[0]
@@ -61,7 +62,7 @@ def place(planes, scale, scratch):  # type: ignore[no-untyped-def]
             x[v] = np.rint(y) * F(1 / 512)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def placed_gains(scale, table, scratch, out):  # type: ignore[no-untyped-def]
     """The gains of a row that `place` has put into scratch at this scale -> out f64 [groups]."""
     best = scratch[1]

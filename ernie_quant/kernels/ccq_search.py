@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 
+from ernie_quant.kernels._compiled import compiled
 from ernie_quant.kernels.ccq_bytes import nearest_bytes, round_bf16
 from ernie_quant.kernels.ccq_scores import gains, place, placed_gains
 
 F = np.float32
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _multiply(local, super_scale, scale):  # type: ignore[no-untyped-def]
     """scale f32 [groups] = bf16(local * super_scale), local int64 [groups]."""
     for g in range(local.size):
@@ -19,7 +19,7 @@ def _multiply(local, super_scale, scale):  # type: ignore[no-untyped-def]
     round_bf16(scale)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _liked_scales(planes, energy, probes, table, scratch, liked, gain):  # type: ignore[no-untyped-def]
     """The best of `probes` scales for each group, into liked f32 [groups], and its energy |w|^2, into energy f64 [groups]."""
     groups = liked.size
@@ -46,7 +46,7 @@ def _liked_scales(planes, energy, probes, table, scratch, liked, gain):  # type:
                 best[g], liked[g] = gain[g], scale[g]
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _super_scale(liked, energy, factors):  # type: ignore[no-untyped-def]
     """The f32 (rounded to bf16) whose multiples 1 to 15 lie nearest to the liked scales."""
     loudest = np.float64(0)
@@ -68,7 +68,7 @@ def _super_scale(liked, energy, factors):  # type: ignore[no-untyped-def]
     return chosen
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _best_locals(planes, super_scale, around, known, steps, table, scratch, local, best_gain):  # type: ignore[no-untyped-def]
     """Local scales near `around` (gain `known`), into local int64 [groups] and best_gain f64 [groups]; returns its sum."""
     groups = around.size
@@ -90,7 +90,7 @@ def _best_locals(planes, super_scale, around, known, steps, table, scratch, loca
     return total
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def search(weight, tables, factors, steps, probes, finalists, codes, local_scale, super_scale, pair):  # type: ignore[no-untyped-def]
     """Scales, pair and bytes of every row of a weight f32 [out, in] in stored order, into the last four arrays."""
     rows, width = weight.shape

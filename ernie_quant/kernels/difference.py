@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numba as nb
 import numpy as np
 import torch
+
+from ernie_quant.kernels._compiled import compiled
 
 F = np.float32
 
@@ -29,7 +30,7 @@ def _bits(matrix: torch.Tensor) -> tuple[np.ndarray, np.uint32]:
     return matrix.contiguous().view(torch.uint16 if half else torch.uint32).numpy(), np.uint32(16 if half else 0)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _squares(left, left_shift, right, right_shift, sums):  # type: ignore[no-untyped-def]
     rows, columns = left.shape
     x, y, top = np.empty(columns, F), np.empty(columns, F), np.zeros(columns, F)

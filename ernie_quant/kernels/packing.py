@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 import torch
+
+from ernie_quant.kernels._compiled import compiled
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -23,7 +24,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return out
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _pack4(codes, out):  # type: ignore[no-untyped-def]
     """Eight codes at a time: the low nibbles of eight bytes move together in three steps."""
     offset, nibbles = np.uint64(0x0808080808080808), np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -37,7 +38,7 @@ def _pack4(codes, out):  # type: ignore[no-untyped-def]
             out[r, w] = np.uint32((v | (v >> np.uint64(16))) & np.uint64(0xFFFFFFFF))
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _pack(codes, bits, out):  # type: ignore[no-untyped-def]
     rows, columns = codes.shape
     per_word, offset = 32 // bits, 1 << (bits - 1)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 import torch
 
+from ernie_quant.kernels._compiled import compiled
 from ernie_quant.kernels._transpose import load_16, store_8
 
 F = np.float32
@@ -51,7 +51,7 @@ def encode(
     return codes, scale
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _encode(bits, shift, group, low, high, divisor, ratios, refine, signed, lanes, codes, scales):  # type: ignore[no-untyped-def]
     rows, columns = bits.shape
     tile = np.empty((group, lanes), F)
@@ -99,7 +99,7 @@ def _encode(bits, shift, group, low, high, divisor, ratios, refine, signed, lane
                 _store(codes_of_tile, group, n, codes, first, g * group)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _load(bits, shift, first, n, column, group, tile):  # type: ignore[no-untyped-def]
     for start in range(0, group, 16):  # 16 columns: whole cache lines of the source, and the tile's rows stay in L1
         for i in range(n):
@@ -107,7 +107,7 @@ def _load(bits, shift, first, n, column, group, tile):  # type: ignore[no-untype
                 tile[j, i] = np.uint32(bits[first + i, column + j]) << shift
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _widen(half, n, group, tile):  # type: ignore[no-untyped-def]
     """bf16 to float32: the upper half of its bits."""
     for j in range(group):
@@ -115,7 +115,7 @@ def _widen(half, n, group, tile):  # type: ignore[no-untyped-def]
             tile[j, i] = np.uint32(half[j, i]) << np.uint32(16)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _extremes(tile, group, n, signed, top):  # type: ignore[no-untyped-def]
     """Largest |x| of each group; negative where the largest x is positive and the scale may be signed."""
     low, high = np.zeros(n, F), np.zeros(n, F)
@@ -130,7 +130,7 @@ def _extremes(tile, group, n, signed, top):  # type: ignore[no-untyped-def]
             top[i] = max(high[i], -low[i])
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _round_bf16(bits, value, n):  # type: ignore[no-untyped-def]
     """Round to bf16, half to even; what is too small for a scale, or no number, becomes 1."""
     for i in range(n):
@@ -138,7 +138,7 @@ def _round_bf16(bits, value, n):  # type: ignore[no-untyped-def]
         value[i] = value[i] if abs(value[i]) >= SMALLEST and abs(value[i]) < F(np.inf) else F(1)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _judge(tile, group, n, scale, inverse, low, high, error):  # type: ignore[no-untyped-def]
     for i in range(n):
         error[i] = F(0)
@@ -151,7 +151,7 @@ def _judge(tile, group, n, scale, inverse, low, high, error):  # type: ignore[no
             error[i] += d * d
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _least_squares(tile, group, n, scale, inverse, low, high, sum_xq, sum_qq, out):  # type: ignore[no-untyped-def]
     for i in range(n):
         sum_xq[i] = F(0)
@@ -167,14 +167,14 @@ def _least_squares(tile, group, n, scale, inverse, low, high, sum_xq, sum_qq, ou
         out[i] = sum_xq[i] / sum_qq[i] if sum_qq[i] > 0 else F(1)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _quantize(tile, group, n, inverse, low, high, out):  # type: ignore[no-untyped-def]
     for j in range(group):
         for i in range(n):
             out[j, i] = np.int8((min(max(tile[j, i] * inverse[i], low), high) + ROUND) - ROUND)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _store(tile, group, n, codes, first, column):  # type: ignore[no-untyped-def]
     for i in range(n):
         for j in range(group):
@@ -188,7 +188,7 @@ def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _decode(codes, scales, out):  # type: ignore[no-untyped-def]
     rows, columns = codes.shape
     group = columns // scales.shape[1]

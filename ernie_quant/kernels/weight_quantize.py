@@ -14,9 +14,10 @@ multiple of 64, outputs of 4; a caller's plan refuses other shapes by name.
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 import torch
+
+from ernie_quant.kernels._compiled import compiled
 
 ROWS = 4  # a slab has a multiple of it; 8 bits would do with 2
 COLUMNS = 64  # inputs of a tile; a rank's share of the inputs is a multiple of it
@@ -33,7 +34,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _pack4(codes, out):  # type: ignore[no-untyped-def]
     low, flip = np.uint8(0x0F), np.uint8(0x88)
     for r in range(codes.shape[0]):
@@ -47,7 +48,7 @@ def _pack4(codes, out):  # type: ignore[no-untyped-def]
                     row[16 * b + 2 * i + 1] = ((x[16 + i] & low) | (x[24 + i] << 4)) ^ flip
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _pack8(codes, out):  # type: ignore[no-untyped-def]
     flip = np.uint8(0x80)  # adding 128 to a byte
     for r in range(codes.shape[0]):
@@ -72,7 +73,7 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return codes
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _unpack4(packed, codes):  # type: ignore[no-untyped-def]
     for r in range(codes.shape[0]):
         for t in range(packed.shape[1]):
@@ -87,7 +88,7 @@ def _unpack4(packed, codes):  # type: ignore[no-untyped-def]
                     x[24 + i] = np.int8(second >> 4) - np.int8(8)
 
 
-@nb.njit(nogil=True, cache=True)
+@compiled()
 def _unpack8(packed, codes):  # type: ignore[no-untyped-def]
     flip = np.uint8(0x80)
     for r in range(codes.shape[0]):

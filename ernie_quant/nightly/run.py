@@ -19,7 +19,7 @@ from ernie_quant import hubs
 from ernie_quant.check.verify import verify
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.disk import FULL, hold
-from ernie_quant.errors import AnotherPlanError, ErnieQuantError, RetryError
+from ernie_quant.errors import AnotherPlanError, ErnieQuantError, RetryError, VerifyError
 from ernie_quant.hubs import Publisher
 from ernie_quant.jsonio import read_object
 from ernie_quant.nightly.job import Job, JobTarget
@@ -176,6 +176,8 @@ def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | 
         log(event="restart", repo=target.repo, why=str(error))
         result = run(restart=True)
     rows = result.reports or [TensorReport.from_json(row) for row in read_object(out / FILENAME)["tensors"]]
+    if infinite := [r.name for r in rows if r.not_finite]:
+        raise VerifyError(f"{target.repo}: is not published, its weights hold NaN or infinity", infinite)
     changed = total([r for r in rows if r.changed])
     log(event="made", repo=target.repo, bytes=result.plan.nbytes, files_before=result.files_before, rel_error=changed.rel_error)
     return TargetResult(target.repo, "", bytes=result.plan.nbytes, rel_error=changed.rel_error)

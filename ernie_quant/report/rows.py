@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ernie_quant.codecs.keep import KEPT
 
+FIRST = 5  # of many names
 FILENAME, PAGE = "report.json", "report.html"
 PLOTS_FOLDER, PLOTS = "plots", ("error-heatmap.png", "error-histogram.png", "bytes-by-role.png")  # beside the page
+
+
+ODD = ("not_finite", "only_zeros")  # columns that the rows of a sound model do not have
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class TensorReport:
     squared_norm: float
     sources: tuple[str, ...]
     crc32: str  # of its stored tensors: `writer.joint_crc32`
+    not_finite: int = 0  # elements of a kept tensor that are NaN or infinity; in report.json where there are any
+    only_zeros: bool = False  # of a weight; in report.json where it is so
 
     @property
     def changed(self) -> bool:
@@ -41,12 +47,12 @@ class TensorReport:
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> TensorReport:
         """The inverse of `to_json`. Raises TypeError or KeyError."""
-        values = {f.name: row[f.name] for f in fields(TensorReport)}
+        values = {f.name: row[f.name] for f in fields(TensorReport) if f.name in row or f.name not in ODD}
         return TensorReport(**values | {"shape": tuple(row["shape"]), "sources": tuple(row["sources"])})
 
     def to_json(self) -> dict[str, Any]:
         """As in report.json."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value or key not in ODD}
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,22 @@ def to_json(rows: Sequence[TensorReport], header: Mapping[str, Any]) -> str:
     head = json.dumps({**header, "roles": by_role}, indent=2, ensure_ascii=False, allow_nan=False)
     lines = ",\n".join("    " + json.dumps(r.to_json(), ensure_ascii=False, allow_nan=False) for r in rows)
     return f'{head[:-2]},\n  "tensors": [\n{lines}\n  ]\n}}\n'
+
+
+def odd_values(rows: Sequence[TensorReport]) -> list[str]:
+    """Notes about weights that no sound model has, by name."""
+    infinite = dict.fromkeys(f"{r.name} ({r.not_finite} of {math.prod(r.shape)})" for r in rows if r.not_finite)
+    zeros = dict.fromkeys(r.name for r in rows if r.only_zeros)
+    return [
+        f"{len(found)} {'weight holds' if len(found) == 1 else 'weights hold'} {what}: {some(found)}"
+        for found, what in ((infinite, "NaN or infinity"), (zeros, "nothing but zeros"))
+        if found
+    ]
+
+
+def some(names: Collection[str]) -> str:
+    """The first of `names`, and that there are more."""
+    return ", ".join([*list(names)[:FIRST], *([f"… and {len(names) - FIRST} more"] if len(names) > FIRST else [])])
 
 
 def grouped(rows: Sequence[TensorReport], key: Callable[[TensorReport], str]) -> dict[str, list[TensorReport]]:

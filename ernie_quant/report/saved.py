@@ -52,6 +52,8 @@ def _believed(row: TensorReport) -> TensorReport:
     wholes = (row.bytes, *row.shape)
     if len(row.shape) > 8 or any(type(n) is not int or not 0 <= n <= MOST for n in wholes) or math.prod(row.shape) > MOST:
         raise ValueError("bytes or shape are no such numbers")
+    if type(row.not_finite) is not int or not 0 <= row.not_finite <= MOST or type(row.only_zeros) is not bool:
+        raise ValueError("not_finite or only_zeros is no such value")
     for key in ("bits_per_weight", "rel_error", "max_abs_error", "squared_error", "squared_norm"):
         value = getattr(row, key)
         if type(value) not in (int, float) or not 0 <= value <= 1e100:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from ernie_quant.disk import write_file
-from ernie_quant.errors import utf8
+from ernie_quant.errors import line_of
 from ernie_quant.jsonio import dumps
 from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, SUMS
 from ernie_quant.plan.steps import Plan
@@ -15,10 +14,14 @@ from ernie_quant.report.rows import ShardResult, TensorReport
 from ernie_quant.result import card
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.result.manifest import describe, manifest, sums
+from ernie_quant.result.room import models
 
 
-def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> None:
-    """Write all but the weights, whose files are `shards`. Raises OSError, or CheckpointError for a source that changed."""
+def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> tuple[str, ...]:
+    """Write all but the weights, whose files are `shards`; the notes on the result.
+
+    Raises OSError, or CheckpointError for a source that changed.
+    """
     out = folder.path
     entries: dict[str, dict[str, object]] = {s.filename: {"bytes": s.nbytes, "sha256": s.sha256} for s in shards}
 
@@ -33,14 +36,17 @@ def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows
         if len(inside) > 1 and plan.format.INDEX:
             index = plan.format.index({shard.filename.rpartition("/")[2]: shard.specs for shard in inside})
             put(f"{place}/{plan.format.INDEX}".lstrip("/"), dumps(index).encode())
-    for model in sorted({"", *(re.sub(r"(^|/)rank\d+$", "", place) for place in plan.folders)}):
+    for model in models(plan):
         put(f"{model}/{CONFIG}".lstrip("/"), dumps(plan.config).encode())
+    odd = report.odd_values(rows or [row for shard in shards for row in shard.reports])
+    notes = tuple(dict.fromkeys([*plan.notes, *odd]))
     if rows:
-        header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
+        header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(notes)}
         put(report.FILENAME, report.to_json(rows, header).encode())
-    described = describe(plan)
-    put(README, card.readme(described, plan.config, rows, utf8(out.name)).encode())
+    described = describe(plan, notes)
+    put(README, card.readme(described, plan.config, rows, line_of(out.name)).encode())
     text = dumps(manifest(described, plan, entries)).encode()
     write_file(out / SUMS, sums(entries, text).encode())
     write_file(out / MANIFEST, text)
     folder.drop_state()
+    return notes

@@ -23,11 +23,11 @@ from ernie_quant.plan.identity import changes, libraries
 from ernie_quant.plan.steps import Plan, Shard
 from ernie_quant.report import rows as report
 from ernie_quant.report.rows import ShardResult
+from ernie_quant.result import room
 from ernie_quant.threads import Progress, in_proportion
 
 BEGUN, SWEPT = "plan.json", "swept.json"  # in the private state: what was begun; the manifest of a result that is dropped
 JUST_FINISHED = "another run has just finished here; run the same command again"
-BYTES_PER_TENSOR = 1000  # what index, report and manifest say of one
 
 
 class OutputFolder:
@@ -38,17 +38,20 @@ class OutputFolder:
         self.unsplit = self.state / "unsplit"  # a result that is made only to be shared among ranks
 
     @contextmanager
-    def begin(self, plan: Plan, *, restart: bool, copies: int = 1) -> Iterator[bool]:
+    def begin(self, plan: Plan, *, restart: bool, copies: int = 1, space_check: bool = True) -> Iterator[bool]:
         """Hold the folder for a run of `plan`; gives True if it is complete already.
 
-        `copies`: how often the disk must have room for the result. Raises OutputError or RetryError.
+        `copies`: how often the disk must have room for the result, unless nobody asks (`space_check`).
+        Raises OutputError or RetryError.
         """
         self._refuse_strangers(plan)
         if self._is_complete() and not restart and not self.state.is_dir():
             self._check_complete(plan)
             yield True
             return
-        self._check_space(plan, copies)
+        room.check_names(plan, self.path)
+        if space_check:
+            room.check_space(plan, self.path, self._given_back(), copies)
         try:
             self.state.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -169,15 +172,10 @@ class OutputFolder:
             self.state.rmdir()
         fsync_folder(self.path)
 
-    def _check_space(self, plan: Plan, copies: int) -> None:
-        """Room for the result, counting what its files take already or will give back. Raises RetryError."""
-        there = next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
+    def _given_back(self) -> int:
+        """Bytes that weight files take already, or will give back."""
         places = [*weight_folders(self.path), *weight_folders(self.unsplit)]
-        free = shutil.disk_usage(there).free + sum(p.stat().st_size for f in places for p in f.iterdir() if _is_shard(p))
-        needed = copies * (plan.disk_bytes + BYTES_PER_TENSOR * len(plan.steps))
-        if free < needed:
-            missing = (needed - free) / 1e9
-            raise RetryError(f"{self.path}: needs {needed / 1e9:.2f} GB, {missing:.2f} GB more than the disk has free")
+        return sum(p.stat().st_size for f in places for p in f.iterdir() if _is_shard(p))
 
     def record(self, result: ShardResult) -> None:
         """Remember a finished file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
 Entries = Mapping[str, Mapping[str, Any]]
 
 
-def describe(plan: Plan) -> dict[str, Any]:
+def describe(plan: Plan, notes: Sequence[str]) -> dict[str, Any]:
     """The manifest of `plan` but for its files: what was made from what, by which versions, with which result."""
     first = plan.quantized_by or plan
     cards = [path for path in plan.origin.extra_files if path.name == "README.md"]
@@ -56,7 +56,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "tp_sizes": list(plan.tp_sizes),
             "gpus": dict(first.gpus),
             "front_matter": card.front_matter(cards[0] if cards else None),
-            "notes": list(plan.notes),
+            "notes": list(notes),
         },
     }
 

@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Download
-from ernie_quant.measure import Difference, compare
+from ernie_quant.measure import Difference, Values, compare, means_something, values_of
 from ernie_quant.plan.steps import ShardJob, Step
 from ernie_quant.report.rows import ShardResult, TensorReport
 from ernie_quant.runtimes import Runtime
@@ -43,10 +43,11 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Slab:
-    """A finished one: its stored tensors, and what it lost."""
+    """A finished one: its stored tensors, what it lost, and what is odd about the values it was made of."""
 
     parts: Mapping[str, torch.Tensor]
     difference: Difference
+    values: Values
 
 
 def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, download: Download) -> ShardResult:
@@ -57,6 +58,7 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
     todo = [Rows(step, *rows) for step in shard.steps for rows in step.slabs() or [(0, 0)]]
     layout = writers.find(runtime.FORMAT).lay_out(shard.specs, job.metadata)
     sums = {step.name: Difference() for step in shard.steps}
+    values = {step.name: Values() for step in shard.steps}
     with (
         one_torch_thread(),
         Files(job.stamps, download.path) as files,
@@ -71,7 +73,7 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
                 slab = encode_slab(step, runtime, weight, encoder)
                 once = encoder.once if encoder else {}
             constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
-            return Slab({**constants, **slab.parts}, slab.difference)
+            return replace(slab, parts={**constants, **slab.parts})
 
         for rows, slab in zip(todo, ordered(work, todo, workers, download.stop, lambda: progress(0)), strict=True):
             step, out = rows.step, max((1, *rows.step.spec.shape[:1]))
@@ -80,29 +82,33 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
                 first = 0 if part.out_axis is None else part.span((rows.first, rows.last), out)[0]
                 writer.write(name, tensor, part.out_axis, first, part.index)
             sums[step.name] += slab.difference
+            values[step.name] += slab.values
             progress((rows.last - rows.first) * row_bytes(step.spec))
         files.check()
         sha256 = writer.close()
-    reports = tuple(_row(step, sums[step.name], writer) for step in shard.steps)
+    reports = tuple(_row(step, sums[step.name], values[step.name], writer) for step in shard.steps)
     return ShardResult(shard.filename, writer.nbytes, sha256, reports)
 
 
 def encode_slab(step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None) -> Slab:
     """What is stored of rows of a weight, and what they lost; nothing is written."""
     encoded = encoder.encode(weight) if encoder else step.codec.encode(weight)
-    difference = Difference()
     if step.quantized:
         once = encoder.once if encoder else {}
         difference = compare(step.name, weight, step.codec.decode({**once, **encoded}))
-    return Slab(runtime.pack(step.name, step.codec, encoded), difference)
+        values = Values(only_zeros=difference.total == 0)
+    else:
+        difference, values = Difference(), values_of(weight)
+    return Slab(runtime.pack(step.name, step.codec, encoded), difference, values)
 
 
-def _row(step: Step, difference: Difference, writer: ShardWriter) -> TensorReport:
+def _row(step: Step, difference: Difference, values: Values, writer: ShardWriter) -> TensorReport:
     crc32 = writer.crc32((name, part.index) for name, part in step.parts.items())
     return TensorReport(
         step.name, step.role, step.codec.describe(), step.spec.shape, step.nbytes,
         step.codec.bits_per_weight(step.spec), difference.rel_error, difference.sqnr_db, difference.largest,
         difference.error, difference.total, step.sources, crc32,
+        values.not_finite, values.only_zeros and step.spec.numel > 0 and means_something(step.name),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ernie_quant.plan.reshard import check_size, make_reshard_plan, shared_identity
 from ernie_quant.plan.steps import Plan
@@ -14,8 +15,9 @@ from ernie_quant.threads import Progress, in_proportion
 
 
 def run_shared(
-    plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress, disk_budget: int | None = None
-) -> RunResult:
+    plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress, disk_budget: int | None = None,
+    space_check: bool = True,
+) -> RunResult:  # fmt: skip
     """Quantize once and unsplit, in the private state of `out`, then share among `tp` ranks as `reshard` would.
 
     `progress` hears of `shared_bytes`. Raises PlanError before anything is written if the widths do not fit.
@@ -23,10 +25,11 @@ def run_shared(
     check_size(plan, tp)
     known = shared_identity(plan, tp)
     folder = OutputFolder(out)
-    with folder.begin(replace(plan, identity=known), restart=restart, copies=2) as complete:
+    with folder.begin(replace(plan, identity=known), restart=restart, copies=2, space_check=space_check) as complete:
         if complete:
             return RunResult(plan, complete_before=True, reports=())
-        quantized = run_plan(plan, folder.unsplit, workers=workers, disk_budget=disk_budget, progress=progress)
+        how: dict[str, Any] = {"workers": workers, "disk_budget": disk_budget, "space_check": space_check}
+        quantized = run_plan(plan, folder.unsplit, progress=progress, **how)
         if quantized.complete_before:
             progress(plan.nbytes_in)
         ranked = make_reshard_plan(open_source(folder.unsplit), tp, known=known, shard_bytes=plan.shard_bytes)

@@ -24,19 +24,20 @@ class RunResult:
     complete_before: bool
     reports: tuple[TensorReport, ...]
     files_before: int = 0  # weight files that an earlier run had finished
+    notes: tuple[str, ...] = ()  # those of the plan, and on the values that were found
 
 
 def run_plan(
     plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, disk_budget: int | None = None,
-    progress: Progress = lambda _: None, runner: str = "local",
+    progress: Progress = lambda _: None, runner: str = "local", space_check: bool = True,
 ) -> RunResult:  # fmt: skip
     """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError.
 
     `workers`: threads per file, 0 for as many as there are processors, at most 8. `disk_budget`: bytes of a hub's files
-    that may lie on disk at a time. `runner`: a file of `ernie_quant.runners`.
+    that may lie on disk at a time. `runner`: a file of `ernie_quant.runners`. `space_check`: must the disk have room for it?
     """
     folder = OutputFolder(out)
-    with folder.begin(plan, restart=restart) as complete:
+    with folder.begin(plan, restart=restart, space_check=space_check) as complete:
         if complete:
             return RunResult(plan, complete_before=True, reports=())
         return write_all(plan, folder, workers, disk_budget, progress, runner)
@@ -61,5 +62,5 @@ def write_all(
     reports = plan.reports
     if reports is None:
         reports = tuple(row for result in ordered for row in result.reports)
-    finish(folder, plan, ordered, reports)
-    return RunResult(plan, complete_before=False, reports=reports, files_before=before)
+    notes = finish(folder, plan, ordered, reports)
+    return RunResult(plan, complete_before=False, reports=reports, files_before=before, notes=notes)

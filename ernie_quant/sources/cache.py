@@ -10,16 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from ernie_quant.disk import hold
-from ernie_quant.errors import ErnieQuantError
+from ernie_quant.errors import ErnieQuantError, OutputError
 
 HEADERS_LOCK, IN_USE = "headers.lock", "in-use"
 
 
 def cache_folder() -> Path:
-    """ERNIE_QUANT_CACHE, or a folder in the user's cache."""
+    """ERNIE_QUANT_CACHE, or a folder in the user's cache. Raises OutputError where there is no user's."""
     if own := os.environ.get("ERNIE_QUANT_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ernie-quant"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ernie-quant"
+    except RuntimeError:
+        raise OutputError("this user has no home folder; set ERNIE_QUANT_CACHE to a folder for what comes from a hub") from None
 
 
 class Use:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from ernie_quant.checkpoint import Stamp
-from ernie_quant.disk import PARTIAL, hold
+from ernie_quant.disk import PARTIAL, free_bytes, hold
 from ernie_quant.errors import CheckpointError, RetryError
 from ernie_quant.hubs import Hub, Listing
 from ernie_quant.sources.cache import Use
@@ -105,10 +105,11 @@ class HubDownload:
     def check_space(self, least: int) -> None:
         """Is there room for what is needed at once? Raises RetryError."""
         there = sum(p.stat().st_size for p in self._downloader.files.rglob("*") if p.is_file())
-        free = shutil.disk_usage(self._downloader.files).free + there
-        if free < least:
+        free = free_bytes(self._downloader.files)
+        if free is not None and free + there < least:
             raise RetryError(
-                f"{self._downloader.files}: needs {least / 1e9:.2f} GB for downloads, the disk has {free / 1e9:.2f} GB free"
+                f"{self._downloader.files}: needs {least / 1e9:.2f} GB for downloads, the disk has {(free + there) / 1e9:.2f} GB"
+                " free"
             )
 
     def start(self) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ernie_quant.checkpoint import Extent, Stamp, TensorRef
@@ -13,48 +16,101 @@ from ernie_quant.errors import CheckpointError
 
 TEXT_BLOCK = 1 << 16
 CONTINUATION = bytes(range(0x80, 0xC0))  # second and later bytes of a UTF-8 character
+MOST_OPEN = 64  # systems allow 256 or 1024; a checkpoint may have more files
+
+
+@dataclass
+class _Open:
+    """A file, how many threads read it just now, and when the last one began."""
+
+    fd: int
+    readers: int = 0
+    last: int = 0
 
 
 class Files:
-    """Open files, read at offsets: safe for several threads, closed together.
+    """Files that are open while they are read, at offsets: safe for several threads, closed together.
 
-    A file of which there is a stamp must be the one that was stamped, when it is opened and when `check` is called.
-    `locate` tells where the bytes of a file lie, if not there.
+    A file of which there is a stamp must be the one that was stamped, whenever it is opened and when `check` is called.
+    `locate` tells where the bytes of a file lie, if not there. `most` files stay open, those that were read last.
     """
 
-    def __init__(self, stamps: Mapping[Path, Stamp] | None = None, locate: Callable[[Path], Path] = lambda path: path) -> None:
-        self._stamps, self._locate = stamps or {}, locate
-        self._fds: dict[Path, int] = {}
+    def __init__(
+        self,
+        stamps: Mapping[Path, Stamp] | None = None,
+        locate: Callable[[Path], Path] = lambda path: path,
+        most: int = MOST_OPEN,
+    ) -> None:
+        self._stamps, self._locate, self._most = stamps or {}, locate, most
+        self._open: dict[Path, _Open] = {}
+        self._clock = 0
+        self._read: set[Path] = set()
+        self._lock = threading.Lock()
         self._counts: dict[tuple[Path, Extent], list[int]] = {}
 
     def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for one in self._open.values():
+            os.close(one.fd)
+        self._open.clear()
 
-    def fd(self, path: Path) -> int:
-        """The descriptor of `path`, opened on first use. Raises CheckpointError."""
-        if path not in self._fds:
-            try:
-                fd = os.open(self._locate(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            except OSError as error:
-                raise CheckpointError(f"{path}: was there when the run began, and now: {error.strerror}") from None
-            if path in self._stamps:
-                try:
-                    self._stamps[path].check(path, fd)
-                except CheckpointError:
-                    os.close(fd)
-                    raise
-            if self._fds.setdefault(path, fd) != fd:
+    @contextmanager
+    def opened(self, path: Path) -> Iterator[int]:
+        """The descriptor of `path`, which stays open for so long. Raises CheckpointError."""
+        one = self._take(path)
+        try:
+            yield one.fd
+        finally:
+            self._give_back(one)
+
+    def _take(self, path: Path) -> _Open:
+        """The open file, for one more reader; a file is waited for and opened without the lock."""
+        with self._lock:
+            if (one := self._open.get(path)) is not None:
+                self._count_reader(one)
+                return one
+        fd = self._opened(path)
+        with self._lock:
+            one = self._open.setdefault(path, _Open(fd))
+            if one.fd != fd:
                 os.close(fd)  # another thread was first
-        return self._fds[path]
+            self._read.add(path)
+            self._count_reader(one)
+            self._close_oldest()
+            return one
+
+    def _count_reader(self, one: _Open) -> None:
+        self._clock += 1
+        one.readers, one.last = one.readers + 1, self._clock
+
+    def _give_back(self, one: _Open) -> None:
+        with self._lock:
+            one.readers -= 1
+
+    def _opened(self, path: Path) -> int:
+        try:
+            fd = os.open(self._locate(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise CheckpointError(f"{path}: was there when the run began, and now: {error.strerror}") from None
+        if path in self._stamps:
+            try:
+                self._stamps[path].check(path, fd)
+            except CheckpointError:
+                os.close(fd)
+                raise
+        return fd
+
+    def _close_oldest(self) -> None:
+        if (many := len(self._open) - self._most) > 0:
+            idle = sorted((one.last, path) for path, one in self._open.items() if not one.readers)
+            for _, path in idle[:many]:
+                os.close(self._open.pop(path).fd)
 
     def check(self) -> None:
         """Are the files that were read still the same? Raises CheckpointError."""
-        for path in sorted(self._fds.keys() & self._stamps.keys()):  # the same one first, whenever several have changed
+        for path in sorted(self._read & self._stamps.keys()):  # the same one first, whenever several have changed
             self._stamps[path].check(path)
 
     def read_into(self, ref: TensorRef, buffer: memoryview, at: int) -> None:
@@ -68,10 +124,17 @@ class Files:
                 at -= min(at, extent.nbytes)
 
     def _read_extent(self, ref: TensorRef, extent: Extent, buffer: memoryview, at: int) -> None:
-        fd = self.fd(ref.file)
-        if extent.latin1:
-            buffer[:] = self._latin1(fd, ref, extent, at, at + len(buffer))
-            return
+        one = self._take(ref.file)
+        try:
+            if extent.latin1:
+                buffer[:] = self._latin1(one.fd, ref, extent, at, at + len(buffer))
+            else:
+                self._plain(one.fd, ref, extent, buffer, at)
+        finally:
+            self._give_back(one)
+
+    @staticmethod
+    def _plain(fd: int, ref: TensorRef, extent: Extent, buffer: memoryview, at: int) -> None:
         done = 0
         while done < len(buffer):
             try:

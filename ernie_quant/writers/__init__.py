@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ernie_quant import plugins
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.disk import CHUNK, PARTIAL, fsync_folder, naming
+from ernie_quant.disk import CHUNK, PARTIAL, fsync, fsync_folder, naming
 
 if TYPE_CHECKING:
     import torch
@@ -200,7 +200,7 @@ class ShardWriter:
         with naming(self.path):
             if os.fstat(self._fd).st_size < self.nbytes:  # zeros at the end
                 os.ftruncate(self._fd, self.nbytes)
-            os.fsync(self._fd)
+            fsync(self._fd)
         os.close(self._fd)
         self._fd = -1
         os.replace(self.partial, self.path)

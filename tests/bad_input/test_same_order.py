@@ -93,7 +93,6 @@ def test_of_several_files_that_have_changed_the_first_is_named(folder: Path) -> 
     stamps = {file: Stamp(1, 1) for rank in open_source(folder / "src").ranks for file in rank.files}
     assert len(stamps) == 3  # the index names no others
     files = Files(stamps)
-    files._fds.update(dict.fromkeys(reversed(stamps), -1))  # read, and changed since
+    files._read.update(reversed(stamps))  # and changed since
     with pytest.raises(CheckpointError, match=r"model-00002-of-00004\.safetensors: has changed since the run began"):
         files.check()
-    files._fds.clear()
