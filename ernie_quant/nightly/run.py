@@ -31,6 +31,7 @@ from ernie_quant.plan.steps import Plan
 from ernie_quant.publish import Destination, publish
 from ernie_quant.publish.files import repair
 from ernie_quant.report.rows import FILENAME, TensorReport, total
+from ernie_quant.result.room import unknown_space
 from ernie_quant.run.shared import run_shared
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
@@ -163,6 +164,8 @@ def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | 
     """Make the result of a target: go on with what was begun for this very plan, begin anew otherwise."""
     progress = _until(deadline)
     progress(0)
+    if note := unknown_space(out):
+        log(event="note", repo=target.repo, note=note)
     how: dict[str, Any] = {"disk_budget": job.disk_budget, "progress": progress, "workers": 0}
 
     def run(restart: bool) -> Any:
