@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ernie_quant.dtypes import ITEMSIZE
-from ernie_quant.errors import CheckpointError
+from ernie_quant.errors import CheckpointError, line_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,10 @@ class Downloader(Protocol):
         """Is it enough for what must lie on disk together? Raises CheckpointError."""
         ...
 
+    def bring(self, path: Path) -> None:
+        """A file beside the weights, to its place in the folder. Raises CheckpointError or RetryError."""
+        ...
+
 
 class Download(Protocol):
     """Files that are on their way."""
@@ -151,19 +155,25 @@ class Checkpoint:
     ranks: tuple[Rank, ...]
     anomalies: tuple[str, ...] = ()  # what the files themselves disagree about
     notes: tuple[str, ...] = ()  # worth a line, but no error
-    extra_files: Mapping[Path, Stamp] = field(default_factory=dict)  # tokenizer, licence, …: to be carried along
+    extra_files: Mapping[Path, int] = field(default_factory=dict)  # beside the weights, and their bytes; a plan says which to carry
     revision: str = ""  # commit of the hub repository, if it is one or a download client left a note of it
     address: str = ""  # of a repository on a hub: hf://org/name
     downloader: Downloader | None = None  # brings the files of such a one
+    extra_folders: tuple[str, ...] = ()  # subfolders that nobody looked into
 
     @property
     def title(self) -> str:
         """What people call it: the name of the repository or of the folder."""
-        return self.address.rpartition("/")[2] or self.folder.resolve().name
+        return self.address.rpartition("/")[2] or line_of(self.folder.resolve().name)
 
     def download(self, needs: Sequence[Sequence[Path]], budget: int | None = None) -> AbstractContextManager[Download]:
         """The weight files `needs[0]`, `needs[1]`, …, in this order. Raises CheckpointError or RetryError."""
         return nullcontext(OnDisk(self.stamps)) if self.downloader is None else self.downloader.stream(needs, budget)
+
+    def bring(self, files: Iterable[Path]) -> None:
+        """Files beside the weights are in the folder after this. Raises CheckpointError or RetryError."""
+        for file in files if self.downloader is not None else ():
+            self.downloader.bring(file)
 
     def name_of(self, file: Path) -> str:
         """A file of the checkpoint as its config names files: relative, with slashes."""
@@ -176,8 +186,8 @@ class Checkpoint:
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
-        """Of the weight files and the extra files."""
-        return {file: stamp for files in (*(r.files for r in self.ranks), self.extra_files) for file, stamp in files.items()}
+        """Of the weight files; what else lies there may change while a run is at work."""
+        return {file: stamp for rank in self.ranks for file, stamp in rank.files.items()}
 
     @property
     def nbytes(self) -> int:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ernie_quant.disk import write_file
+from ernie_quant.errors import line_of
 from ernie_quant.jsonio import dumps
-from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, SUMS
+from ernie_quant.paths import CONFIG, MANIFEST, README, SUMS
 from ernie_quant.plan.steps import Plan
 from ernie_quant.report import rows as report
 from ernie_quant.report.rows import ShardResult, TensorReport
 from ernie_quant.result import card
+from ernie_quant.result.carry import carry
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.result.manifest import describe, manifest, sums
 
 
-def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> None:
-    """Write all but the weights, whose files are `shards`. Raises OSError, or CheckpointError for a source that changed."""
+def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> Plan:
+    """Write all but the weights, whose files are `shards`; the plan with what there is to note. Raises OSError."""
     out = folder.path
     entries: dict[str, dict[str, object]] = {s.filename: {"bytes": s.nbytes, "sha256": s.sha256} for s in shards}
 
     def put(name: str, data: bytes) -> None:
         entries[name] = {"bytes": len(data), "sha256": write_file(out / name, data)}
 
-    for source in plan.copies:
-        data = source.read_bytes()
-        plan.source.extra_files[source].check(source)
-        put(SOURCE_README if source.name == README else source.name, data)
+    carried, missing = carry(plan, out)
+    entries |= carried
+    folder.forget_copies(entries)
+    plan = replace(plan, notes=(*plan.notes, *missing))
     for place, inside in plan.folders.items():
         if len(inside) > 1 and plan.format.INDEX:
             index = plan.format.index({shard.filename.rpartition("/")[2]: shard.specs for shard in inside})
@@ -38,8 +41,9 @@ def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows
         header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
         put(report.FILENAME, report.to_json(rows, header).encode())
     described = describe(plan)
-    put(README, card.readme(described, plan.config, rows, out.name).encode())
+    put(README, card.readme(described, plan.config, rows, line_of(out.name)).encode())
     text = dumps(manifest(described, plan, entries)).encode()
     write_file(out / SUMS, sums(entries, text).encode())
     write_file(out / MANIFEST, text)
     folder.drop_state()
+    return plan

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ernie_quant import writers
 from ernie_quant.disk import FULL, PARTIAL, file_sha256, fsync_folder, hold, write_file
 from ernie_quant.errors import AnotherPlanError, CheckpointError, OutputError, RetryError
 from ernie_quant.jsonio import dumps, read_object
-from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, STATE, SUMS, inside, weight_folders
+from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, STATE, SUMS, inside, is_place, weight_folders
 from ernie_quant.plan.identity import changes, libraries
 from ernie_quant.plan.steps import Plan, Shard
 from ernie_quant.report import rows as report
@@ -49,6 +49,7 @@ class OutputFolder:
             yield True
             return
         self._check_space(plan, copies)
+        self._check_names(plan)
         try:
             self.state.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -126,7 +127,7 @@ class OutputFolder:
             _unlink(path for folder in (*weight_folders(self.path), self.state) for path in folder.glob(f"*{PARTIAL}"))
         else:
             self._sweep()
-        copied = [SOURCE_README if path.name == README else path.name for path in plan.copies]
+        copied = sorted({*plan.copied, *self._copied()})  # an earlier run may have copied what is gone from the source by now
         try:
             write_file(begun, dumps({"identity": now, "copied": copied}).encode())
         except OSError as error:
@@ -137,12 +138,14 @@ class OutputFolder:
         if self._is_complete():
             os.replace(self.path / MANIFEST, self.state / SWEPT)
             fsync_folder(self.path)
-        own = {MANIFEST, SUMS, *writers.indexes(), report.FILENAME, report.PAGE, CONFIG, README, SOURCE_README, *self._copied()}
+        copied = self._copied()
+        own = {MANIFEST, SUMS, *writers.indexes(), report.FILENAME, report.PAGE, CONFIG, README, SOURCE_README, *copied}
         for folder in weight_folders(self.path):
             found = [p for p in folder.iterdir() if p.is_symlink() or p.is_file()]
             _unlink(p for p in found if p.name in own or _is_shard(p) or p.name.endswith(PARTIAL))
             if folder != self.path and not any(folder.iterdir()):  # ranks that the new plan may not have; a loader reads them
                 folder.rmdir()
+        self._drop_below(copied)
         _unlink(p for name in report.PLOTS if (p := self.path / report.PLOTS_FOLDER / name).is_file())
         shutil.rmtree(self.unsplit, ignore_errors=True)
         fsync_folder(self.path)
@@ -155,7 +158,22 @@ class OutputFolder:
         for name, key in ((SWEPT, "files"), (BEGUN, "copied")):
             with suppress(CheckpointError):  # one that cannot be read any more names nothing
                 found |= set(map(str, read_object(self.state / name).get(key) or ()))
-        return {name for name in found if "/" not in name}
+        return found
+
+    def forget_copies(self, kept: Collection[str]) -> None:
+        """Drop what an earlier run has carried along, and this one has not."""
+        gone = self._copied() - {*kept}
+        _unlink(p for name in gone if "/" not in name and (p := self.path / name).is_file())
+        self._drop_below(gone)
+
+    def _drop_below(self, names: Iterable[str]) -> None:
+        """Carried files in subfolders, and the subfolders where they are empty then."""
+        for name in sorted(name for name in names if "/" in name and not is_place(name.partition("/")[0])):
+            with suppress(CheckpointError, OSError):  # not there, or not empty
+                path = inside(self.path, name, MANIFEST)
+                path.unlink()
+                for folder in [f for f in path.parents if self.path in f.parents]:
+                    folder.rmdir()
 
     def drop_state(self) -> None:
         """The lock last: another run may come at any moment, and may finish what this one begins here."""
@@ -171,13 +189,22 @@ class OutputFolder:
 
     def _check_space(self, plan: Plan, copies: int) -> None:
         """Room for the result, counting what its files take already or will give back. Raises RetryError."""
-        there = next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
         places = [*weight_folders(self.path), *weight_folders(self.unsplit)]
-        free = shutil.disk_usage(there).free + sum(p.stat().st_size for f in places for p in f.iterdir() if _is_shard(p))
+        free = shutil.disk_usage(self._there()).free + sum(p.stat().st_size for f in places for p in f.iterdir() if _is_shard(p))
         needed = copies * (plan.disk_bytes + BYTES_PER_TENSOR * len(plan.steps))
         if free < needed:
             missing = (needed - free) / 1e9
             raise RetryError(f"{self.path}: needs {needed / 1e9:.2f} GB, {missing:.2f} GB more than the disk has free")
+
+    def _check_names(self, plan: Plan) -> None:
+        """May the names of what is carried along be as long as they are? Raises OutputError."""
+        most = os.pathconf(self._there(), "PC_NAME_MAX")
+        if long := next((n for n in plan.copied if max(map(len, map(os.fsencode, n.split("/")))) > most), None):
+            raise OutputError(f"{self.path}: its disk takes names of {most} bytes, which {long} has not; rename it in the source")
+
+    def _there(self) -> Path:
+        """The folder, or the first above it that there is."""
+        return next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
 
     def record(self, result: ShardResult) -> None:
         """Remember a finished file."""

@@ -26,12 +26,13 @@ def run_shared(
     with folder.begin(replace(plan, identity=known), restart=restart, copies=2) as complete:
         if complete:
             return RunResult(plan, complete_before=True, reports=())
-        quantized = run_plan(plan, folder.unsplit, workers=workers, disk_budget=disk_budget, progress=progress)
+        unsplit = replace(plan, copies=())  # they are copied once, at the end
+        quantized = run_plan(unsplit, folder.unsplit, workers=workers, disk_budget=disk_budget, progress=progress)
         if quantized.complete_before:
             progress(plan.nbytes_in)
         ranked = make_reshard_plan(open_source(folder.unsplit), tp, known=known, shard_bytes=plan.shard_bytes)
         share = in_proportion(progress, ranked.nbytes_in, plan.nbytes)
-        return write_all(replace(ranked, quantized_by=plan), folder, workers, progress=share)
+        return write_all(replace(ranked, quantized_by=plan, copies=plan.copies), folder, workers, progress=share)
 
 
 def shared_bytes(plan: Plan, tp: int) -> int:

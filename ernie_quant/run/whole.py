@@ -47,6 +47,7 @@ def write_all(
     progress: Progress = lambda _: None, runner: str = "local",
 ) -> RunResult:  # fmt: skip
     """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
+    plan.origin.bring(plan.copies)
     results = {shard.filename: known for shard in plan.shards if (known := folder.finished(shard, progress)) is not None}
     before = len(results)
     left = in_order([shard for shard in plan.shards if shard.filename not in results])
@@ -61,5 +62,5 @@ def write_all(
     reports = plan.reports
     if reports is None:
         reports = tuple(row for result in ordered for row in result.reports)
-    finish(folder, plan, ordered, reports)
+    plan = finish(folder, plan, ordered, reports)
     return RunResult(plan, complete_before=False, reports=reports, files_before=before)

@@ -12,8 +12,8 @@ from ernie_quant.errors import CheckpointError, MissingFileError
 from ernie_quant.jsonio import read_object
 from ernie_quant.paths import MTP_FOLDER, RANK_FOLDER, inside
 from ernie_quant.readers import by_suffix, read_header
+from ernie_quant.sources.beside import INDEXES, look_beside
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "model_state.pdparams.index.json")
 # in order of preference; a folder that holds more than one kind is read by the first
 WEIGHTS = (
     re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors"),
@@ -25,9 +25,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 DOWNLOADS = ".cache/huggingface/download"
 MAX_TENSORS = 500_000  # the 300B in 2 bits has 120,000
 OF_COUNT = re.compile(r"-of-(\d{5})\.")
-# never carried along: what is written anew, other weights, and what a version control or download client left
-OWN_FILES = {"config.json", "ernie-quant.json", "report.json", "report.html", "SHA256SUMS", *INDEXES}
-OTHER_WEIGHTS = {".gguf", ".pt", ".pth", ".onnx", ".msgpack", ".h5", ".npz", ".pdiparams", ".pdopt"}
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -40,9 +37,11 @@ def open_folder(folder: Path) -> Checkpoint:
     if not any(rank.refs for rank in ranks):
         raise CheckpointError(f"{folder}: holds no weights (model*.safetensors, model_state.pdparams or pytorch_model*.bin)")
     used = {file for rank in ranks for file in rank.files}
-    extra, notes = _extra_files(folder, used)
+    beside = look_beside(folder, used)
     revision = _revision(folder, [*used, folder / "config.json"])
-    return Checkpoint(folder, config, ranks, tuple(anomalies), tuple(notes), extra, revision)
+    return Checkpoint(
+        folder, config, ranks, tuple(anomalies), beside.notes, beside.files, revision, extra_folders=beside.folders
+    )  # fmt: skip
 
 
 def _revision(folder: Path, files: Iterable[Path]) -> str:
@@ -157,19 +156,3 @@ def _index_anomalies(weight_map: dict[str, str], refs: dict[str, TensorRef], fil
     for name, ref in refs.items():
         if name not in weight_map:
             yield f"{name}: is in {ref.file.name}, the index does not name it"
-
-
-def _extra_files(folder: Path, used: set[Path]) -> tuple[dict[Path, Stamp], list[str]]:
-    """Files to carry along, and a note on what is left."""
-    carried, left = [], []
-    for path in sorted(folder.iterdir()):
-        if path in used or path.name in OWN_FILES or path.name.startswith(".") or RANK_FOLDER.fullmatch(path.name):
-            continue
-        if path.name == MTP_FOLDER and path.is_dir():
-            continue
-        weights = path.suffix in by_suffix() or path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json")
-        if path.is_dir() or weights or not path.name.isprintable() or set(path.name) & set(":\\"):
-            left.append(repr(path.name)[1:-1] + ("/" if path.is_dir() else ""))
-        else:
-            carried.append(inside(folder, path.name, "the folder"))
-    return {file: Stamp.of(file) for file in carried}, [f"not read and not carried along: {', '.join(left)}"] if left else []
