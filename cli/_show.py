@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The one result on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """The one result on stdout; only UTF-8 has a place for all of it."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(value, indent=2, ensure_ascii=not utf8))
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
@@ -79,6 +81,8 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
         return
     if complete:
         click.echo(f"{out}: complete")
+        for note in result.changed:
+            click.echo(f"note: {note}")
         return
     if not quiet:
         click.echo(tables(reports))

@@ -49,6 +49,8 @@ def lasting_streams() -> Iterator[None]:
 def _lasting(stream: TextIO | None, original: TextIO | None, fd: int) -> Any:
     if stream is not original:
         return stream
-    encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "backslashreplace")
+    encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "")
+    if errors in ("", "strict", None):  # names of files are bytes, not always text; what JSON shows of them can be read back
+        errors = "backslashreplace"
     lines = fd == STDERR or (stream is not None and stream.isatty())
     return io.TextIOWrapper(io.BufferedWriter(_Output(fd, "wb", closefd=False)), encoding, errors, line_buffering=lines)

@@ -42,7 +42,7 @@ def command(
         return
     return_freed_memory()
     work.mkdir(parents=True, exist_ok=True)
-    with open(log_file or work / "log.jsonl", "a", encoding="utf-8") as lines:
+    with open(log_file or work / "log.jsonl", "a", encoding="utf-8", errors="backslashreplace") as lines:
 
         def log(**entry: Any) -> None:
             time = datetime.now(UTC).isoformat(timespec="seconds")

@@ -42,7 +42,9 @@ def make_plan(
     dequantize: bool = False,
     statistics: Mapping[str, Mapping[str, View]] | None = None,
 ) -> Plan:
-    """Decide everything. `copy`: patterns of files to carry along; `statistics`: weight -> what is known of its inputs, for codecs that look at it.
+    """Decide everything. `copy`: patterns of files to carry along, too.
+
+    `statistics`: weight -> what is known of its inputs, for codecs that look at it.
 
     Raises PlanError with every problem found, or ConfigError.
     """

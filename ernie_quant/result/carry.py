@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-from ernie_quant.disk import copy_file, steadily, write_file
+from ernie_quant.disk import copy_file, file_sha256, steadily, write_file
 from ernie_quant.errors import MissingFileError
 from ernie_quant.paths import inside
 from ernie_quant.plan import code
 from ernie_quant.plan.steps import Plan
+from ernie_quant.result.manifest import read_manifest
 
 Entries = dict[str, dict[str, object]]
 
@@ -22,8 +24,7 @@ def carry(plan: Plan, out: Path) -> tuple[Entries, list[str]]:
         name = plan.origin.name_of(source)
         try:
             inside(plan.origin.folder, name, "the folder")
-            (out / target).parent.mkdir(parents=True, exist_ok=True)
-            nbytes, digest = _copy(source, out / target, modules) if code.may_name_code(name) else copy_file(source, out / target)
+            nbytes, digest = _copy(source, name, out / target, modules)
         except (MissingFileError, FileNotFoundError):
             if source.exists():
                 raise
@@ -33,9 +34,33 @@ def carry(plan: Plan, out: Path) -> tuple[Entries, list[str]]:
     return entries, [f"not carried along, as gone before the end: {', '.join(gone)}"] if gone else []
 
 
-def _copy(source: Path, target: Path, modules: set[str]) -> tuple[int, str]:
-    """A config file, without names of code that is not there."""
-    if source.stat().st_size > code.MOST:
-        return copy_file(source, target)
-    data = code.mended(steadily(source, lambda file, nbytes: file.read(nbytes)), modules)
-    return len(data), write_file(target, data)
+def changed_since(plan: Plan, out: Path) -> list[str]:
+    """Notes on carried files of a finished result that the source has otherwise today; the result stays as it is."""
+    if plan.origin.downloader is not None:  # a commit does not change
+        return []
+    entries, modules = read_manifest(out)["files"], code.modules_of(plan.copies)
+    changed = []
+    for target, source in plan.copied.items():
+        name = plan.origin.name_of(source)
+        if source.is_file() and _hash(source, name, modules) != entries.get(target, {}).get("sha256"):
+            changed.append(name)
+    what = "of the source changed after the result was finished, which has them as they were; copy them, or use --restart"
+    return [f"{', '.join(changed)}: {what}"] if changed else []
+
+
+def _hash(source: Path, name: str, modules: set[str]) -> str:
+    data = _mended(source, name, modules)
+    return file_sha256(source) if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _copy(source: Path, name: str, target: Path, modules: set[str]) -> tuple[int, str]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = _mended(source, name, modules)
+    return copy_file(source, target) if data is None else (len(data), write_file(target, data))
+
+
+def _mended(source: Path, name: str, modules: set[str]) -> bytes | None:
+    """A config file without names of code that is not there; None for what is copied as it is."""
+    if not code.may_name_code(name) or source.stat().st_size > code.MOST:
+        return None
+    return code.mended(steadily(source, lambda file, nbytes: file.read(nbytes)), modules)

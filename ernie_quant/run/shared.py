@@ -8,7 +8,7 @@ from pathlib import Path
 from ernie_quant.plan.reshard import check_size, make_reshard_plan, shared_identity
 from ernie_quant.plan.steps import Plan
 from ernie_quant.result.folder import OutputFolder
-from ernie_quant.run.whole import RunResult, run_plan, write_all
+from ernie_quant.run.whole import RunResult, finished_before, run_plan, write_all
 from ernie_quant.sources import open_source
 from ernie_quant.threads import Progress, in_proportion
 
@@ -25,7 +25,7 @@ def run_shared(
     folder = OutputFolder(out)
     with folder.begin(replace(plan, identity=known), restart=restart, copies=2) as complete:
         if complete:
-            return RunResult(plan, complete_before=True, reports=())
+            return finished_before(plan, folder)
         unsplit = replace(plan, copies=())  # they are copied once, at the end
         quantized = run_plan(unsplit, folder.unsplit, workers=workers, disk_budget=disk_budget, progress=progress)
         if quantized.complete_before:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ernie_quant import runners
 from ernie_quant.checkpoint import Stamp
 from ernie_quant.plan.steps import Plan, ShardJob, in_order
 from ernie_quant.report.rows import TensorReport
+from ernie_quant.result.carry import changed_since
 from ernie_quant.result.finish import finish
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.shard import run_shard
@@ -24,6 +25,7 @@ class RunResult:
     complete_before: bool
     reports: tuple[TensorReport, ...]
     files_before: int = 0  # weight files that an earlier run had finished
+    changed: tuple[str, ...] = ()  # notes on what a finished result has carried along, and is otherwise today
 
 
 def run_plan(
@@ -38,8 +40,14 @@ def run_plan(
     folder = OutputFolder(out)
     with folder.begin(plan, restart=restart) as complete:
         if complete:
-            return RunResult(plan, complete_before=True, reports=())
+            return finished_before(plan, folder)
         return write_all(plan, folder, workers, disk_budget, progress, runner)
+
+
+def finished_before(plan: Plan, folder: OutputFolder) -> RunResult:
+    """Nothing is done; what is carried along may have changed since."""
+    notes = tuple(changed_since(plan, folder.path))
+    return RunResult(replace(plan, notes=(*plan.notes, *notes)), complete_before=True, reports=(), changed=notes)
 
 
 def write_all(
