@@ -14,7 +14,9 @@ from ernie_quant.cli import _execute, _options
 @_options.out
 @click.option("--tp", type=click.IntRange(1, 64), required=True, help="Tensor-parallel size of the result.")
 @_options.write_options
-def command(src: Path | str, out: Path, tp: int, max_shard_size: int, copy: tuple[str, ...], copy_code: bool, **options: Any) -> None:
+def command(
+    src: Path | str, out: Path, tp: int, max_shard_size: int, copy: tuple[str, ...], copy_code: bool, **options: Any
+) -> None:
     """Turn a prequantized FastDeploy checkpoint of one tensor-parallel size into another, without loss.
 
     Reads and writes rank0/, rank1/, … or, for size 1, a plain folder; published files too. The weights that FastDeploy

@@ -155,7 +155,9 @@ class Checkpoint:
     ranks: tuple[Rank, ...]
     anomalies: tuple[str, ...] = ()  # what the files themselves disagree about
     notes: tuple[str, ...] = ()  # worth a line, but no error
-    extra_files: Mapping[Path, int] = field(default_factory=dict)  # beside the weights, and their bytes; a plan says which to carry
+    extra_files: Mapping[Path, int] = field(
+        default_factory=dict
+    )  # beside the weights, and their bytes; a plan says which to carry
     revision: str = ""  # commit of the hub repository, if it is one or a download client left a note of it
     address: str = ""  # of a repository on a hub: hf://org/name
     downloader: Downloader | None = None  # brings the files of such a one
@@ -172,8 +174,9 @@ class Checkpoint:
 
     def bring(self, files: Iterable[Path]) -> None:
         """Files beside the weights are in the folder after this. Raises CheckpointError or RetryError."""
-        for file in files if self.downloader is not None else ():
-            self.downloader.bring(file)
+        if self.downloader is not None:
+            for file in files:
+                self.downloader.bring(file)
 
     def name_of(self, file: Path) -> str:
         """A file of the checkpoint as its config names files: relative, with slashes."""

@@ -84,7 +84,9 @@ def test_an_adapter_beside_the_weights_is_left_as_a_whole(source: Path) -> None:
     put(source, "adapter_config.json", "adapter_model.safetensors")
     plan = plan_of(source)
     assert set(plan.copied) == {"generation_config.json"}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(" ".join(plan.notes).replace(",", "").replace(";", "").split())
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(
+        " ".join(plan.notes).replace(",", "").replace(";", "").split()
+    )
 
 
 def test_a_file_of_the_model_that_is_far_too_large_is_left_out_with_its_size(source: Path, tmp_path: Path) -> None:
@@ -415,7 +417,9 @@ def test_names_of_code_are_dropped_everywhere_where_the_code_is_not_carried(sour
 
 
 def test_with_the_code_only_names_of_code_that_is_elsewhere_are_dropped(source: Path, tmp_path: Path) -> None:
-    table = {"auto_map": {"AutoTokenizer": ["tok.Slow", "missing.Fast"], "AutoConfig": "org/repo--conf.Config", "AutoModel": "m.M"}}
+    table = {
+        "auto_map": {"AutoTokenizer": ["tok.Slow", "missing.Fast"], "AutoConfig": "org/repo--conf.Config", "AutoModel": "m.M"}
+    }
     put(source, "tokenizer_config.json", data=json.dumps(table).encode())
     put(source, "preprocessor_config.json", data=b'{"auto_map":  {"AutoProcessor": "tok.P"}}')
     put(source, "tok.py", "m.py")

@@ -262,7 +262,9 @@ def test_what_lies_beside_the_weights_is_listed_and_other_weights_are_named(shar
     checkpoint = open_source(sharded)
     assert [p.name for p in checkpoint.extra_files] == sorted([*beside, *weights])
     assert checkpoint.extra_folders == ("onnx",)
-    assert checkpoint.notes == ("not read and not carried along: model.gguf, optimizer.pt, pytorch_model.bin, scheduler.pdparams",)
+    assert checkpoint.notes == (
+        "not read and not carried along: model.gguf, optimizer.pt, pytorch_model.bin, scheduler.pdparams",
+    )
     assert list(checkpoint.refs) == ["a", "b"]
 
 

@@ -12,7 +12,7 @@ from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import CheckpointError, PlanError
 from ernie_quant.paths import README, SOURCE_README, inside, is_place
 from ernie_quant.plan import code
-from ernie_quant.sources.beside import ADAPTER, FOLDERS, LIMIT, belongs, files_below, is_code, is_plain, is_weights, shown
+from ernie_quant.sources.beside import ADAPTER, FOLDERS, LIMIT, belongs, files_below, is_code, is_plain, is_weights, shown, sizes
 
 SHOWN = 50  # names in the note of what is left; a folder may hold a hundred thousand
 LARGE = 1_000_000  # bytes of a file that are worth saying
@@ -29,7 +29,8 @@ class Carried:
 def carried(source: Checkpoint, patterns: Sequence[str] = (), copy_code: bool = False) -> Carried:
     """What a result of `source` takes from it. Raises PlanError for a pattern that takes nothing, or CheckpointError."""
     looked_into = _folders_of(source, patterns)
-    files = {**source.extra_files, **{p: p.lstat().st_size for f in looked_into for p in files_below(source.folder / f)}}
+    below = (path for name in looked_into for path in files_below(source.folder / name))
+    files = {**source.extra_files, **sizes(source.folder, below)}
     named = {source.name_of(path): path for path in files}
     taken = [name for name, path in named.items() if _is_taken(source, name, path, files[path], patterns, copy_code)]
     if README in taken and SOURCE_README in taken:  # the first is the card of another result

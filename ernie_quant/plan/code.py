@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -79,8 +80,9 @@ def notes(source: Checkpoint, copies: Collection[Path]) -> list[str]:
     losers = [CONFIG] if without_missing(source.config, modules) != source.config else []
     for path in copies:
         name = source.name_of(path)
-        if may_name_code(name) and path.is_file() and path.stat().st_size <= MOST:
-            data = path.read_bytes()
-            losers += [name] if mended(data, modules) is not data else []
+        with suppress(FileNotFoundError):  # gone since it was listed, or on a hub still
+            if may_name_code(name) and path.stat().st_size <= MOST:
+                data = path.read_bytes()
+                losers += [name] if mended(data, modules) is not data else []
     what = "names of code that is not carried along are dropped from"
     return [f"{what} {', '.join(losers)} (auto_map, custom_pipelines)"] if losers else []

@@ -72,7 +72,8 @@ def make_plan(
     tp_sizes = _sharing.tp_sizes(target, linears, model.dims, model.heads)
     options = {
         "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes,
-        "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}), **({"statistics": of_statistics(statistics)} if statistics else {}),
+        "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
+        **({"statistics": of_statistics(statistics)} if statistics else {}),
     }  # fmt: skip
     return Plan(
         source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, along.files, tp_sizes,

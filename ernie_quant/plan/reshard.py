@@ -64,8 +64,10 @@ def make_reshard_plan(
     asked = {**({"copy": sorted({*copy})} if copy else {}), **({"copy_code": True} if copy_code else {})}
     options = {"reshard": tp, "max_shard_bytes": shard_bytes, **asked, **unmeasured}
     known = known or identity(source, runtime, rules, options)
+    today = (*source.notes, *along.notes)
     return Plan(
-        source, runtime, LAYOUTS[target.LAYOUT], rules, tuple(shards), dims, config, copies, fits, (*source.notes, *along.notes, *notes),
+        source, runtime, LAYOUTS[target.LAYOUT], rules, tuple(shards), dims, config, copies, fits,
+        (*today, *(note for note in notes if note not in today)),
         known, shard_bytes, weights=sum(e.spec.numel for e in entries), reports=reports,
     )  # fmt: skip
 
@@ -100,6 +102,6 @@ def _reports(source: Checkpoint) -> tuple[str, tuple[str, ...], tuple[TensorRepo
     try:
         table = read_object(source.folder / FILENAME)
         rows = tuple(TensorReport.from_json(row) for row in table["tensors"])
-        return str(table["recipe"]), tuple(n for n in table["notes"] if n not in source.notes), rows
+        return str(table["recipe"]), tuple(table["notes"]), rows
     except (CheckpointError, KeyError, TypeError):
         return "", (), ()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -18,8 +19,8 @@ OTHER_WEIGHTS = {".gguf", ".pt", ".pth", ".onnx", ".msgpack", ".h5", ".npz", ".p
 ADAPTER = "adapter_config.json"
 # what a name of a model's file may be, in small letters
 KINDS = (
-    "tokenizer*.json", "tokenizer*.model", "spiece.model", "sentencepiece*.model", "*.bpe.model", "*.spm", "*.tiktoken", "*.vocab",
-    "*vocab*.json", "*vocab*.txt", "*merges*.txt", "special_tokens_map*.json", "added_tokens*.json",
+    "tokenizer*.json", "tokenizer*.model", "spiece.model", "sentencepiece*.model", "*.bpe.model", "*.spm", "*.tiktoken",
+    "*.vocab", "*vocab*.json", "*vocab*.txt", "*merges*.txt", "special_tokens_map*.json", "added_tokens*.json",
     "generation_config*.json", "*processor_config.json", "image_config.json", "configuration.json",  # ModelScope's
     "chat_template*.json", "*.jinja",
     "*.ttf", "*.otf",  # a VL processor draws times on frames
@@ -74,9 +75,9 @@ def look_beside(folder: Path, used: set[Path]) -> Beside:
         if path in used or path.name in OWN_FILES or path.name.startswith("."):
             continue
         if not path.is_dir():
-            files[path] = _nbytes(folder, path)
+            files |= sizes(folder, [path])
         elif path.name in FOLDERS and not path.is_symlink():
-            files |= {below: _nbytes(folder, below) for below in files_below(path)}
+            files |= sizes(folder, files_below(path))
         elif not is_place(path.name):
             folders.append(path.name)
     unread = [shown(path.name) for path in files if is_weights(path.name)]
@@ -96,11 +97,16 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(place) / name for name in sorted(names) if not name.startswith("."))
 
 
-def _nbytes(folder: Path, path: Path) -> int:
-    name = path.relative_to(folder).as_posix()
-    if belongs(name) and is_plain(name):
-        return inside(folder, name, "the folder").stat().st_size
-    return path.lstat().st_size
+def sizes(folder: Path, paths: Iterable[Path]) -> dict[Path, int]:
+    """Bytes of each file; one that vanishes meanwhile, as a log that is rotated, was not there. Raises CheckpointError."""
+    found = {}
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if belongs(name) and is_plain(name):
+            inside(folder, name, "the folder")
+        with suppress(FileNotFoundError):
+            found[path] = path.stat().st_size if path.is_file() else path.lstat().st_size
+    return found
 
 
 def shown(name: str) -> str:
