@@ -34,9 +34,9 @@ def refuse_experts_only(options: dict[str, Any]) -> None:
 
 
 def execute(
-    src: Path | str, out: Path, rules: Recipe, runtime: str, *, max_shard_size: int, vl_config: str, copy_code: bool,
-    fixes: tuple[str, ...], follow_links: bool = False, unsupported: bool = False, dequantize: bool = False, tp: int = 1,
-    **options: Any,
+    src: Path | str, out: Path, rules: Recipe, runtime: str, *, max_shard_size: int, vl_config: str, copy: tuple[str, ...],
+    copy_code: bool, fixes: tuple[str, ...], follow_links: bool = False, unsupported: bool = False, dequantize: bool = False,
+    tp: int = 1, **options: Any,
 ) -> None:  # fmt: skip
     """Plan, then run, then say what happened."""
     from ernie_quant.plan.make import make_plan
@@ -44,7 +44,7 @@ def execute(
 
     plan = make_plan(
         open_source(src, links=follow_links), runtime=runtime, recipe=rules, vl_config=vl_config, fixes=frozenset(fixes),
-        copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported, dequantize=dequantize,
+        copy=copy, copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported, dequantize=dequantize,
     )  # fmt: skip
     run(plan, out, tp=tp, **options)
 

@@ -93,6 +93,9 @@ def write_options(command: F) -> F:
             click.option("--disk-budget", type=Size(), help="SRC on a hub: bytes of it on disk at once.  [default: the least]"),
             click.option("--no-space-check", is_flag=True, help="Begin though the disk reports too little free space."),
             click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
+            click.option("--copy", multiple=True, metavar="PATTERN",
+                         help="Carry other files of SRC along too: 'figures/*', '*.pdf'."),
+            click.option("--copy-code", is_flag=True, help="Carry Python files of the source along; they are never run."),
             quiet, json_option,
         ]
     ):  # fmt: skip
@@ -104,7 +107,6 @@ def run_options(command: F) -> F:
     """`write_options`, and those of commands that read an unquantized checkpoint."""
     for option in (
         fix,
-        click.option("--copy-code", is_flag=True, help="Carry Python files of the source along; they are never run."),
         click.option("--vl-config", type=click.Choice(["flat", "transformers"]), default="flat", show_default=True,
                      help="Spelling of config.json for VL models: flat is what vLLM and the -PT repositories use."),
     ):  # fmt: skip

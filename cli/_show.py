@@ -11,7 +11,6 @@ import click
 from ernie_quant.errors import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
 
     from ernie_quant.inspect import Inspection
     from ernie_quant.plan.steps import Plan
@@ -54,13 +53,13 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         f"\n{facts['bytes_in'] / 1e9:.2f} GB -> {facts['bytes_out']} bytes ({facts['bytes_out'] / 1e9:.2f} GB) of tensors,"
         f" {facts['bits_per_weight']:.3f} bits per weight, in {facts['files']} file(s); disk needed: {facts['disk_bytes']} bytes"
     )
-    _show_notes(plan, plan.notes)
+    _show_notes(plan)
 
 
-def _show_notes(plan: Plan, notes: Sequence[str]) -> None:
+def _show_notes(plan: Plan) -> None:
     if plan.tp_sizes:
         click.echo(f"tensor-parallel sizes that fit: {', '.join(map(str, plan.tp_sizes))}")
-    for note in notes:
+    for note in plan.notes:
         click.echo(f"note: {note}")
 
 
@@ -74,17 +73,19 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
     if as_json:
         changed = total([r for r in reports if r.changed])
         errors: dict[str, Any] = {"rel_error": changed.rel_error, "worst_rel_error": changed.worst, "quantized": changed.tensors}
-        errors |= {"files_before": result.files_before, "notes": list(result.notes)}
+        errors["files_before"] = result.files_before
         print_json(
             {"status": "complete" if complete else "done", "out": str(out), **_facts(plan), **({} if complete else errors)}
         )
         return
     if complete:
         click.echo(f"{out}: complete")
+        for note in result.changed:
+            click.echo(f"note: {note}")
         return
     if not quiet:
         click.echo(tables(reports))
-        _show_notes(plan, result.notes)
+        _show_notes(plan)
         before = f" ({result.files_before} were finished before)" if result.files_before else ""
         click.echo(f"\n{out}: {plan.nbytes / 1e9:.3f} GB in {len(plan.shards)} file(s){before}. To run it:")
         for title, command in run_commands(plan, out):

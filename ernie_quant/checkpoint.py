@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +102,10 @@ class Downloader(Protocol):
         """Is it enough for what must lie on disk together? Raises CheckpointError."""
         ...
 
+    def bring(self, path: Path) -> None:
+        """A file beside the weights, to its place in the folder. Raises CheckpointError or RetryError."""
+        ...
+
 
 class Download(Protocol):
     """Files that are on their way."""
@@ -151,10 +155,14 @@ class Checkpoint:
     ranks: tuple[Rank, ...]
     anomalies: tuple[str, ...] = ()  # what the files themselves disagree about
     notes: tuple[str, ...] = ()  # worth a line, but no error
-    extra_files: Mapping[Path, Stamp] = field(default_factory=dict)  # tokenizer, licence, …: to be carried along
+    extra_files: Mapping[Path, int] = field(
+        default_factory=dict
+    )  # beside the weights, and their bytes; a plan says which to carry
     revision: str = ""  # commit of the hub repository, if it is one or a download client left a note of it
     address: str = ""  # of a repository on a hub: hf://org/name
     downloader: Downloader | None = None  # brings the files of such a one
+    links: bool = False  # are those that lead out of the folder followed?
+    extra_folders: tuple[str, ...] = ()  # subfolders that nobody looked into
     slips: tuple[str, ...] = ()  # where an index is wrong, although every tensor is there
     others: tuple[str, ...] = ()  # notes on weights that are there and not read
 
@@ -167,6 +175,12 @@ class Checkpoint:
         """The weight files `needs[0]`, `needs[1]`, …, in this order. Raises CheckpointError or RetryError."""
         return nullcontext(OnDisk(self.stamps)) if self.downloader is None else self.downloader.stream(needs, budget)
 
+    def bring(self, files: Iterable[Path]) -> None:
+        """Files beside the weights are in the folder after this. Raises CheckpointError or RetryError."""
+        if self.downloader is not None:
+            for file in files:
+                self.downloader.bring(file)
+
     def name_of(self, file: Path) -> str:
         """A file of the checkpoint as its config names files: relative, with slashes."""
         return Path(os.path.relpath(file, self.folder)).as_posix()
@@ -178,8 +192,8 @@ class Checkpoint:
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
-        """Of the weight files and the extra files."""
-        return {file: stamp for files in (*(r.files for r in self.ranks), self.extra_files) for file, stamp in files.items()}
+        """Of the weight files; what else lies there may change while a run is at work."""
+        return {file: stamp for rank in self.ranks for file, stamp in rank.files.items()}
 
     @property
     def nbytes(self) -> int:

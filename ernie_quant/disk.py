@@ -10,16 +10,19 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from ernie_quant.errors import OutputError, RetryError
 
+Read = TypeVar("Read")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # of file systems without fsync, of anything or of folders: CIFS, gocryptfs and other FUSE, folders that we may not list
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_FOLDER_FSYNC = (*NO_FSYNC, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR)
 PARTIAL = ".partial"
 CHUNK = 8 << 20
+NAME_BYTES = 255  # of a name, on the usual file systems
+TRIES = 3  # to copy a file that changes meanwhile
 
 
 @contextmanager
@@ -101,13 +104,56 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file is written to before it gets its name; that of a long name is its hash."""
+    name = os.fsencode(path.name)
+    room = len(name) + len(PARTIAL) <= NAME_BYTES
+    return path.with_name((path.name if room else hashlib.sha256(name).hexdigest()) + PARTIAL)
+
+
 def write_file(path: Path, data: bytes) -> str:
     """Write a small file through a partial one; its sha256."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_of(path)
     with naming(path), open(partial, "wb") as file:
         file.write(data)
-        file.flush()
-        fsync(file.fileno())
+        _name(file, partial, path)
+    return hashlib.sha256(data).hexdigest()
+
+
+def copy_file(source: Path, target: Path) -> tuple[int, str]:
+    """Copy through a partial file; size and sha256 of what was written. One that changes meanwhile is copied again."""
+    partial = partial_of(target)
+    with naming(target), open(partial, "wb") as file:
+
+        def work(found: IO[bytes], left: int) -> tuple[int, str]:
+            file.seek(0)
+            file.truncate()
+            digest = hashlib.sha256()
+            while data := found.read(min(CHUNK, left)):  # no more than there was: a log may grow as fast as we read
+                file.write(data)
+                digest.update(data)
+                left -= len(data)
+            return file.tell(), digest.hexdigest()
+
+        done = steadily(source, work)
+        _name(file, partial, target)
+    return done
+
+
+def steadily(path: Path, work: Callable[[IO[bytes], int], Read]) -> Read:
+    """What `work` makes of an open file and its size; again where the file was written to meanwhile, a few times."""
+    for _ in range(TRIES):
+        with open(path, "rb") as file:
+            before = os.fstat(file.fileno())
+            done = work(file, before.st_size)
+            after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
+            break
+    return done
+
+
+def _name(file: IO[bytes], partial: Path, path: Path) -> None:
+    file.flush()
+    fsync(file.fileno())
     os.replace(partial, path)
     fsync_folder(path.parent)
-    return hashlib.sha256(data).hexdigest()

@@ -21,6 +21,11 @@ def weight_folders(root: Path) -> list[Path]:
     return [*ranks, *(m for m in reversed(models) if m.is_dir())]
 
 
+def is_place(folder: str) -> bool:
+    """A subfolder with weights of the model: of its MTP block, or of a rank."""
+    return folder == MTP_FOLDER or RANK_FOLDER.fullmatch(folder) is not None
+
+
 def inside(folder: Path, name: str, who: str, *, links: bool = False) -> Path:
     """`folder / name`, if that is a regular file that lies in it. Raises CheckpointError.
 

@@ -263,18 +263,24 @@ def test_inside_gives_the_path_of_a_plain_name(tmp_path: Path) -> None:
 # --- other files -----------------------------------------------------------------------------------------------------
 
 
-def test_other_files_are_carried_along_and_other_weights_are_named(sharded: Path) -> None:
-    carried = ["LICENSE", "README.md", "added_tokens.json", "chat_template.jinja", "modeling.py", "tokenizer.model"]
+def test_what_lies_beside_the_weights_is_listed_and_other_weights_are_named(sharded: Path) -> None:
+    beside = ["LICENSE", "README.md", "adapter_config.json", "chat_template.jinja", "modeling.py", "tokenizer.model"]
     weights = ["model.gguf", "optimizer.pt", "pytorch_model.bin", "scheduler.pdparams"]
-    for name in [*carried, *weights, ".gitattributes", "report.json"]:
+    for name in [*beside, *weights, ".gitattributes", "report.json"]:
         (sharded / name).write_text("x")
     (sharded / "onnx").mkdir()
     checkpoint = open_source(sharded)
-    assert [p.name for p in checkpoint.extra_files] == carried
-    left = "model.gguf, onnx/, optimizer.pt, pytorch_model.bin, scheduler.pdparams"
+    assert [p.name for p in checkpoint.extra_files] == sorted([*beside, *weights])
+    assert checkpoint.extra_folders == ("onnx",)
     others = "weights are read from model.safetensors.index.json; also there, and not read: pytorch_model.bin"
+    left = "model.gguf, optimizer.pt, pytorch_model.bin, scheduler.pdparams"
     assert checkpoint.notes == (others, f"not read and not carried along: {left}")
     assert list(checkpoint.refs) == ["a", "b"]
+
+
+def test_a_download_that_may_not_have_ended_is_noted(sharded: Path) -> None:
+    (sharded / f"{FILES[0]}.aria2").write_text("x")
+    assert open_source(sharded).notes == (f"{FILES[0]}.aria2 lies beside {FILES[0]}: its download may not have ended",)
 
 
 def test_safetensors_are_preferred_to_pickles(tmp_path: Path) -> None:

@@ -122,13 +122,13 @@ def test_other_options_are_named(source: Path, tmp_path: Path) -> None:
     assert f"options max_shard_bytes: is {2 * SMALL}, was {SMALL}" in refusal(source, out, shard_bytes=2 * SMALL)
 
 
-def test_a_changed_header_a_changed_size_and_a_changed_config_are_named(source: Path, tmp_path: Path) -> None:
+def test_a_changed_config_is_named_and_a_new_tokenizer_does_not_matter(source: Path, tmp_path: Path) -> None:
     out = begun(source, tmp_path / "out")
     (source / "tokenizer.json").write_text("{}")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     said = refusal(source, out)
-    assert "source files tokenizer.json bytes: is 2, was not there" in said
+    assert "tokenizer.json" not in said  # it has no part in the weights
     assert re.search(r"source config: is [0-9a-f]{12}…, was [0-9a-f]{12}…", said)
 
 
@@ -235,15 +235,6 @@ def test_a_source_that_changes_during_the_run_stops_it(source: Path, tmp_path: P
     assert len(found) < len(plan.shards)
     assert found.items() <= {p.name: p.read_bytes() for p in (tmp_path / "before").glob("model*")}.items()
     assert not (out / "ernie-quant.json").exists()
-
-
-def test_a_tokenizer_that_changes_during_the_run_stops_it_too(source: Path, tmp_path: Path) -> None:
-    (source / "tokenizer.model").write_bytes(b"tokens")
-    plan = planned(source)
-    (source / "tokenizer.model").write_bytes(b"other tokens")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model: has changed since the run began \(has 12 bytes, had 6\)"):
-        run_plan(plan, tmp_path / "out")
-    assert not (tmp_path / "out/ernie-quant.json").exists()
 
 
 # --- what the manifest says ------------------------------------------------------------------------------------------

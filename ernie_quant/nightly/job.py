@@ -46,6 +46,7 @@ class JobTarget:
     runtime: str
     tp: int
     shard_bytes: int
+    copy: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -128,11 +129,21 @@ def _target(table: Settings) -> JobTarget:
     tag, tp = table.take("tag", bool, False), table.take("tp", int, 1)
     size = table.pop("max_shard_size", SHARD_BYTES)
     shard_bytes = table.attempt(lambda: parse_size(size), SHARD_BYTES, "max_shard_size")
+    copy = _patterns(table)
     rules, runtime = _recipe(table)
     table.end()
     if tp not in (1, 2, 4, 8, 16) or (tp > 1 and not runtimes.find(runtime).PER_RANK):
         table.wrong(f"tp is {tp}, not 1, or 2, 4, 8 or 16 with runtime fastdeploy")
-    return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes)
+    return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes, copy)
+
+
+def _patterns(table: Settings) -> tuple[str, ...]:
+    """`copy = ["figures/*"]`."""
+    copy = table.pop("copy", [])
+    if isinstance(copy, list) and all(isinstance(pattern, str) for pattern in copy):
+        return tuple(copy)
+    table.wrong(f"copy is {copy!r}, not a list of patterns")
+    return ()
 
 
 def _recipe(table: Settings) -> tuple[Recipe, str]:

@@ -89,7 +89,7 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
 
 
 def _plan(source: Checkpoint, target: JobTarget, disk_budget: int | None) -> Plan:
-    plan = make_plan(source, runtime=target.runtime, recipe=target.recipe, shard_bytes=target.shard_bytes)
+    plan = make_plan(source, runtime=target.runtime, recipe=target.recipe, shard_bytes=target.shard_bytes, copy=target.copy)
     if target.tp > 1:
         check_size(plan, target.tp)
     if disk_budget is not None and source.downloader is not None:

@@ -45,7 +45,7 @@ def _versions(used: Iterable[Codec]) -> dict[str, int]:
 
 
 def _of_source(source: Checkpoint) -> dict[str, Any]:
-    """Sizes and headers of the weight files, sizes of the others, the config, and the revision where it is known."""
+    """Sizes and headers of the weight files, the config, and the revision where it is known; not what is carried along."""
     files: dict[str, Any] = {}
     for rank in source.ranks:
         headers = {file: hashlib.sha256() for file in rank.files}
@@ -55,7 +55,6 @@ def _of_source(source: Checkpoint) -> dict[str, Any]:
             headers[ref.file].update(repr(line).encode())
         for file, digest in headers.items():
             files[source.name_of(file)] = {"bytes": rank.files[file].nbytes, "header": digest.hexdigest()}
-    files |= {source.name_of(file): {"bytes": stamp.nbytes} for file, stamp in source.extra_files.items()}
     config = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode()).hexdigest()
     return {"revision": source.revision, "config": config, "files": files}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ernie_quant import jsonio, runtimes
@@ -16,7 +15,9 @@ from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.names import EMBED
 from ernie_quant.plan.capacity import Model, gpus_needed
+from ernie_quant.plan.carried import carried
 from ernie_quant.plan.choose import Choice, Choices, choose, folded_problems, linears_of, oriented
+from ernie_quant.plan.code import modules_of, without_missing
 from ernie_quant.plan.files import into_files
 from ernie_quant.plan.identity import identity, of_statistics
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
@@ -37,12 +38,15 @@ def make_plan(
     vl_config: str = "flat",
     fixes: frozenset[str] = frozenset(),
     copy_code: bool = False,
+    copy: Sequence[str] = (),
     shard_bytes: int = SHARD_BYTES,
     unsupported: bool = False,
     dequantize: bool = False,
     statistics: Mapping[str, Mapping[str, View]] | None = None,
 ) -> Plan:
-    """Decide everything. `statistics`: weight -> what is known of its inputs, for codecs that look at it.
+    """Decide everything. `copy`: patterns of files to carry along, too.
+
+    `statistics`: weight -> what is known of its inputs, for codecs that look at it.
 
     Raises PlanError with every problem found, or ConfigError.
     """
@@ -64,8 +68,8 @@ def make_plan(
     if problems:
         raise PlanError(f"{source.folder}: cannot be done as asked", folded_problems(problems))
     steps = [_step(choice, target, (statistics or {}).get(choice.weight.name, {})) for choice in choices.chosen]
-    copies, left = _copies(source, copy_code)
-    config = _config(table, layout, vl_config, steps, copy_code)
+    along = carried(source, copy, copy_code)
+    config = _config(table, layout, vl_config, steps, modules_of(along.files))
     if (entry := target.quantization_config(linears)) is not None:
         assert not (misread := target.misread(entry, linears)), misread[0]  # it is derived from what will be written
         config |= {**target.CONFIG, "quantization_config": entry}
@@ -73,11 +77,12 @@ def make_plan(
     tp_sizes = _sharing.tp_sizes(target, linears, model.dims, model.heads)
     options = {
         "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes,
-        "dequantize": dequantize, **({"statistics": of_statistics(statistics)} if statistics else {}),
+        "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
+        **({"statistics": of_statistics(statistics)} if statistics else {}),
     }  # fmt: skip
     return Plan(
-        source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, copies, tp_sizes,
-        (*notes_of(source), *table.notes, *positions, *left, *choices.notes, *refused, *target.notes(linears)),
+        source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, along.files, tp_sizes,
+        (*notes_of(source), *table.notes, *positions, *along.notes, *choices.notes, *refused, *target.notes(linears)),
         identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, tp_sizes, model),
     )  # fmt: skip
 
@@ -99,15 +104,7 @@ def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> St
     return Step(weight.name, weight.role, view, spec, codec, parts, weight.sources, multiple, group, statistics)
 
 
-def _copies(source: Checkpoint, copy_code: bool) -> tuple[tuple[Path, ...], list[str]]:
-    code = [p for p in source.extra_files if p.suffix == ".py"]
-    if copy_code or not code:
-        return tuple(source.extra_files), []
-    kept = tuple(p for p in source.extra_files if p.suffix != ".py")
-    return kept, [f"Python files are not carried along: {', '.join(p.name for p in code)}; --copy-code does it"]
-
-
-def _config(table: Resolved, layout: Layout, vl_config: str, steps: Sequence[Step], copy_code: bool) -> dict[str, Any]:
+def _config(table: Resolved, layout: Layout, vl_config: str, steps: Sequence[Step], modules: set[str]) -> dict[str, Any]:
     dtype = next(s.spec.dtype for s in steps if s.role == EMBED)
     if dtype not in FLOATS:
         raise ConfigError(f"the embeddings are {dtype}, not one of {', '.join(FLOATS)}")
@@ -116,6 +113,4 @@ def _config(table: Resolved, layout: Layout, vl_config: str, steps: Sequence[Ste
     facts = Facts(TORCH_NAMES[dtype], shared, len(table.map.ids.get("mtp", ())))
     spelling = "transformers" if vl_config == "transformers" and layout.out_first else layout.name
     config: dict[str, Any] = table.arch.config_for(spelling, table.config, facts)
-    if not copy_code:  # it would point to files that are not there
-        config.pop("auto_map", None)
-    return dict(jsonio.finite_only(config))
+    return dict(jsonio.finite_only(without_missing(config, modules)))

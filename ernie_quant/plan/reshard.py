@@ -5,6 +5,7 @@ Every rank's tensors are cuts and joints of the stored ones, so nothing is decod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ernie_quant import names, plugins
@@ -14,6 +15,8 @@ from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import CheckpointError, PlanError
 from ernie_quant.jsonio import finite_only, read_object
 from ernie_quant.paths import README
+from ernie_quant.plan.carried import carried
+from ernie_quant.plan.code import modules_of, without_missing
 from ernie_quant.plan.files import files
 from ernie_quant.plan.identity import Identity, identity
 from ernie_quant.plan.recipe import KEEP_ALL
@@ -29,7 +32,10 @@ from ernie_quant.weights.stored import Stored, linears_of, open_stored, runtime_
 TP_KEY = "tensor_parallel_size"
 
 
-def make_reshard_plan(source: Checkpoint, tp: int, *, known: Identity | None = None, shard_bytes: int = SHARD_BYTES) -> Plan:
+def make_reshard_plan(
+    source: Checkpoint, tp: int, *, known: Identity | None = None, shard_bytes: int = SHARD_BYTES,
+    copy: Sequence[str] = (), copy_code: bool = False,
+) -> Plan:  # fmt: skip
     """The plan of `source` for `tp` ranks. Raises PlanError with every weight that cannot be shared so."""
     target = runtime_of(source)
     if not target.PER_RANK:
@@ -46,17 +52,22 @@ def make_reshard_plan(source: Checkpoint, tp: int, *, known: Identity | None = N
             place = "/".join(filter(None, [folder, f"rank{rank}" if tp > 1 else ""]))
             steps = [step for entry in inside for step in _steps(entry, rank, tp, dims)]
             shards += files(place, steps, target, shard_bytes)
-    config = {k: v for k, v in finite_only(source.config).items() if k != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
-    copies = tuple(path for path in source.extra_files if path.name != README)
+    config = {key: value for key, value in finite_only(source.config).items() if key != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
+    along = carried(source, copy, copy_code)
+    copies = tuple(path for path in along.files if source.name_of(path) != README)
+    config = without_missing(config, modules_of(copies))
     recipe, notes, reports = _reports(source)
     runtime = plugins.name_of(target)
     fits = _sharing.tp_sizes(target, linears_of(entries), dims, heads)
     rules = replace(KEEP_ALL, name=recipe or f"reshard to {tp}")
     unmeasured = {} if reports else {"report": False}  # files that others published
-    options = {"reshard": tp, "max_shard_bytes": shard_bytes, **unmeasured}
+    asked = {**({"copy": sorted({*copy})} if copy else {}), **({"copy_code": True} if copy_code else {})}
+    options = {"reshard": tp, "max_shard_bytes": shard_bytes, **asked, **unmeasured}
     known = known or identity(source, runtime, rules, options)
+    today = (*source.notes, *along.notes)
     return Plan(
-        source, runtime, LAYOUTS[target.LAYOUT], rules, tuple(shards), dims, config, copies, fits, (*source.notes, *notes),
+        source, runtime, LAYOUTS[target.LAYOUT], rules, tuple(shards), dims, config, copies, fits,
+        (*today, *(note for note in notes if note not in today)),
         known, shard_bytes, weights=sum(e.spec.numel for e in entries), reports=reports,
     )  # fmt: skip
 
@@ -91,6 +102,6 @@ def _reports(source: Checkpoint) -> tuple[str, tuple[str, ...], tuple[TensorRepo
     try:
         table = read_object(source.folder / FILENAME)
         rows = tuple(TensorReport.from_json(row) for row in table["tensors"])
-        return str(table["recipe"]), tuple(n for n in table["notes"] if n not in source.notes), rows
+        return str(table["recipe"]), tuple(table["notes"]), rows
     except (CheckpointError, KeyError, TypeError):
         return "", (), ()

@@ -13,6 +13,7 @@ from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Checkpoint, Stamp, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
+from ernie_quant.plan.carried import target_of
 from ernie_quant.plan.identity import Identity
 from ernie_quant.plan.recipe import Recipe
 from ernie_quant.report.rows import TensorReport
@@ -118,7 +119,7 @@ class Plan:
     shards: tuple[Shard, ...]
     dims: Mapping[str, int]
     config: Mapping[str, Any]
-    copies: tuple[Path, ...]
+    copies: tuple[Path, ...]  # files of the source that are carried along, as they are at the end
     tp_sizes: tuple[int, ...]
     notes: tuple[str, ...]
     identity: Identity
@@ -132,6 +133,11 @@ class Plan:
     def origin(self) -> Checkpoint:
         """What a user calls the source."""
         return (self.quantized_by or self).source
+
+    @property
+    def copied(self) -> dict[str, Path]:
+        """File of the result -> that of the source."""
+        return {target_of(self.origin.name_of(path)): path for path in self.copies}
 
     @property
     def format(self) -> writers.Format:
@@ -160,9 +166,9 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the result's weight files and of what is carried along."""
+        """Bytes of the result's weight files and of what is carried along, as large as it is now."""
         weights = sum(self.format.lay_out(shard.specs, self.metadata).nbytes for shard in self.shards)
-        return weights + sum(path.stat().st_size for path in self.copies)
+        return weights + sum(self.origin.extra_files.get(path, 0) for path in self.copies)
 
     @property
     def folders(self) -> dict[str, list[Shard]]:

@@ -27,7 +27,7 @@ def run_commands(plan: Plan, out: Path) -> list[tuple[str, str]]:
 
 def front_matter(readme: Path | None) -> dict[str, str]:
     """Licence and task as the source's card states them; nothing for a source without one."""
-    if readme is None:
+    if readme is None or not readme.is_file():
         return {}
     with open(readme, encoding="utf-8", errors="replace") as file:
         found = FRONT.search(file.read(FRONT_BYTES))

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ernie_quant.disk import write_file
 from ernie_quant.errors import line_of
 from ernie_quant.jsonio import dumps
-from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, SUMS
+from ernie_quant.paths import CONFIG, MANIFEST, README, SUMS
 from ernie_quant.plan.steps import Plan
 from ernie_quant.report import rows as report
 from ernie_quant.report.rows import ShardResult, TensorReport
 from ernie_quant.result import card
+from ernie_quant.result.carry import carry
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.result.manifest import describe, manifest, sums
 from ernie_quant.result.room import models
 
 
-def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> tuple[str, ...]:
-    """Write all but the weights, whose files are `shards`; the notes on the result.
+def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> Plan:
+    """Write all but the weights, whose files are `shards`; the plan with what there is to note.
 
     Raises OSError, or CheckpointError for a source that changed.
     """
@@ -28,10 +30,10 @@ def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows
     def put(name: str, data: bytes) -> None:
         entries[name] = {"bytes": len(data), "sha256": write_file(out / name, data)}
 
-    for source in plan.copies:
-        data = source.read_bytes()
-        plan.source.extra_files[source].check(source)
-        put(SOURCE_README if source.name == README else source.name, data)
+    carried, missing = carry(plan, out)
+    entries |= carried
+    folder.forget_copies(entries)
+    plan = replace(plan, notes=(*plan.notes, *missing))
     for place, inside in plan.folders.items():
         if len(inside) > 1 and plan.format.INDEX:
             index = plan.format.index({shard.filename.rpartition("/")[2]: shard.specs for shard in inside})
@@ -39,14 +41,14 @@ def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows
     for model in models(plan):
         put(f"{model}/{CONFIG}".lstrip("/"), dumps(plan.config).encode())
     odd = report.odd_values(rows or [row for shard in shards for row in shard.reports])
-    notes = tuple(dict.fromkeys([*plan.notes, *odd]))
+    plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *odd])))
     if rows:
-        header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(notes)}
+        header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
         put(report.FILENAME, report.to_json(rows, header).encode())
-    described = describe(plan, notes)
+    described = describe(plan)
     put(README, card.readme(described, plan.config, rows, line_of(out.name)).encode())
     text = dumps(manifest(described, plan, entries)).encode()
     write_file(out / SUMS, sums(entries, text).encode())
     write_file(out / MANIFEST, text)
     folder.drop_state()
-    return notes
+    return plan

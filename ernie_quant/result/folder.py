@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ernie_quant import writers
 from ernie_quant.disk import FULL, PARTIAL, file_sha256, fsync_folder, hold, write_file
 from ernie_quant.errors import AnotherPlanError, CheckpointError, OutputError, RetryError
 from ernie_quant.jsonio import dumps, read_object
-from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, STATE, SUMS, inside, weight_folders
+from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, STATE, SUMS, inside, is_place, weight_folders
 from ernie_quant.plan.identity import changes, libraries
 from ernie_quant.plan.steps import Plan, Shard
 from ernie_quant.report import rows as report
@@ -50,6 +50,7 @@ class OutputFolder:
             yield True
             return
         room.check_names(plan, self.path)
+        self._check_names(plan)
         if space_check:
             room.check_space(plan, self.path, self._given_back(), copies)
         try:
@@ -129,7 +130,7 @@ class OutputFolder:
             _unlink(path for folder in (*weight_folders(self.path), self.state) for path in folder.glob(f"*{PARTIAL}"))
         else:
             self._sweep()
-        copied = [SOURCE_README if path.name == README else path.name for path in plan.copies]
+        copied = sorted({*plan.copied, *self._copied()})  # an earlier run may have copied what is gone from the source by now
         try:
             write_file(begun, dumps({"identity": now, "copied": copied}).encode())
         except OSError as error:
@@ -140,12 +141,14 @@ class OutputFolder:
         if self._is_complete():
             os.replace(self.path / MANIFEST, self.state / SWEPT)
             fsync_folder(self.path)
-        own = {MANIFEST, SUMS, *writers.indexes(), report.FILENAME, report.PAGE, CONFIG, README, SOURCE_README, *self._copied()}
+        copied = self._copied()
+        own = {MANIFEST, SUMS, *writers.indexes(), report.FILENAME, report.PAGE, CONFIG, README, SOURCE_README, *copied}
         for folder in weight_folders(self.path):
             found = [p for p in folder.iterdir() if p.is_symlink() or p.is_file()]
             _unlink(p for p in found if p.name in own or _is_shard(p) or p.name.endswith(PARTIAL))
             if folder != self.path and not any(folder.iterdir()):  # ranks that the new plan may not have; a loader reads them
                 folder.rmdir()
+        self._drop_below(copied)
         _unlink(p for name in report.PLOTS if (p := self.path / report.PLOTS_FOLDER / name).is_file())
         shutil.rmtree(self.unsplit, ignore_errors=True)
         fsync_folder(self.path)
@@ -158,7 +161,22 @@ class OutputFolder:
         for name, key in ((SWEPT, "files"), (BEGUN, "copied")):
             with suppress(CheckpointError):  # one that cannot be read any more names nothing
                 found |= set(map(str, read_object(self.state / name).get(key) or ()))
-        return {name for name in found if "/" not in name}
+        return found
+
+    def forget_copies(self, kept: Collection[str]) -> None:
+        """Drop what an earlier run has carried along, and this one has not."""
+        gone = self._copied() - {*kept}
+        _unlink(p for name in gone if "/" not in name and (p := self.path / name).is_file())
+        self._drop_below(gone)
+
+    def _drop_below(self, names: Iterable[str]) -> None:
+        """Carried files in subfolders, and the subfolders where they are empty then."""
+        for name in sorted(name for name in names if "/" in name and not is_place(name.partition("/")[0])):
+            with suppress(CheckpointError, OSError):  # not there, or not empty
+                path = inside(self.path, name, MANIFEST)
+                path.unlink()
+                for folder in [f for f in path.parents if self.path in f.parents]:
+                    folder.rmdir()
 
     def drop_state(self) -> None:
         """The lock last: another run may come at any moment, and may finish what this one begins here."""
@@ -176,6 +194,16 @@ class OutputFolder:
         """Bytes that weight files take already, or will give back."""
         places = [*weight_folders(self.path), *weight_folders(self.unsplit)]
         return sum(p.stat().st_size for f in places for p in f.iterdir() if _is_shard(p))
+
+    def _check_names(self, plan: Plan) -> None:
+        """May the names of what is carried along be as long as they are? Raises OutputError."""
+        most = os.pathconf(self._there(), "PC_NAME_MAX")
+        if long := next((n for n in plan.copied if max(map(len, map(os.fsencode, n.split("/")))) > most), None):
+            raise OutputError(f"{self.path}: its disk takes names of {most} bytes, which {long} has not; rename it in the source")
+
+    def _there(self) -> Path:
+        """The folder, or the first above it that there is."""
+        return next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
 
     def record(self, result: ShardResult) -> None:
         """Remember a finished file."""

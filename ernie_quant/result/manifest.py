@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ernie_quant.errors import OutputError
 from ernie_quant.jsonio import read_object
-from ernie_quant.paths import MANIFEST, STATE
+from ernie_quant.paths import MANIFEST, README, STATE
 from ernie_quant.plan.identity import fingerprint, libraries
 from ernie_quant.plan.steps import Plan, Shard
 from ernie_quant.plan.summary import bits_per_weight
@@ -37,10 +37,10 @@ def read_manifest(out: Path) -> dict[str, Any]:
 Entries = Mapping[str, Mapping[str, Any]]
 
 
-def describe(plan: Plan, notes: Sequence[str]) -> dict[str, Any]:
+def describe(plan: Plan) -> dict[str, Any]:
     """The manifest of `plan` but for its files: what was made from what, by which versions, with which result."""
     first = plan.quantized_by or plan
-    cards = [path for path in plan.origin.extra_files if path.name == "README.md"]
+    source_card = plan.origin.folder / README
     return {
         **plan.identity,
         "tool": "ernie-quant",
@@ -55,8 +55,8 @@ def describe(plan: Plan, notes: Sequence[str]) -> dict[str, Any]:
             "bits_per_weight": round(bits_per_weight(plan), 4),
             "tp_sizes": list(plan.tp_sizes),
             "gpus": dict(first.gpus),
-            "front_matter": card.front_matter(cards[0] if cards else None),
-            "notes": list(notes),
+            "front_matter": card.front_matter(source_card if source_card in plan.origin.extra_files else None),
+            "notes": list(plan.notes),
         },
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 from ernie_quant.plan.reshard import check_size, make_reshard_plan, shared_identity
 from ernie_quant.plan.steps import Plan
 from ernie_quant.result.folder import OutputFolder
-from ernie_quant.run.whole import RunResult, run_plan, write_all
+from ernie_quant.run.whole import RunResult, finished_before, run_plan, write_all
 from ernie_quant.sources import open_source
 from ernie_quant.threads import Progress, in_proportion
 
@@ -27,14 +27,15 @@ def run_shared(
     folder = OutputFolder(out)
     with folder.begin(replace(plan, identity=known), restart=restart, copies=2, space_check=space_check) as complete:
         if complete:
-            return RunResult(plan, complete_before=True, reports=())
+            return finished_before(plan, folder)
         how: dict[str, Any] = {"workers": workers, "disk_budget": disk_budget, "space_check": space_check}
-        quantized = run_plan(plan, folder.unsplit, progress=progress, **how)
+        unsplit = replace(plan, copies=())  # they are copied once, at the end
+        quantized = run_plan(unsplit, folder.unsplit, progress=progress, **how)
         if quantized.complete_before:
             progress(plan.nbytes_in)
         ranked = make_reshard_plan(open_source(folder.unsplit), tp, known=known, shard_bytes=plan.shard_bytes)
         share = in_proportion(progress, ranked.nbytes_in, plan.nbytes)
-        return write_all(replace(ranked, quantized_by=plan), folder, workers, progress=share)
+        return write_all(replace(ranked, quantized_by=plan, copies=plan.copies), folder, workers, progress=share)
 
 
 def shared_bytes(plan: Plan, tp: int) -> int:

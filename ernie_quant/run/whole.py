@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ernie_quant import runners
 from ernie_quant.checkpoint import Stamp
 from ernie_quant.plan.steps import Plan, ShardJob, in_order
 from ernie_quant.report.rows import TensorReport
+from ernie_quant.result.carry import changed_since
 from ernie_quant.result.finish import finish
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.shard import run_shard
@@ -24,7 +25,7 @@ class RunResult:
     complete_before: bool
     reports: tuple[TensorReport, ...]
     files_before: int = 0  # weight files that an earlier run had finished
-    notes: tuple[str, ...] = ()  # those of the plan, and on the values that were found
+    changed: tuple[str, ...] = ()  # notes on what a finished result has carried along, and is otherwise today
 
 
 def run_plan(
@@ -39,8 +40,14 @@ def run_plan(
     folder = OutputFolder(out)
     with folder.begin(plan, restart=restart, space_check=space_check) as complete:
         if complete:
-            return RunResult(plan, complete_before=True, reports=())
+            return finished_before(plan, folder)
         return write_all(plan, folder, workers, disk_budget, progress, runner)
+
+
+def finished_before(plan: Plan, folder: OutputFolder) -> RunResult:
+    """Nothing is done; what is carried along may have changed since."""
+    notes = tuple(changed_since(plan, folder.path))
+    return RunResult(replace(plan, notes=(*plan.notes, *notes)), complete_before=True, reports=(), changed=notes)
 
 
 def write_all(
@@ -48,6 +55,7 @@ def write_all(
     progress: Progress = lambda _: None, runner: str = "local",
 ) -> RunResult:  # fmt: skip
     """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
+    plan.origin.bring(plan.copies)
     results = {shard.filename: known for shard in plan.shards if (known := folder.finished(shard, progress)) is not None}
     before = len(results)
     left = in_order([shard for shard in plan.shards if shard.filename not in results])
@@ -62,5 +70,5 @@ def write_all(
     reports = plan.reports
     if reports is None:
         reports = tuple(row for result in ordered for row in result.reports)
-    notes = finish(folder, plan, ordered, reports)
-    return RunResult(plan, complete_before=False, reports=reports, files_before=before, notes=notes)
+    plan = finish(folder, plan, ordered, reports)
+    return RunResult(plan, complete_before=False, reports=reports, files_before=before)

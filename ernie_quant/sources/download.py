@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 
 from ernie_quant.checkpoint import Stamp
-from ernie_quant.disk import PARTIAL, free_bytes, hold
+from ernie_quant.disk import free_bytes, hold, partial_of
 from ernie_quant.errors import CheckpointError, RetryError
 from ernie_quant.hubs import Hub, Listing
-from ernie_quant.sources.cache import Use
+from ernie_quant.sources.cache import HEADERS_LOCK, Use
 from ernie_quant.sources.fetch import fetch
 
 STALLED = 5.0  # seconds that the end of a run waits for a connection on which nothing comes
@@ -51,6 +53,19 @@ class HubDownloader:
                 f" disk budget of {budget} bytes; a smaller max-shard-size needs less"
             )
 
+    def bring(self, path: Path) -> None:
+        """A file beside the weights that is not fetched unasked. Raises CheckpointError or RetryError."""
+        name = path.relative_to(self.headers).as_posix()
+        incoming = self.headers.with_name("incoming") / name
+        with open(self.headers.with_name(HEADERS_LOCK), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.is_file() and path.stat().st_size == self.listing.files[name].nbytes:
+                return
+            for place in (path, incoming):
+                place.parent.mkdir(parents=True, exist_ok=True)
+            fetch(self.hub, self.listing, self.listing.files[name], incoming, time.sleep)
+            os.replace(incoming, path)
+
     def _nbytes(self, path: Path) -> int:
         return self.listing.files[path.relative_to(self.headers).as_posix()].nbytes
 
@@ -65,9 +80,10 @@ class HubDownloader:
         with hold(self.files.with_name("lock"), f"{self.listing.address}: another run is downloading it to {self.files.parent}"):
             order = list(dict.fromkeys(path for group in needs for path in group))
             ends = accumulate(map(self._nbytes, order))
-            soon = {self._place(path) for path, end in zip(order, ends, strict=True) if end <= budget}
+            whole = {self._place(path) for path, end in zip(order, ends, strict=True) if end <= budget}
+            soon = whole | {*map(partial_of, whole)}
             for path in [p for p in self.files.rglob("*") if p.is_file()]:
-                if path.with_name(path.name.removesuffix(PARTIAL)) not in soon:  # of another run, or one that got further
+                if path not in soon:  # of another run, or one that got further
                     path.unlink()
             download = HubDownload(self, needs, budget)
             try:
@@ -175,7 +191,7 @@ class HubDownload:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             if place.is_file():  # a stopped run left it: it is as good as a part of a download
-                os.replace(place, place.with_name(place.name + PARTIAL))
+                os.replace(place, partial_of(place))
             fetch(downloader.hub, downloader.listing, file, place, self._pause)
         except OSError as error:  # of our disk; those of the network are Transient
             what = f"{place}: cannot be written: {error.strerror}"

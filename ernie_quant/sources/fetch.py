@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from ernie_quant.disk import PARTIAL
+from ernie_quant.disk import partial_of
 from ernie_quant.errors import RetryError
 from ernie_quant.hubs import Hub, Listing, RemoteFile
 from ernie_quant.hubs._patience import CHUNK, HASH_TRIES, Pause, Transient, patiently
@@ -14,7 +14,7 @@ from ernie_quant.hubs._patience import CHUNK, HASH_TRIES, Pause, Transient, pati
 
 def fetch(hub: Hub, listing: Listing, file: RemoteFile, target: Path, pause: Pause) -> None:
     """The whole file, which gets its name only with the hub's hash; goes on with a part of it. Raises RetryError."""
-    partial = target.with_name(target.name + PARTIAL)
+    partial = partial_of(target)
     for _ in range(HASH_TRIES):
         digest, at = _resumed(partial, file, pause)
         with open(partial, "ab") as out:

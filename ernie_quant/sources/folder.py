@@ -6,22 +6,18 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from ernie_quant.checkpoint import Checkpoint, Stamp
+from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import CheckpointError, MissingFileError
-from ernie_quant.paths import MTP_FOLDER, RANK_FOLDER, inside
-from ernie_quant.readers import by_suffix
+from ernie_quant.paths import inside
+from ernie_quant.sources.beside import belongs, is_weights, look_beside, shown
 from ernie_quant.sources.config import read_config
 from ernie_quant.sources.headers import Headers
 from ernie_quant.sources.hints import elsewhere, no_folder
 from ernie_quant.sources.pointers import is_pointer, words
-from ernie_quant.sources.sets import INDEXES, PATTERNS
+from ernie_quant.sources.sets import PATTERNS
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DOWNLOADS = ".cache/huggingface/download"
-# never carried along: what is written anew, other weights, and what a version control or download client left
-OWN_FILES = {"config.json", "ernie-quant.json", "report.json", "report.html", "SHA256SUMS", *INDEXES}
-PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".mp4"}  # of a card; nothing needs them
-OTHER_WEIGHTS = {".gguf", ".pt", ".pth", ".onnx", ".msgpack", ".h5", ".npz", ".pdiparams", ".pdopt"}
 
 
 def open_folder(folder: Path, *, links: bool = False, beside: Collection[str] = ()) -> Checkpoint:
@@ -40,11 +36,16 @@ def open_folder(folder: Path, *, links: bool = False, beside: Collection[str] = 
     if not any(rank.refs for rank in ranks):
         raise CheckpointError(f"{folder}: holds no weights ({PATTERNS}){elsewhere(folder)}")
     used = {file for rank in ranks for file in rank.files}
-    extra, left, pointers = _extra_files(folder, used, beside, links=links)
+    found = look_beside(folder, used, links=links)
+    unread = sorted({shown(path.name) for path in found.files if is_weights(path.name)} | {n for n in beside if _is_unread(n)})
+    left = [f"not read and not carried along: {', '.join(unread)}"] if unread else []
+    model = {path.relative_to(folder).as_posix(): path for path in found.files}
+    pointers = [name for name, path in model.items() if belongs(name) and is_pointer(path)]
     revision = _revision(folder, [*used, folder / "config.json"])
     return Checkpoint(
-        folder, config, ranks, (*headers.anomalies, *pointers), (*notes, *headers.others, *headers.notes, *left), extra,
-        revision, slips=tuple(headers.slips), others=tuple(headers.others),
+        folder, config, ranks, (*headers.anomalies, *([words(pointers)] if pointers else [])),
+        (*notes, *headers.others, *headers.notes, *left, *found.notes), found.files, revision, extra_folders=found.folders,
+        links=links, slips=tuple(headers.slips), others=tuple(headers.others),
     )  # fmt: skip
 
 
@@ -67,33 +68,5 @@ def _revision(folder: Path, files: Iterable[Path]) -> str:
     return commit if COMMIT.fullmatch(commit) else ""
 
 
-def _extra_files(
-    folder: Path, used: set[Path], beside: Collection[str], *, links: bool
-) -> tuple[dict[Path, Stamp], list[str], list[str]]:
-    """Files to carry along, a note on what is left, and a problem where one is no more than a pointer."""
-    carried, left, pointers = [], [*beside], []
-    for path in sorted(folder.iterdir()):
-        if path in used or path.name in OWN_FILES or path.name.startswith(".") or RANK_FOLDER.fullmatch(path.name):
-            continue
-        if path.name == MTP_FOLDER and path.is_dir():
-            continue
-        weights = path.suffix in by_suffix() or path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json")
-        if path.is_dir() or weights or not path.name.isprintable() or set(path.name) & set(":\\"):
-            left.append(repr(path.name)[1:-1] + ("/" if path.is_dir() else ""))
-        elif why := _not_a_file(path):
-            left.append(f"{path.name} ({why})")
-        elif is_pointer(path) and path.suffix in PICTURES:
-            left.append(f"{path.name} (a Git LFS pointer)")
-        elif is_pointer(path):
-            pointers.append(path.name)
-        else:
-            carried.append(inside(folder, path.name, "the folder", links=links))
-    notes = [f"not read and not carried along: {', '.join(sorted(left))}"] if left else []
-    return {file: Stamp.of(file) for file in carried}, notes, [words(pointers)] if pointers else []
-
-
-def _not_a_file(path: Path) -> str:
-    """Why nobody can read it; empty for a file."""
-    if not path.exists():
-        return "a link that leads nowhere"
-    return "" if path.is_file() else "not a regular file"
+def _is_unread(name: str) -> bool:
+    return is_weights(name) and "/" not in name

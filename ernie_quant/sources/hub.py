@@ -18,11 +18,12 @@ from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import CheckpointError
 from ernie_quant.hubs import Hub, Listing, RemoteFile
 from ernie_quant.hubs._patience import AT_ONCE, Pause, Transient, patiently
-from ernie_quant.paths import MTP_FOLDER, RANK_FOLDER, plain
+from ernie_quant.paths import is_place, plain
+from ernie_quant.sources.beside import LIMIT, OWN_FILES, belongs, is_code
 from ernie_quant.sources.cache import HEADERS_LOCK, Use, cache_folder, sweep_others
 from ernie_quant.sources.download import HubDownloader
 from ernie_quant.sources.fetch import fetch
-from ernie_quant.sources.folder import OTHER_WEIGHTS, open_folder
+from ernie_quant.sources.folder import open_folder
 
 HEAD = 1 << 18  # bytes of a weight file that are asked for first; a header is rarely longer
 SMALL_BYTES = 256 << 20  # of a file that is no weight file
@@ -41,7 +42,10 @@ def open_remote(hub: Hub, address: str, repo: str, revision: str, cache: Path | 
         for path in headers.rglob("*.safetensors"):
             path.unlink()
         raise
-    return replace(found, address=address, revision=listing.commit, downloader=downloader)
+    extra = {headers / name: nbytes for name, nbytes in _extra_files(listing).items()}
+    return replace(
+        found, address=address, revision=listing.commit, downloader=downloader, extra_files=extra, extra_folders=()
+    )  # fmt: skip
 
 
 def place_headers(
@@ -70,7 +74,7 @@ def _wanted(listing: Listing) -> list[RemoteFile]:
     names = list(listing.files)
     if odd := next((name for name in names if plain(name, listing.address).as_posix() != name), None):
         raise CheckpointError(f"{listing.address} names the file {odd[:200]!r}, which is not a plain name")
-    places = [n for n in names if all(_is_place(part) for part in PurePosixPath(n).parts[:-1])]
+    places = [n for n in names if all(is_place(part) for part in PurePosixPath(n).parts[:-1])]
     weights = [n for n in places if n.endswith(".safetensors")]
     if not weights:
         kinds = sorted({PurePosixPath(n).suffix for n in names} & {*PICKLES})
@@ -78,23 +82,27 @@ def _wanted(listing: Listing) -> list[RemoteFile]:
             f"only {', '.join(kinds)}, which cannot be read by range; download it and open the folder" if kinds else "no weights"
         )
         raise CheckpointError(f"{listing.address}: holds {has}")
-    others = [n for n in places if not n.endswith((".safetensors", *PICKLES, *OTHER_WEIGHTS)) and not n.startswith(".")]
-    if big := next((n for n in others if listing.files[n].nbytes > SMALL_BYTES), None):
+    own = [n for n in places if PurePosixPath(n).name in OWN_FILES]
+    if big := next((n for n in own if listing.files[n].nbytes > SMALL_BYTES), None):
         raise CheckpointError(
             f"{listing.address}: {big}: {listing.files[big].nbytes} bytes are too many for what is no weight file"
         )
-    return [listing.files[n] for n in (*others, *weights)]
+    small = [n for n, nbytes in _extra_files(listing).items() if (belongs(n) or is_code(n)) and nbytes <= LIMIT]
+    return [listing.files[n] for n in (*own, *small, *weights)]
 
 
 def left_behind(listing: Listing) -> list[str]:
-    """Files and folders that nobody fetches, as `open_folder` would name those that it does not read."""
+    """Files and folders that nobody fetches, beside those that are read."""
     wanted = {file.name for file in _wanted(listing)}
     first = [PurePosixPath(name).parts for name in listing.files if name not in wanted and not name.startswith(".")]
-    return sorted({parts[0] + "/" * (len(parts) > 1) for parts in first if len(parts) == 1 or not _is_place(parts[0])})
+    return sorted({parts[0] + "/" * (len(parts) > 1) for parts in first if len(parts) == 1 or not is_place(parts[0])})
 
 
-def _is_place(folder: str) -> bool:
-    return folder == MTP_FOLDER or RANK_FOLDER.fullmatch(folder) is not None
+def _extra_files(listing: Listing) -> dict[str, int]:
+    """Files beside the weights, and their bytes, as `look_beside` finds them in a folder."""
+    places = {n: PurePosixPath(n).parts for n in listing.files if not any(p.startswith(".") for p in PurePosixPath(n).parts)}
+    beside = [n for n, (first, *more) in places.items() if not (is_place(first) if more else first in OWN_FILES)]
+    return {n: listing.files[n].nbytes for n in sorted(beside) if "/" in n or not n.endswith(".safetensors")}
 
 
 def _is_placed(target: Path, file: RemoteFile) -> bool:

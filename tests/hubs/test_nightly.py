@@ -15,9 +15,9 @@ from helpers.commands import Command
 from helpers.disk import contents
 from helpers.hub import LoopbackHub
 from helpers.hubs import ADDRESS, NAME, files_of, uploads, weights_asked, writes
-from helpers.models import logits, random_model
+from helpers.models import copy, logits, random_model
 from helpers.nights import PT, WINT4, Night, job_file, manifest, statuses
-from helpers.runs import OF_128S
+from helpers.runs import OF_128S, SOURCE
 
 from ernie_quant.check.verify import verify
 from ernie_quant.hubs.hf.publish import HuggingFacePublisher
@@ -46,6 +46,25 @@ def test_the_first_night_publishes_and_the_second_does_nothing(hub: LoopbackHub,
     assert writes(hub) == []
     assert weights_asked(hub) == []
     assert night.left == set()
+
+
+def test_a_target_says_what_is_carried_along_too(hub: LoopbackHub, night: Night) -> None:
+    hub.put(NAME, {"figures/a.png": b"png", "train.log": b"x"})
+    assert statuses(night(f'{PT}copy = ["figures/*"]\n', WINT4)) == ["published", "published"]
+    assert hub.repo("me/tiny-pt").read("figures/a.png") == b"png"
+    assert "figures/a.png" not in manifest(hub, "me/tiny-wint4")["files"]
+    assert "not carried along: train.log; --copy PATTERN takes them" in manifest(hub, "me/tiny-pt")["summary"]["notes"]
+    assert statuses(night(f'{PT}copy = ["figures/*"]\n', WINT4)) == ["up-to-date", "up-to-date"]
+    assert statuses(night(PT, WINT4)) == ["published", "up-to-date"]
+    assert "figures/a.png" not in manifest(hub, "me/tiny-pt")["files"]
+
+
+def test_what_lies_beside_the_weights_of_a_folder_makes_no_new_result(hub: LoopbackHub, night: Night, tmp_path: Path) -> None:
+    source = copy(SOURCE, tmp_path / "src")
+    assert statuses(night(PT, source=source)) == ["published"]
+    (source / "nightly.log").write_text("x")
+    (source / "tokenizer_config.json").write_text("{}")
+    assert statuses(night(PT, source=source)) == ["up-to-date"]
 
 
 def test_the_command_says_so_and_its_log_is_json_lines(hub: LoopbackHub, command: Command, tmp_path: Path) -> None:

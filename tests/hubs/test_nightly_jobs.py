@@ -124,6 +124,8 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
             '[[target]]\nrepo = "a/b"\nrecipe = "wint4"\nscale = "best"',
             "codec rtn: scale is 'best', not mse or absmax",
         ),
+        ('[[target]]\nrepo = "a/b"\nrecipe = "pt"\ncopy = "*.pdf"', "[[target]] 1: copy is '*.pdf', not a list of patterns"),
+        ('[[target]]\nrepo = "a/b"\nrecipe = "pt"\ncopy = [1]', "[[target]] 1: copy is [1], not a list of patterns"),
         ('[[target]]\nrepo = "a/b"\nrecipe = "pt"\nrevision = "a b"', "[[target]] 1: revision 'a b' is no name of a branch"),
         ("[limits]\nmax_hours = nan", "[limits]: max_hours is nan, not a number above 0"),
         ('[limits]\ndisk_budget = "1e999GB"', "[limits]: disk_budget: '1e999GB' is not a size"),
@@ -174,6 +176,7 @@ def test_all_the_rest_of_a_job_file(tmp_path: Path) -> None:
     rules = '[[target.rule]]\nrole = "experts"\ncodec = "rtn"\nbits = 4\n[[target.rule]]\nmatch = "mlp"\ncodec = "fp8"\n'
     target = f'[[target]]\nrepo = "hf://me/tiny"\nrevision = "next"\nprivate = false\ntag = true\nkeep_unfit = true\n{rules}'
     container = '[[target]]\nrepo = "me/fd"\nrecipe = "wint4"\nruntime = "fastdeploy"\ntp = 4\nmax_shard_size = "2GiB"\n'
+    container += 'copy = ["figures", "*.pdf"]\n'
     more = '[limits]\ndisk_budget = "60GB"\nmax_hours = 7.5\n'
     job = read_job(job_file(tmp_path, target, container, source=f'{ADDRESS}"\nrevision = "v1', more=more))
     first, second = job.targets
@@ -182,6 +185,7 @@ def test_all_the_rest_of_a_job_file(tmp_path: Path) -> None:
     assert first.folder.endswith("me--tiny@next")
     assert [r.codec.describe() for r in first.recipe.rules] == ["int4, group 128, mse", "fp8, blocks 128x128"]
     assert (second.runtime, second.tp, second.shard_bytes) == ("fastdeploy", 4, 2 << 30)
+    assert (first.copy, second.copy) == ((), ("figures", "*.pdf"))
     assert read_job(job_file(tmp_path, PT)) == Job(ADDRESS, read_job(job_file(tmp_path, PT)).targets, None, None)
 
 

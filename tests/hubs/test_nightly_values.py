@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from ernie_quant.weights import layouts
 
-
 pytestmark = uploads
 
 NORM = "model.layers.1.input_layernorm.weight"

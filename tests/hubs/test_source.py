@@ -34,6 +34,7 @@ from helpers.hubs import (
 from helpers.models import tensors
 from helpers.synthetic import golden, write_ranks, write_safetensors
 
+from ernie_quant.check.verify import verify
 from ernie_quant.errors import RetryError
 from ernie_quant.hubs import Listing, RemoteFile
 from ernie_quant.hubs._patience import LONGEST_WAIT
@@ -117,25 +118,32 @@ def test_mtp_folders_and_ranks_are_read_as_in_a_folder(hub: LoopbackHub, tmp_pat
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-def test_what_is_left_behind_is_said_as_for_a_folder(hub: LoopbackHub, tmp_path: Path) -> None:
-    read = {"empty.txt": b"", "tokenizer.model": b"model"}
-    files = read | {"model.gguf": b"gguf", "figures/a.png": b"png", "pytorch_model.bin": b"bin"}
+def test_the_same_is_carried_along_as_from_a_folder(hub: LoopbackHub, tmp_path: Path, cache: Path) -> None:
+    model = {"vocab.txt": b"", "tokenizer.model": b"model", "additional_chat_templates/tool.jinja": b"x"}
+    others = {"model.gguf": b"gguf", "figures/a.png": b"png", "figures/b.txt": b"x", "core.1": b"\0", "pytorch_model.bin": b"bin"}
     source = Path(shutil.copytree(SOURCE, tmp_path / "src"))
-    for name, data in files.items():
+    for name, data in {**model, **others}.items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(data)
-    hub.put(NAME, files)
-    here, there = open_source(source), open_source(ADDRESS)
+    hub.put(NAME, {**model, **others})
+    here, there = (make_plan(open_source(place), runtime="vllm") for place in (source, ADDRESS))
     used = here.notes[0].partition(";")[0]
-    assert (
-        there.notes
-        == here.notes
-        == (
-            f"{used}; also there, and not read: pytorch_model.bin",
-            "not read and not carried along: figures/, model.gguf, pytorch_model.bin",
-        )
-    )
-    assert [p.name for p in there.extra_files] == [p.name for p in here.extra_files] == sorted({"generation_config.json", *read})
+    others = f"{used}; also there, and not read: pytorch_model.bin"
+    unread = "not read and not carried along: model.gguf, pytorch_model.bin"
+    assert there.notes[:3] == here.notes[:3] == (others, unread, "not carried along: core.1, figures/; --copy PATTERN takes them")
+    assert set(there.copied) == set(here.copied) == {"generation_config.json", *model}
+    assert not {"core.1", "a.png"} & {p.name for p in cache.rglob("*")}  # what is not carried along is not fetched either
+
+
+def test_what_a_pattern_asks_for_is_fetched_before_the_work(hub: LoopbackHub, tmp_path: Path, cache: Path) -> None:
+    hub.put(NAME, {"figures/a.png": b"png", "figures/b.txt": b"text", "core.1": b"\0"})
+    plan = make_plan(open_source(ADDRESS), runtime="vllm", copy=["figures/*.png", "core.?"])
+    assert plan.notes[-1] == "not carried along: figures/; --copy PATTERN takes them"
+    run_plan(plan, tmp_path / "out")
+    assert (tmp_path / "out/figures/a.png").read_bytes() == b"png"
+    assert (tmp_path / "out/core.1").read_bytes() == b"\0"
+    assert not (tmp_path / "out/figures/b.txt").exists()
+    assert verify(tmp_path / "out").files
 
 
 @pytest.mark.parametrize("arguments", [("inspect",), ("plan",), ("wint4", "out", "--group-size", "32", "--dry-run")])
