@@ -61,7 +61,7 @@ MODEL = (
     "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
 OTHERS = (
-    "LICENSE.zip", "adapter_config.json", "core.1234", "events.out.tfevents.1", "hf_quant_config.json", "model.tar.gz",
+    "LICENSE.zip", "core.1234", "events.out.tfevents.1", "hf_quant_config.json", "model.tar.gz",
     "nohup.out", "params.json", "quant.log", "recipe.yaml", "requirements.txt", "results.json", "tokenizer.json.aria2",
     "tokenizer.json.bak", "trainer_state.json", "zeugnis.pdf",
 )  # fmt: skip
@@ -182,10 +182,33 @@ def test_names_that_no_manifest_can_hold_are_left_out(source: Path, tmp_path: Pa
     odd = Path(os.fsdecode(os.fsencode(source) + b"/\xc4\xa3\xd0\xcd.md"))
     odd.write_text("x")
     plan = plan_of(source)
-    assert note(plan, "not carried along").startswith(r"not carried along: ")
-    assert note(plan, "not carried along").isprintable()
+    assert note(plan, "not carried along") == "not carried along, with --copy neither: ģ\\udcd0\\udccd.md"
     run_plan(plan, tmp_path / "out")
     assert verify(tmp_path / "out").files
+
+
+def test_the_card_of_a_result_of_ours_gives_way_to_that_of_its_source(source: Path, tmp_path: Path) -> None:
+    put(source, "README.md", data=b"of this program")
+    put(source, "README.source.md", data=b"of the source")
+    plan = plan_of(source)
+    assert plan.copied == {name: source / name for name in ("README.source.md", "generation_config.json")}
+    assert not [n for n in plan.notes if "carried" in n]
+    run_plan(plan, tmp_path / "out")
+    assert (tmp_path / "out/README.source.md").read_bytes() == b"of the source"
+
+
+def test_a_log_that_is_rotated_while_the_folder_is_read_was_not_there(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(source, "quant.log")
+    real, is_file = Path.lstat, Path.is_file
+
+    def lstat(path: Path) -> os.stat_result:
+        if path.name == "quant.log":
+            raise FileNotFoundError
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name != "quant.log" and is_file(path))
+    monkeypatch.setattr(Path, "lstat", lstat)
+    assert not [n for n in plan_of(source).notes if "quant.log" in n]
 
 
 def test_pipes_links_and_what_may_not_be_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
