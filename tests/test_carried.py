@@ -178,6 +178,35 @@ def test_ranks_have_what_a_whole_result_has(tmp_path: Path) -> None:
     assert run_shared(plan, tmp_path / "out", 2, **how).complete_before
 
 
+@pytest.mark.parametrize("stopped", ["while it quantizes", "while it shares"])
+def test_ranks_go_on_beside_a_log_with_the_tokenizer_of_the_end(stopped: str, tmp_path: Path) -> None:
+    source = random_model(tmp_path / "wide", "paddle", **OF_128S)
+    put(source, "quant.log", "tokenizer_config.json", data=b"{}")
+    made = built_in.make("wint4", "fastdeploy")
+
+    def run(out: Path, progress: Callable[[int], None] = lambda _: None) -> None:
+        plan = make_plan(open_source(source), runtime=made.runtime, recipe=made.recipe, shard_bytes=100_000)
+        run_shared(plan, out, 2, workers=1, restart=False, progress=progress)
+
+    whole = make_plan(open_source(source), runtime=made.runtime, recipe=made.recipe).nbytes_in
+    left = whole // 2 if stopped == "while it quantizes" else whole + 1000
+
+    def stop(done: int) -> None:
+        nonlocal left
+        left -= done
+        if left < 0:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "out", stop)
+    change_log(source)
+    change_tokenizer(source)
+    run(tmp_path / "out")
+    assert (tmp_path / "out/tokenizer_config.json").read_bytes() == b'{"model_max_length": 131072}'
+    run(tmp_path / "fresh/out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh/out")
+
+
 def test_names_that_no_manifest_can_hold_are_left_out(source: Path, tmp_path: Path) -> None:
     odd = Path(os.fsdecode(os.fsencode(source) + b"/\xc4\xa3\xd0\xcd.md"))
     odd.write_text("x")
