@@ -130,7 +130,8 @@ def copy_file(source: Path, target: Path) -> tuple[int, str]:
             file.truncate()
             digest = hashlib.sha256()
             while data := found.read(min(CHUNK, left)):  # no more than there was: a log may grow as fast as we read
-                file.write(data)
+                with naming(target):
+                    file.write(data)
                 digest.update(data)
                 left -= len(data)
             return file.tell(), digest.hexdigest()
@@ -143,7 +144,7 @@ def copy_file(source: Path, target: Path) -> tuple[int, str]:
 def steadily(path: Path, work: Callable[[IO[bytes], int], Read]) -> Read:
     """What `work` makes of an open file and its size; again where the file was written to meanwhile, a few times."""
     for _ in range(TRIES):
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             before = os.fstat(file.fileno())
             done = work(file, before.st_size)
             after = os.fstat(file.fileno())

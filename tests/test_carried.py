@@ -61,7 +61,7 @@ MODEL = (
     "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
 OTHERS = (
-    "LICENSE.zip", "adapter_config.json", "core.1234", "events.out.tfevents.1", "hf_quant_config.json", "model.tar.gz",
+    "LICENSE.zip", "core.1234", "events.out.tfevents.1", "hf_quant_config.json", "model.tar.gz",
     "nohup.out", "params.json", "quant.log", "recipe.yaml", "requirements.txt", "results.json", "tokenizer.json.aria2",
     "tokenizer.json.bak", "trainer_state.json", "zeugnis.pdf",
 )  # fmt: skip
@@ -178,14 +178,66 @@ def test_ranks_have_what_a_whole_result_has(tmp_path: Path) -> None:
     assert run_shared(plan, tmp_path / "out", 2, **how).complete_before
 
 
+@pytest.mark.parametrize("stopped", ["while it quantizes", "while it shares"])
+def test_ranks_go_on_beside_a_log_with_the_tokenizer_of_the_end(stopped: str, tmp_path: Path) -> None:
+    source = random_model(tmp_path / "wide", "paddle", **OF_128S)
+    put(source, "quant.log", "tokenizer_config.json", data=b"{}")
+    made = built_in.make("wint4", "fastdeploy")
+
+    def run(out: Path, progress: Callable[[int], None] = lambda _: None) -> None:
+        plan = make_plan(open_source(source), runtime=made.runtime, recipe=made.recipe, shard_bytes=100_000)
+        run_shared(plan, out, 2, workers=1, restart=False, progress=progress)
+
+    whole = make_plan(open_source(source), runtime=made.runtime, recipe=made.recipe).nbytes_in
+    left = whole // 2 if stopped == "while it quantizes" else whole + 1000
+
+    def stop(done: int) -> None:
+        nonlocal left
+        left -= done
+        if left < 0:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "out", stop)
+    change_log(source)
+    change_tokenizer(source)
+    run(tmp_path / "out")
+    assert (tmp_path / "out/tokenizer_config.json").read_bytes() == b'{"model_max_length": 131072}'
+    run(tmp_path / "fresh/out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh/out")
+
+
 def test_names_that_no_manifest_can_hold_are_left_out(source: Path, tmp_path: Path) -> None:
     odd = Path(os.fsdecode(os.fsencode(source) + b"/\xc4\xa3\xd0\xcd.md"))
     odd.write_text("x")
     plan = plan_of(source)
-    assert note(plan, "not carried along").startswith(r"not carried along: ")
-    assert note(plan, "not carried along").isprintable()
+    assert note(plan, "not carried along") == "not carried along, with --copy neither: ģ\\udcd0\\udccd.md"
     run_plan(plan, tmp_path / "out")
     assert verify(tmp_path / "out").files
+
+
+def test_the_card_of_a_result_of_ours_gives_way_to_that_of_its_source(source: Path, tmp_path: Path) -> None:
+    put(source, "README.md", data=b"of this program")
+    put(source, "README.source.md", data=b"of the source")
+    plan = plan_of(source)
+    assert plan.copied == {name: source / name for name in ("README.source.md", "generation_config.json")}
+    assert not [n for n in plan.notes if "carried" in n]
+    run_plan(plan, tmp_path / "out")
+    assert (tmp_path / "out/README.source.md").read_bytes() == b"of the source"
+
+
+def test_a_log_that_is_rotated_while_the_folder_is_read_was_not_there(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(source, "quant.log")
+    real, is_file = Path.lstat, Path.is_file
+
+    def lstat(path: Path) -> os.stat_result:
+        if path.name == "quant.log":
+            raise FileNotFoundError
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name != "quant.log" and is_file(path))
+    monkeypatch.setattr(Path, "lstat", lstat)
+    assert not [n for n in plan_of(source).notes if "quant.log" in n]
 
 
 def test_pipes_links_and_what_may_not_be_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

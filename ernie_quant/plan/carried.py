@@ -45,8 +45,11 @@ def carried(source: Checkpoint, patterns: Sequence[str] = (), copy_code: bool = 
     files = {**source.extra_files, **sizes(source.folder, below)}
     named = {source.name_of(path): path for path in files}
     taken = [name for name, path in named.items() if _is_taken(source, name, path, files[path], patterns, copy_code)]
-    if README in taken and SOURCE_README in taken:  # the first is the card of another result
+    if (
+        README in taken and SOURCE_README in taken
+    ):  # the first is the card of another result of ours, the second that of its source
         taken.remove(README)
+        del named[README]
     if unused := [p for p in patterns if not _is_pattern(p) or not any(_matches(p, name) for name in taken)]:
         raise PlanError(f"{source.folder}: not every --copy pattern takes a file", [_refused(p, named) for p in unused])
     kept = set(taken)
@@ -118,17 +121,22 @@ def _is_unread(name: str) -> bool:
 
 def _left_out(left: Mapping[str, int], folders: Sequence[str]) -> list[str]:
     """Notes, with the sizes of large files; what lies in a subfolder is named by it."""
-    python = [shown(name) for name in left if is_code(name)]
     entries = {f"{folder}/": 0 for folder in folders}
     for name, nbytes in left.items():
-        if not is_code(name):
-            first = name.partition("/")[0]
-            entry = name if name == first or first in FOLDERS else f"{first}/"
-            entries[entry] = entries.get(entry, 0) + nbytes
-    words = [shown(entry) + (f" ({_size(n)})" if n >= LARGE else "") for entry, n in sorted(entries.items())]
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    notes = [f"Python files are not carried along: {', '.join(python)}; --copy-code does it"] if python else []
-    return notes + ([f"not carried along: {', '.join(words[:SHOWN])}{more}; --copy PATTERN takes them"] if words else [])
+        first = name.partition("/")[0]
+        entry = name if name == first or first in FOLDERS else f"{first}/"
+        entries[entry] = entries.get(entry, 0) + nbytes
+    python = {name: n for name, n in entries.items() if is_code(name)}
+    never = {name: n for name, n in entries.items() if not name.endswith("/") and (name == ADAPTER or not is_plain(name))}
+    others = {name: n for name, n in entries.items() if name not in python and name not in never}
+    notes = [f"Python files are not carried along: {_listed(python)}; --copy-code does it"] if python else []
+    notes += [f"not carried along, with --copy neither: {_listed(never)}"] if never else []
+    return notes + ([f"not carried along: {_listed(others)}; --copy PATTERN takes them"] if others else [])
+
+
+def _listed(entries: Mapping[str, int]) -> str:
+    words = [shown(name) + (f" ({_size(n)})" if n >= LARGE else "") for name, n in sorted(entries.items())]
+    return ", ".join(words[:SHOWN]) + (f" and {len(words) - SHOWN} more" if len(words) > SHOWN else "")
 
 
 def _size(nbytes: int) -> str:

@@ -65,6 +65,7 @@ class HubDownloader:
                 place.parent.mkdir(parents=True, exist_ok=True)
             fetch(self.hub, self.listing, self.listing.files[name], incoming, time.sleep)
             os.replace(incoming, path)
+            shutil.rmtree(self.headers.with_name("incoming"), ignore_errors=True)
 
     def _nbytes(self, path: Path) -> int:
         return self.listing.files[path.relative_to(self.headers).as_posix()].nbytes

@@ -135,6 +135,13 @@ def test_the_same_is_carried_along_as_from_a_folder(hub: LoopbackHub, tmp_path: 
     assert not {"core.1", "a.png"} & {p.name for p in cache.rglob("*")}  # what is not carried along is not fetched either
 
 
+def test_a_name_of_255_bytes_comes_from_a_hub_too(hub: LoopbackHub, tmp_path: Path) -> None:
+    name = "模型" * 42 + ".md"
+    hub.put(NAME, {name: b"text"})
+    run_plan(make_plan(open_source(ADDRESS), runtime="vllm"), tmp_path / "out")
+    assert (tmp_path / "out" / name).read_bytes() == b"text"
+
+
 def test_what_a_pattern_asks_for_is_fetched_before_the_work(hub: LoopbackHub, tmp_path: Path, cache: Path) -> None:
     hub.put(NAME, {"figures/a.png": b"png", "figures/b.txt": b"text", "core.1": b"\0"})
     plan = make_plan(open_source(ADDRESS), runtime="vllm", copy=["figures/*.png", "core.?"])
