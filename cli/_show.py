@@ -11,7 +11,6 @@ import click
 from ernie_quant.errors import shown
 
 if TYPE_CHECKING:
-
     from ernie_quant.inspect import Inspection
     from ernie_quant.plan.steps import Plan
     from ernie_quant.run.whole import RunResult

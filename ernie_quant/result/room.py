@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ernie_quant.disk import PARTIAL, existing, free_bytes, free_names
-from ernie_quant.errors import CheckpointError, OutputError, RetryError
+from ernie_quant.disk import existing, free_bytes, free_names, partial_of
+from ernie_quant.errors import OutputError, RetryError
 from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, SUMS
 from ernie_quant.plan.steps import Plan
 from ernie_quant.report.rows import FILENAME
@@ -32,7 +32,7 @@ def names(plan: Plan) -> Iterator[str]:
 
 
 def check_names(plan: Plan, out: Path) -> None:
-    """Can every file be written, and every small one of the source be read? Raises OutputError or CheckpointError."""
+    """Can every file be written? Raises OutputError."""
     for name in names(plan):
         path = out / name
         for folder in (out, *(out / parent for parent in Path(name).parents)):
@@ -40,12 +40,9 @@ def check_names(plan: Plan, out: Path) -> None:
                 raise OutputError(f"{folder}: is a file, and the result has a folder there; move it away")
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 raise OutputError(f"{folder}: cannot be written: Permission denied")
-        for place in (path, path.with_name(path.name + PARTIAL)):
+        for place in (path, partial_of(path)):
             if place.is_dir():
                 raise OutputError(f"{place}: is a folder, and the result has a file there; move it away")
-    for source in plan.copies:
-        if not os.access(source, os.R_OK):
-            raise CheckpointError(f"{source}: cannot be read, and is to be carried along: Permission denied")
 
 
 def unknown_space(out: Path) -> str:

@@ -35,10 +35,11 @@ CONTROL = ".aria2"  # lies beside a file until its download has ended
 
 @dataclass(frozen=True)
 class Beside:
-    """Files (bytes of each), subfolders that nobody looked into, and notes on what is not even offered."""
+    """Files (bytes of each), subfolders that nobody looked into, what is no file and why, and notes."""
 
     files: Mapping[Path, int]
     folders: tuple[str, ...]
+    odd: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -71,10 +72,15 @@ def look_beside(folder: Path, used: set[Path], *, links: bool = False) -> Beside
     """All of `folder` but the weight files `used`. Raises CheckpointError for a file of the model that lies elsewhere."""
     files: dict[Path, int] = {}
     folders: list[str] = []
+    odd: list[str] = []
     for path in sorted(folder.iterdir()):
         if path in used or path.name in OWN_FILES or path.name.startswith("."):
             continue
-        if not path.is_dir():
+        if (why := not_a_file(path)) and not path.is_dir():
+            with suppress(FileNotFoundError):  # a log that was rotated meanwhile was not there
+                path.lstat()
+                odd.append(f"{shown(path.name)} ({why})")
+        elif not path.is_dir():
             files |= sizes(folder, [path], links=links)
         elif path.name in FOLDERS and not path.is_symlink():
             files |= sizes(folder, files_below(path), links=links)
@@ -85,7 +91,7 @@ def look_beside(folder: Path, used: set[Path], *, links: bool = False) -> Beside
         for path in files
         if path.suffix == CONTROL and path.with_suffix("") in used
     ]
-    return Beside(files, tuple(folders), tuple(notes))
+    return Beside(files, tuple(folders), tuple(odd), tuple(notes))
 
 
 def files_below(folder: Path) -> Iterator[Path]:

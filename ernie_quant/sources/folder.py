@@ -37,7 +37,8 @@ def open_folder(folder: Path, *, links: bool = False, beside: Collection[str] = 
         raise CheckpointError(f"{folder}: holds no weights ({PATTERNS}){elsewhere(folder)}")
     used = {file for rank in ranks for file in rank.files}
     found = look_beside(folder, used, links=links)
-    unread = sorted({shown(path.name) for path in found.files if is_weights(path.name)} | {n for n in beside if _is_unread(n)})
+    theirs = [shown(path.name) for path in found.files if is_weights(path.name)]
+    unread = sorted({*theirs, *filter(_is_unread, beside), *found.odd})
     left = [f"not read and not carried along: {', '.join(unread)}"] if unread else []
     model = {path.relative_to(folder).as_posix(): path for path in found.files}
     pointers = [name for name, path in model.items() if belongs(name) and is_pointer(path)]
