@@ -45,9 +45,8 @@ def carried(source: Checkpoint, patterns: Sequence[str] = (), copy_code: bool = 
     files = {**source.extra_files, **sizes(source.folder, below)}
     named = {source.name_of(path): path for path in files}
     taken = [name for name, path in named.items() if _is_taken(source, name, path, files[path], patterns, copy_code)]
-    if (
-        README in taken and SOURCE_README in taken
-    ):  # the first is the card of another result of ours, the second that of its source
+    if README in taken and SOURCE_README in taken:
+        # the first is the card of another result of ours, the second that of its source
         taken.remove(README)
         del named[README]
     if unused := [p for p in patterns if not _is_pattern(p) or not any(_matches(p, name) for name in taken)]:
