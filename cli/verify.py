@@ -60,10 +60,16 @@ def command(
     if as_json:
         print_json(verify.as_json(result))
         return
-    words = "verified, but the model is not sound" if result.odd.not_finite or result.odd.only_zeros else "verified"
-    click.echo(f"{out}: {words}: {result.files} files, {result.tensors} tensors, {result.quantized} quantized")
+    click.echo(f"{out}: {_headline(result.odd)}: {result.files} files, {result.tensors} tensors, {result.quantized} quantized")
     for line in _lines(result, str(against)):
         click.echo(f"  {line}")
+
+
+def _headline(odd: Odd) -> str:
+    """NaN is no model; a router of zeros may be meant so, and is no praise either."""
+    if odd.not_finite:
+        return "verified, but the model is not sound"
+    return "verified, with weights of nothing but zeros" if odd.only_zeros else "verified"
 
 
 def _odd(odd: Odd, source: str) -> Iterator[str]:

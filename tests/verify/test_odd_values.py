@@ -135,6 +135,16 @@ def test_what_the_report_says_is_not_called_sound(kind: str, options: tuple[obje
     assert f"  4 hold nothing but zeros, as the report says: {ALL}" in lines
 
 
+def test_weights_of_zeros_alone_have_words_of_their_own(command: Command, tmp_path: Path) -> None:
+    """A router of zeros may be meant so: the model of `make demo` has them."""
+    folder = change(random_model(tmp_path / "src", layouts.PT, **WIDTHS["moe"]), **{ROUTER: 0.0})
+    assert command("convert", folder, tmp_path / "out", "--to", "pt", "--quiet")[0] == 0
+    code, text, _ = command("verify", tmp_path / "out", "--against", folder, "--full")
+    first, *lines = text.splitlines()
+    assert (code, first.split(": ")[1]) == (0, "verified, with weights of nothing but zeros")
+    assert lines[-1] == f"  1 holds nothing but zeros, as {folder} does: {ROUTER}"
+
+
 def test_what_the_source_has_too_is_faithful(made: Path, command: Command) -> None:
     code, text, _ = command("verify", made / "odd-pt", "--against", made / "odd", "--full")
     assert code == 0
