@@ -20,6 +20,7 @@ from ernie_quant.sources.beside import (
     files_below,
     is_code,
     is_plain,
+    is_unread,
     is_weights,
     not_a_file,
     shown,
@@ -52,7 +53,7 @@ def carried(source: Checkpoint, patterns: Sequence[str] = (), copy_code: bool = 
     if unused := [p for p in patterns if not _is_pattern(p) or not any(_matches(p, name) for name in taken)]:
         raise PlanError(f"{source.folder}: not every --copy pattern takes a file", [_refused(p, named) for p in unused])
     kept = set(taken)
-    left = {name: files[path] for name, path in named.items() if name not in kept and not _is_unread(name)}
+    left = {name: files[path] for name, path in named.items() if name not in kept and not is_unread(name)}
     folders = [folder for folder in source.extra_folders if folder not in looked_into]
     copies = tuple(named[name] for name in taken)
     return Carried(copies, (*_left_out(left, folders), *code.notes(source, copies)))
@@ -111,11 +112,6 @@ def _refused(pattern: str, named: Mapping[str, Path]) -> str:
     if any(map(is_code, found)):
         return f"{pattern!r}: {shown(found[0])} is carried along with --copy-code"
     return f"{pattern!r}: {shown(found[0])} is never carried along, as a program would load it, or for its name"
-
-
-def _is_unread(name: str) -> bool:
-    """A weight file that the source's own notes name already."""
-    return is_weights(name) and "/" not in name
 
 
 def _left_out(left: Mapping[str, int], folders: Sequence[str]) -> list[str]:

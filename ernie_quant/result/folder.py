@@ -50,7 +50,6 @@ class OutputFolder:
             yield True
             return
         room.check_names(plan, self.path)
-        self._check_names(plan)
         if space_check:
             room.check_space(plan, self.path, self._given_back(), copies)
         try:
@@ -194,16 +193,6 @@ class OutputFolder:
         """Bytes that weight files take already, or will give back."""
         places = [*weight_folders(self.path), *weight_folders(self.unsplit)]
         return sum(p.stat().st_size for f in places for p in f.iterdir() if _is_shard(p))
-
-    def _check_names(self, plan: Plan) -> None:
-        """May the names of what is carried along be as long as they are? Raises OutputError."""
-        most = os.pathconf(self._there(), "PC_NAME_MAX")
-        if long := next((n for n in plan.copied if max(map(len, map(os.fsencode, n.split("/")))) > most), None):
-            raise OutputError(f"{self.path}: its disk takes names of {most} bytes, which {long} has not; rename it in the source")
-
-    def _there(self) -> Path:
-        """The folder, or the first above it that there is."""
-        return next(p for p in (self.path.resolve(), *self.path.resolve().parents) if p.exists())
 
     def record(self, result: ShardResult) -> None:
         """Remember a finished file."""

@@ -32,7 +32,10 @@ def names(plan: Plan) -> Iterator[str]:
 
 
 def check_names(plan: Plan, out: Path) -> None:
-    """Can every file be written? Raises OutputError."""
+    """Can every file be written, and may the names of what is carried along be as long as they are? Raises OutputError."""
+    most = os.pathconf(existing(out), "PC_NAME_MAX")
+    if long := next((n for n in plan.copied if max(map(len, map(os.fsencode, n.split("/")))) > most), None):
+        raise OutputError(f"{out}: its disk takes names of {most} bytes, which {long} has not; rename it in the source")
     for name in names(plan):
         path = out / name
         for folder in (out, *(out / parent for parent in Path(name).parents)):

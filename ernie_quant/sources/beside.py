@@ -49,6 +49,11 @@ def is_weights(name: str) -> bool:
     return suffix in by_suffix() or suffix in OTHER_WEIGHTS or name.endswith(".index.json")
 
 
+def is_unread(name: str) -> bool:
+    """Weights in the folder itself: those that are not read, the source's own notes name."""
+    return is_weights(name) and "/" not in name
+
+
 def belongs(name: str) -> bool:
     """Is a file of that name (with slashes, below the folder) carried along unasked, if it is not too large?"""
     *folders, last = PurePosixPath(name).parts

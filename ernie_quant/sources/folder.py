@@ -9,7 +9,7 @@ from pathlib import Path
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import CheckpointError, MissingFileError
 from ernie_quant.paths import inside
-from ernie_quant.sources.beside import belongs, is_weights, look_beside, shown
+from ernie_quant.sources.beside import belongs, is_unread, is_weights, look_beside, shown
 from ernie_quant.sources.config import read_config
 from ernie_quant.sources.headers import Headers
 from ernie_quant.sources.hints import elsewhere, no_folder
@@ -38,7 +38,7 @@ def open_folder(folder: Path, *, links: bool = False, beside: Collection[str] = 
     used = {file for rank in ranks for file in rank.files}
     found = look_beside(folder, used, links=links)
     theirs = [shown(path.name) for path in found.files if is_weights(path.name)]
-    unread = sorted({*theirs, *filter(_is_unread, beside), *found.odd})
+    unread = sorted({*theirs, *filter(is_unread, beside), *found.odd})
     left = [f"not read and not carried along: {', '.join(unread)}"] if unread else []
     model = {path.relative_to(folder).as_posix(): path for path in found.files}
     pointers = [name for name, path in model.items() if belongs(name) and is_pointer(path)]
@@ -67,7 +67,3 @@ def _revision(folder: Path, files: Iterable[Path]) -> str:
             return ""
     commit = found.pop() if len(found) == 1 else ""
     return commit if COMMIT.fullmatch(commit) else ""
-
-
-def _is_unread(name: str) -> bool:
-    return is_weights(name) and "/" not in name

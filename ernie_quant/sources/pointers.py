@@ -26,11 +26,6 @@ def is_pointer(path: Path) -> bool:
         return False
 
 
-def pointers_in(folder: Path) -> list[str]:
-    """Names of those in a folder."""
-    return sorted(p.name for p in folder.iterdir() if is_pointer(p))
-
-
 def words(names: Collection[str]) -> str:
     """`a, b, c and 7 more: Git LFS pointers, not the files themselves`, and what to do."""
     first = ", ".join(list(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
