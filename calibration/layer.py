@@ -67,15 +67,21 @@ def rotated(x: torch.Tensor, shape: Attention) -> torch.Tensor:
     return x * cos + turned * sin
 
 
+def heads(x: torch.Tensor, shape: Attention) -> torch.Tensor:
+    """[windows, tokens, heads * head_dim] -> [windows, heads, tokens, head_dim]."""
+    return x.view(*x.shape[:-1], -1, shape.head_dim).transpose(1, 2)
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Attention) -> torch.Tensor:
     """The input of o_proj [windows, tokens, Q], from q [windows, tokens, Q], k and v [windows, tokens, KV]; causal."""
     import torch
 
-    def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
-
     mixed = torch.nn.functional.scaled_dot_product_attention(
-        rotated(heads(q), shape), rotated(heads(k), shape), heads(v), is_causal=True, enable_gqa=shape.heads != shape.kv_heads
+        rotated(heads(q, shape), shape),
+        rotated(heads(k, shape), shape),
+        heads(v, shape),
+        is_causal=True,
+        enable_gqa=shape.heads != shape.kv_heads,
     )
     return mixed.transpose(1, 2).flatten(2)
 

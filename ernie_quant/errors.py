@@ -4,6 +4,7 @@ ErnieQuantError             exit code 1, one line for the user
 ├── CheckpointError         a file of the source is broken, hostile or missing
 │   └── MissingFileError    something else names it
 ├── ConfigError             config.json lacks or contradicts something
+├── TextError               a text for calibration or evaluation, or the tokenizer for it, cannot be used
 ├── PlanError               what is asked for does not fit this checkpoint; holds every problem found
 ├── OutputError             the output folder is not ours, not finished, or cannot be written
 │   └── AnotherPlanError    it holds the result, or the beginning, of another plan
@@ -54,6 +55,10 @@ class MissingFileError(CheckpointError):
 
 class ConfigError(ErnieQuantError):
     """config.json lacks a key, holds a wrong type, or contradicts itself."""
+
+
+class TextError(ErnieQuantError):
+    """A text for calibration or evaluation cannot be used, or there is no tokenizer for it."""
 
 
 class ProblemsError(ErnieQuantError):

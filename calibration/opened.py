@@ -1,0 +1,92 @@
+"""A checkpoint opened as a model: plain or quantized, in a folder or on a hub, layer after layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ernie_quant.calibration.model import EMBEDDINGS, HEAD, LAST_NORM, Geometry, Model, geometry_of, model_of
+from ernie_quant.checkpoint import Checkpoint, Download
+from ernie_quant.errors import PlanError
+from ernie_quant.names import VISION_EXPERT, Weight
+from ernie_quant.sources import open_source
+from ernie_quant.views.build import refs
+from ernie_quant.views.files import Files
+from ernie_quant.views.kinds import spec_of
+from ernie_quant.weights.claims import evidence
+from ernie_quant.weights.plain import FIXES, Resolved, resolve
+from ernie_quant.weights.stored import resolve_quantized
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Readable:
+    """A checkpoint whose names and shapes have been found right; no data are read yet.
+
+    Its stages are 0, the embeddings; 1 to `layers`, the layers; and one more, the head.
+    """
+
+    checkpoint: Checkpoint
+    table: Resolved
+    geometry: Geometry
+
+    @cached_property
+    def stages(self) -> list[list[Weight]]:
+        """The weights of the text path that each stage reads."""
+        found: list[list[Weight]] = [[] for _ in range(self.geometry.layers + 2)]
+        own = any(weight.name == f"{HEAD}.weight" for weight in self.table.weights)
+        for weight in self.table.weights:
+            if weight.role == VISION_EXPERT:
+                continue
+            if layer := LAYER.match(weight.name):
+                found[int(layer[1]) + 1].append(weight)
+            elif weight.name == f"{EMBEDDINGS}.weight":
+                found[0].append(weight)
+                found[-1] += [] if own else [weight]
+            elif weight.name == f"{LAST_NORM}.weight" or weight.name.startswith(f"{HEAD}."):
+                found[-1].append(weight)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of decoded weights that a pass reads: what its progress adds up to."""
+        return sum(self.stage_nbytes(stage) for stage in range(len(self.stages)))
+
+    def stage_nbytes(self, stage: int) -> int:
+        """Of one stage."""
+        return sum(spec_of(weight.view).nbytes for weight in self.stages[stage])
+
+    @contextmanager
+    def read(self) -> Iterator[Opened]:
+        """Its files are open, or on their way. Raises CheckpointError or RetryError."""
+        needs = [list(dict.fromkeys(ref.file for w in stage for ref in refs(w.view))) for stage in self.stages]
+        with self.checkpoint.download(needs) as download, Files(download.stamps, download.path) as files:
+            yield Opened(model_of(self.table, files), files, download)
+            files.check()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose weights can be read."""
+
+    model: Model
+    files: Files
+    download: Download
+
+    def done(self, stage: int) -> None:
+        """Its weights are read no more."""
+        self.download.done(stage)
+
+
+def readable(source: Path | str, *, links: bool = False) -> Readable:
+    """The checkpoint at `source`. Raises CheckpointError, ConfigError, PlanError, HubError or RetryError."""
+    checkpoint = open_source(source, links=links)
+    table = resolve_quantized(checkpoint) if evidence(checkpoint) else resolve(checkpoint, frozenset(FIXES))
+    if table.problems:
+        raise PlanError(f"{source}: has {len(table.problems)} problem(s)", table.problems)
+    return Readable(checkpoint, table, geometry_of(table))
