@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ernie_quant.calibration.layer import Linear, attend, gated, heads, rms_norm, rotated, route
 from ernie_quant.calibration.model import EMBEDDINGS, LAST_NORM, Model
+
 from ernie_quant.errors import TextError
 from ernie_quant.views.kinds import spec_of
 from ernie_quant.views.read import slabs

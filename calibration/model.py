@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ernie_quant.calibration.layer import Attention, Linear, Routing
+
 from ernie_quant.archs import _rope
 from ernie_quant.archs._config import Config, attention_dims, flag, pair, whole, with_rope_theta
-from ernie_quant.calibration.layer import Attention, Linear, Routing
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import EXPERT, Weight
 from ernie_quant.views.files import Files

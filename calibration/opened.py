@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ernie_quant.calibration.model import EMBEDDINGS, HEAD, LAST_NORM, Geometry, Model, geometry_of, model_of
+
 from ernie_quant.checkpoint import Checkpoint, Download
 from ernie_quant.errors import PlanError
 from ernie_quant.names import VISION_EXPERT, Weight
@@ -62,9 +63,14 @@ class Readable:
         return sum(spec_of(weight.view).nbytes for weight in self.stages[stage])
 
     @contextmanager
-    def read(self) -> Iterator[Opened]:
-        """Its files are open, or on their way. Raises CheckpointError or RetryError."""
-        needs = [list(dict.fromkeys(ref.file for w in stage for ref in refs(w.view))) for stage in self.stages]
+    def read(self, first: int = 0, last: int | None = None) -> Iterator[Opened]:
+        """Its files are open, or on their way: of the layers from `first` to `last`, and with these what comes before and after.
+
+        Raises CheckpointError or RetryError.
+        """
+        asked = [s for s in range(len(self.stages)) if (s > first or not first) and (last is None or s <= last + 1)]
+        files = [list(dict.fromkeys(ref.file for w in stage for ref in refs(w.view))) for stage in self.stages]
+        needs = [files[stage] if stage in asked else [] for stage in range(len(files))]
         with self.checkpoint.download(needs) as download, Files(download.stamps, download.path) as files:
             yield Opened(model_of(self.table, files), files, download)
             files.check()

@@ -1,4 +1,4 @@
-"""Ridge regression from moments: what to add to a weight so that its layer's output comes nearer to a target.
+"""What to add to a weight so that its layer's output comes nearer to a target: ridge regression, judged by other tokens.
 
 For inputs z [n, in], residuals r [n, out] and token weights w [n], with H = z' W z and C = r' W z, the change that
 minimizes sum w |r - z D'|^2 + strength * mu |D|^2 (mu the mean of H's diagonal) is D = C (H + strength mu I)^-1. The strength
@@ -8,7 +8,7 @@ always helps, and may do harm elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,49 +19,78 @@ ROWS_JUDGED = 1024  # outputs that strengths are judged on; every so many-th whe
 
 
 @dataclass
-class Moments:
-    """Sums over tokens, to which more tokens are added."""
+class Sample:
+    """Tokens to judge by: inputs [n, in], residuals [n, out], weights [n]."""
 
-    inputs: torch.Tensor  # H [in, in]
-    cross: torch.Tensor  # C [out, in]
+    inputs: torch.Tensor
+    residual: torch.Tensor
+    weight: torch.Tensor
+
+    def loss(self, change: torch.Tensor | None = None, rows: slice = slice(None)) -> float:
+        """sum w |r - z D'|^2 over some of the outputs."""
+        left = self.residual[:, rows]
+        if change is not None:
+            left = left - self.inputs @ change.T
+        return float((left.pow(2).sum(1) * self.weight).sum())
+
+
+@dataclass
+class Seen:
+    """What a projection was seen to be given, and what its output lacks: sums over tokens to fit to, and tokens to judge by."""
+
+    hessian: torch.Tensor  # H [in, in], a sum over `tokens`
+    cross: torch.Tensor | None  # C [out, in]; None where nothing is to be corrected
+    tokens: int = 0
+    judged: list[Sample] = field(default_factory=list)
 
     @staticmethod
-    def zero(out: int, width: int) -> Moments:
-        """Of no tokens."""
+    def nothing(width: int, out: int = 0) -> Seen:
+        """Of no tokens; `out` 0 where nothing is to be corrected."""
         import torch
 
-        return Moments(torch.zeros(width, width), torch.zeros(out, width))
+        return Seen(torch.zeros(width, width), torch.zeros(out, width) if out else None)
 
-    def add(self, inputs: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
-        """Of inputs [n, in], residuals [n, out] and weights [n]."""
-        heavy = inputs * weight[:, None]
-        self.inputs.addmm_(inputs.T, heavy)
-        self.cross.addmm_(residual.T, heavy)
+    def add(self, inputs: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, judged: torch.Tensor) -> None:
+        """More tokens: inputs [n, in], residuals [n, out], weights [n], and which of them are for judging, bool [n]."""
+        import torch
+
+        fit = ~judged
+        heavy = inputs[fit] * weight[fit, None]
+        self.hessian.addmm_(inputs[fit].T, heavy)
+        if self.cross is not None and residual is not None:
+            self.cross.addmm_(residual[fit].T, heavy)
+        self.tokens += int(fit.sum())
+        left = torch.zeros(int(judged.sum()), 0) if residual is None else residual[judged]
+        self.judged.append(Sample(inputs[judged], left, weight[judged]))
+
+    @property
+    def sample(self) -> Sample:
+        """All tokens for judging."""
+        import torch
+
+        if len(self.judged) > 1:
+            fields = ("inputs", "residual", "weight")
+            self.judged = [Sample(*(torch.cat([getattr(part, key) for part in self.judged]) for key in fields))]
+        return self.judged[0]
 
 
-def loss_change(change: torch.Tensor, judge: Moments, rows: slice = slice(None)) -> float:
-    """How a change D [out, in] alters sum w |r - z D'|^2: tr(D H D') - 2 tr(D C')."""
-    d = change[rows].double()
-    return float((((d @ judge.inputs.double()) - 2 * judge.cross[rows].double()) * d).sum())
-
-
-def fitted(fit: Moments, judge: Moments) -> torch.Tensor | None:
-    """The change [out, in] whose strength does best on `judge`; None where no change does better."""
+def fitted(seen: Seen) -> torch.Tensor | None:
+    """The change [out, in] whose strength does best on the tokens for judging; None where no change does better."""
     import torch
 
-    diagonal = fit.inputs.diagonal()
-    mu = float(diagonal.mean())
-    if not mu > 0:
+    assert seen.cross is not None
+    mu, sample = float(seen.hessian.diagonal().mean()), seen.sample
+    if not mu > 0 or not len(sample.weight):
         return None
-    step = -(-len(fit.cross) // ROWS_JUDGED)
-    rows = slice(None, None, step)
-    best, chosen = 0.0, None
+    rows = slice(None, None, -(-len(seen.cross) // ROWS_JUDGED))
+    best, chosen = sample.loss(rows=rows), None
     for strength in STRENGTHS:
-        damped = fit.inputs + torch.eye(len(diagonal)) * (strength * mu)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info):
+        damped = seen.hessian.clone()
+        damped.diagonal().add_(strength * mu)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
             continue
-        change = torch.cholesky_solve(fit.cross[rows].T, factor).T
-        if (loss := loss_change(change, Moments(judge.inputs, judge.cross[rows]))) < best:
+        change = torch.cholesky_solve(seen.cross[rows].T, factor).T
+        if (loss := sample.loss(change, rows)) < best:
             best, chosen = loss, factor
-    return None if chosen is None else torch.cholesky_solve(fit.cross.T, chosen).T.contiguous()
+    return None if chosen is None else torch.cholesky_solve(seen.cross.T, chosen).T.contiguous()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant.calibration.tokenizer import Messages, Tokenizer
+
 from ernie_quant.errors import TextError
 from ernie_quant.jsonio import parse
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ernie_quant.calibration.texts import Text, read_text, tokens
 from ernie_quant.calibration.tokenizer import Tokenizer
+
 from ernie_quant.errors import TextError
 
 if TYPE_CHECKING:
@@ -89,6 +90,12 @@ def windows(
     }  # fmt: skip
     ids = torch.tensor([window.ids for _, window in found], dtype=torch.int64)
     return Windows(ids, torch.tensor(judged), tuple(name for name, _ in found), description)
+
+
+def hashes(source: Sequence[Path] | str) -> dict[str, str]:
+    """sha256 of the texts, by name. Raises TextError."""
+    files = source if not isinstance(source, str) else [FOLDER / f"{kind}.jsonl" for _, _, kinds in SHARES for kind in kinds]
+    return {text.name: text.sha256 for text in map(read_text, files)}
 
 
 def beginning(tokenizer: Tokenizer, file: Path, count: int, length: int = LENGTH) -> tuple[Text, torch.Tensor]:

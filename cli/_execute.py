@@ -11,6 +11,7 @@ from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli._show import show_plan, show_result
 
 if TYPE_CHECKING:
+    from ernie_quant.plan.calibration import Calibration
     from ernie_quant.plan.recipe import Recipe
     from ernie_quant.plan.steps import Plan
 
@@ -36,17 +37,39 @@ def refuse_experts_only(options: dict[str, Any]) -> None:
 def execute(
     src: Path | str, out: Path, rules: Recipe, runtime: str, *, max_shard_size: int, vl_config: str, copy: tuple[str, ...],
     copy_code: bool, fixes: tuple[str, ...], follow_links: bool = False, unsupported: bool = False, dequantize: bool = False,
-    tp: int = 1, **options: Any,
+    tp: int = 1, calibration: tuple[str, ...] = (), calibration_tokens: int = 0, method: str = "", fit: bool = False,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Plan, then run, then say what happened."""
     from ernie_quant.plan.make import make_plan
+    from ernie_quant.plan.recipe import with_method
     from ernie_quant.sources import open_source
 
+    text = of_calibration(calibration, calibration_tokens, fit)
+    if text is not None:
+        rules = with_method(rules, method)
     plan = make_plan(
         open_source(src, links=follow_links), runtime=runtime, recipe=rules, vl_config=vl_config, fixes=frozenset(fixes),
         copy=copy, copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported, dequantize=dequantize,
+        calibration=text,
     )  # fmt: skip
     run(plan, out, tp=tp, **options)
+
+
+def of_calibration(texts: tuple[str, ...], tokens: int, fit: bool) -> Calibration | None:
+    """What is asked for; None where nothing is. Raises TextError."""
+    if not texts:
+        if fit:
+            raise click.UsageError("--fit fits weights to text: name some with --calibration auto or --calibration FILE")
+        return None
+    from ernie_quant.calibration.calibrated import texts_of
+
+    from ernie_quant.plan.calibration import AUTO, Calibration
+
+    if AUTO in texts and len(texts) > 1:
+        raise click.UsageError(f"--calibration {AUTO} stands alone; with files of your own leave it out")
+    source = AUTO if texts == (AUTO,) else tuple(map(Path, texts))
+    return Calibration(source, texts_of(source), tokens, fit=fit)
 
 
 def run(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from ernie_quant.plan import built_in
+from ernie_quant.plan.calibration import TOKENS
 from ernie_quant.settings import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -135,6 +136,24 @@ scale = click.option(
     "--scale", type=click.Choice(["mse", "absmax"]), default=built_in.SCALE, show_default=True,
     help="Choose scales by squared error, or by the largest weight.",
 )  # fmt: skip
+
+
+def calibration(command: F) -> F:
+    """Options of commands that quantize by text."""
+    for option in reversed(
+        [
+            click.option("--calibration", multiple=True, metavar="auto|FILE",
+                         help="Fit quantized weights to this text: the one that comes with ernie-quant, or files."),
+            click.option("--calibration-tokens", type=click.IntRange(512, 1 << 24), default=TOKENS, show_default=True,
+                         help="Tokens of it to fit to; an eighth more is for judging."),
+            click.option("--method", type=click.Choice(["nearest", "feedback", "descent"]), default="descent",
+                         show_default=True, help="What codes make of --calibration."),
+            click.option("--fit", is_flag=True, help="With --calibration: fit o_proj and the shared experts' down_proj too,"
+                         " which else stay as they are."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 def wint4_layers(text: str) -> Callable[[F], F]:

@@ -15,6 +15,7 @@ from ernie_quant.cli import _execute, _options
 @click.option("--recipe", "recipe_file", type=_options.FOLDER, required=True, help="TOML file of rules.")
 @_options.runtime("wint8")
 @_options.keep_unfit
+@_options.calibration
 @_options.run_options
 def command(src: Path | str, out: Path, recipe_file: Path, runtime: str, keep_unfit: bool, **options: Any) -> None:
     """Quantize by a recipe: [[rule]] tables with role or match, codec and its options; the first match wins.

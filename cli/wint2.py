@@ -24,6 +24,7 @@ from ernie_quant.plan import built_in
 @_options.experts_only
 @_options.scale
 @_options.unsupported
+@_options.calibration
 @_options.run_options
 def command(src: Path | str, out: Path, **options: Any) -> None:
     """Quantize the experts to 2 bits (CCQ), for FastDeploy.

@@ -25,6 +25,7 @@ CONTAINER_ONLY = ("unsupported", "tp")
 @_options.keep_unfit
 @click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Ranks to write, for FastDeploy.")
 @_options.unsupported
+@_options.calibration
 @_options.run_options
 @click.pass_context
 def command(ctx: click.Context, src: Path | str, out: Path, **options: Any) -> None:

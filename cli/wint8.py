@@ -18,6 +18,7 @@ from ernie_quant.cli import _execute, _options
 @_options.runtime("wint8")
 @_options.mtp
 @_options.keep_unfit
+@_options.calibration
 @_options.run_options
 def command(src: Path | str, out: Path, **options: Any) -> None:
     """Quantize to int8, for vLLM and transformers.

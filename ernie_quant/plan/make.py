@@ -14,6 +14,7 @@ from ernie_quant.codecs.keep import Keep
 from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.names import EMBED
+from ernie_quant.plan.calibration import Calibration
 from ernie_quant.plan.capacity import Model, gpus_needed
 from ernie_quant.plan.carried import carried
 from ernie_quant.plan.choose import Choice, Choices, choose, folded_problems, linears_of, oriented
@@ -43,10 +44,12 @@ def make_plan(
     unsupported: bool = False,
     dequantize: bool = False,
     statistics: Mapping[str, Mapping[str, View]] | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Decide everything. `copy`: patterns of files to carry along, too.
 
-    `statistics`: weight -> what is known of its inputs, for codecs that look at it.
+    `statistics`: weight -> what is known of its inputs, for codecs that look at it. `calibration`: the text that quantized
+    weights are fitted to when the plan is run.
 
     Raises PlanError with every problem found, or ConfigError.
     """
@@ -79,11 +82,13 @@ def make_plan(
         "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes,
         "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
         **({"statistics": of_statistics(statistics)} if statistics else {}),
+        **({"calibration": calibration.as_dict()} if calibration else {}),
     }  # fmt: skip
     return Plan(
         source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, along.files, tp_sizes,
         (*notes_of(source), *table.notes, *positions, *along.notes, *choices.notes, *refused, *target.notes(linears)),
         identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, tp_sizes, model),
+        calibration=calibration,
     )  # fmt: skip
 
 
@@ -101,7 +106,7 @@ def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> St
     parts = target.parts(weight.name, codec, spec)
     stacked = any(part.index is not None for part in parts.values())
     group = target.layer_of(weight.name, weight.role) if stacked else ""
-    return Step(weight.name, weight.role, view, spec, codec, parts, weight.sources, multiple, group, statistics)
+    return Step(weight.name, weight.role, view, spec, codec, parts, weight.sources, multiple, group, statistics, weight.row)
 
 
 def _config(table: Resolved, layout: Layout, vl_config: str, steps: Sequence[Step], modules: set[str]) -> dict[str, Any]:

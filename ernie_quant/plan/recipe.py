@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,18 @@ class Recipe:
 
 
 KEEP_ALL = Recipe("keep")
+
+
+def with_method(rules: Recipe, method: str) -> Recipe:
+    """The recipe whose codecs look at inputs with this method, where they can and their rules do not name another."""
+    return replace(rules, rules=tuple(replace(rule, codec=_with_method(rule.codec, method)) for rule in rules.rules))
+
+
+def _with_method(codec: Codec, method: str) -> Codec:
+    named = {f.name: f.default for f in fields(codec)}  # type: ignore[arg-type]
+    if "method" not in named or getattr(codec, "method") != named["method"]:  # noqa: B009 - a protocol has no such field
+        return codec
+    return replace(codec, method=method)  # type: ignore[type-var]
 
 
 def read(path: Path, *, keep_unfit: bool = False) -> Recipe:

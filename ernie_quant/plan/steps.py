@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Checkpoint, Stamp, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
+from ernie_quant.names import Row
+from ernie_quant.plan.calibration import Calibration
 from ernie_quant.plan.carried import target_of
 from ernie_quant.plan.identity import Identity
 from ernie_quant.plan.recipe import Recipe
@@ -22,15 +24,31 @@ from ernie_quant.views import build
 from ernie_quant.views.kinds import View
 from ernie_quant.views.read import CPU, slabs
 from ernie_quant.weights.layouts import Layout
+from ernie_quant.weights.stored import Stored
 
 SHARD_BYTES = 5_000_000_000  # the field's usual size of an output file
+
+
+@dataclass(frozen=True)
+class Made:
+    """A weight that calibration has made, and where it lies in the form in which the result stores it.
+
+    `output_error`: the part of its output's energy that its rounding costs, on tokens for judging. `fitted`: it aims at
+    more than the weight of the source. `tokens`: of its inputs that were looked at.
+    """
+
+    stored: Stored
+    output_error: float
+    fitted: bool
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Step:
     """One weight of the result: where it comes from, what is done to it, what is stored.
 
-    `statistics`: what is known of its inputs, for codecs that look at it.
+    `statistics`: what is known of its inputs, for codecs that look at it. `row`: of the table. `made`: it need not be
+    encoded any more.
     """
 
     name: str
@@ -43,6 +61,19 @@ class Step:
     multiple: int = 1  # rows that must stay together in a slab
     group: str = ""  # steps of one group, one after the other, stay in one file
     statistics: Mapping[str, View] = field(default_factory=dict)
+    row: Row | None = None
+    made: Made | None = None
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """PT names of the weights that are joined in it along their outputs."""
+        return (self.name,) if self.row is None or self.name in self.row.pt else self.row.pt
+
+    @property
+    def turned(self) -> bool:
+        """Is it a kept weight that is stored as [in, out]?"""
+        paddle = self.row is not None and self.name == self.row.paddle and self.row.rule.op.transpose
+        return paddle and not self.quantized
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +82,7 @@ class Step:
 
     @property
     def quantized(self) -> bool:
-        """Does it change?"""
+        """Is it stored in another form than the source's?"""
         return not isinstance(self.codec, Keep)
 
     def slabs(self) -> list[tuple[int, int]]:
@@ -83,8 +114,13 @@ class Shard:
 
     @property
     def statistics_files(self) -> set[Path]:
-        """Files that statistics of its weights' inputs are read from; they lie on this machine."""
-        return {ref.file for step in self.steps for view in step.statistics.values() for ref in build.refs(view)}
+        """Files that statistics, or weights that calibration has made, are read from; they lie on this machine."""
+        views = [
+            view
+            for step in self.steps
+            for view in (*step.statistics.values(), *(step.made.stored.parts.values() if step.made else ()))
+        ]
+        return {ref.file for view in views for ref in build.refs(view)}
 
     @property
     def stacks(self) -> dict[str, int]:
@@ -127,6 +163,8 @@ class Plan:
     gpus: Mapping[str, int] = field(default_factory=dict)  # memory of a GPU -> how many take the result, where that is known
     weights: int = 0  # elements of the model, where the steps do not tell
     reports: tuple[TensorReport, ...] | None = None  # of an earlier run whose weights are only moved here
+    calibration: Calibration | None = None  # what text quantized weights are fitted to
+    calibrated: Mapping[str, Any] | None = None  # what came of that: as it stands in report.json
     quantized_by: Plan | None = None  # the plan whose result, which is not kept, this one shares among ranks
 
     @property
@@ -177,6 +215,14 @@ class Plan:
         for shard in self.shards:
             folders.setdefault(shard.filename.rpartition("/")[0], []).append(shard)
         return folders
+
+
+def with_made(plan: Plan, made: Mapping[str, Made]) -> Plan:
+    """The plan whose steps of these names need not be encoded any more."""
+    shards = [
+        replace(shard, steps=tuple(replace(step, made=made.get(step.name)) for step in shard.steps)) for shard in plan.shards
+    ]
+    return replace(plan, shards=tuple(shards))
 
 
 def in_order(shards: Sequence[Shard]) -> list[Shard]:

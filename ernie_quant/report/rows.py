@@ -16,7 +16,9 @@ FILENAME, PAGE = "report.json", "report.html"
 PLOTS_FOLDER, PLOTS = "plots", ("error-heatmap.png", "error-histogram.png", "bytes-by-role.png")  # beside the page
 
 
-ODD = ("not_finite", "only_zeros")  # columns that the rows of a sound model do not have
+FITTED = "kept, fitted"  # in its dtype, and changed by calibration
+SOMETIMES = {"not_finite": 0, "only_zeros": False, "output_error": None, "fitted": False, "calibration_tokens": None}
+# columns that stand in report.json where they are not this
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class TensorReport:
     crc32: str  # of its stored tensors: `writer.joint_crc32`
     not_finite: int = 0  # elements of a kept tensor that are NaN or infinity; in report.json where there are any
     only_zeros: bool = False  # of a weight; in report.json where it is so
+    output_error: float | None = None  # of calibration: part of its output's energy lost on tokens for judging
+    fitted: bool = False  # it aims at more than the source's weight
+    calibration_tokens: int | None = None  # tokens of its inputs that were looked at
 
     @property
     def changed(self) -> bool:
@@ -47,12 +52,12 @@ class TensorReport:
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> TensorReport:
         """The inverse of `to_json`. Raises TypeError or KeyError."""
-        values = {f.name: row[f.name] for f in fields(TensorReport) if f.name in row or f.name not in ODD}
+        values = {f.name: row[f.name] for f in fields(TensorReport) if f.name in row or f.name not in SOMETIMES}
         return TensorReport(**values | {"shape": tuple(row["shape"]), "sources": tuple(row["sources"])})
 
     def to_json(self) -> dict[str, Any]:
         """As in report.json."""
-        return {key: value for key, value in asdict(self).items() if value or key not in ODD}
+        return {key: value for key, value in asdict(self).items() if key not in SOMETIMES or value != SOMETIMES[key]}
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows
     odd = report.odd_values(rows or [row for shard in shards for row in shard.reports])
     plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *odd])))
     if rows:
-        header = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
+        header: dict[str, object] = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
+        header |= {"calibration": plan.calibrated} if plan.calibrated else {}
         put(report.FILENAME, report.to_json(rows, header).encode())
     described = describe(plan)
     put(README, card.readme(described, plan.config, rows, line_of(out.name)).encode())

@@ -20,7 +20,7 @@ from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Download
 from ernie_quant.measure import Difference, Values, compare, means_something, values_of
 from ernie_quant.plan.steps import ShardJob, Step
-from ernie_quant.report.rows import ShardResult, TensorReport
+from ernie_quant.report.rows import FITTED, ShardResult, TensorReport
 from ernie_quant.runtimes import Runtime
 from ernie_quant.threads import Progress, one_torch_thread, ordered
 from ernie_quant.views.files import Files
@@ -30,7 +30,7 @@ from ernie_quant.writers import ShardWriter
 if TYPE_CHECKING:
     import torch
 
-    from ernie_quant.codecs import Encoder
+    from ernie_quant.codecs import Encoded, Encoder
 
 
 class Rows(NamedTuple):
@@ -70,7 +70,8 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
             step = rows.step
             weight = read(step.view, files, (rows.first, rows.last), job.device)
             with encoders.of(step) as encoder:
-                slab = encode_slab(step, runtime, weight, encoder)
+                made = step.made.stored.encoded(files, (rows.first, rows.last), job.device) if step.made else None
+                slab = encode_slab(step, runtime, weight, encoder, made)
                 once = encoder.once if encoder else {}
             constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
             return replace(slab, parts={**constants, **slab.parts})
@@ -90,10 +91,12 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
     return ShardResult(shard.filename, writer.nbytes, sha256, reports)
 
 
-def encode_slab(step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None) -> Slab:
-    """What is stored of rows of a weight, and what they lost; nothing is written."""
-    encoded = encoder.encode(weight) if encoder else step.codec.encode(weight)
-    if step.quantized:
+def encode_slab(
+    step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None, made: Encoded | None = None
+) -> Slab:
+    """What is stored of rows of a weight, and what they lost; nothing is written. `made`: it has been encoded before."""
+    encoded = made or (encoder.encode(weight) if encoder else step.codec.encode(weight))
+    if step.quantized or made:
         once = encoder.once if encoder else {}
         difference = compare(step.name, weight, step.codec.decode({**once, **encoded}))
         values = Values(only_zeros=difference.total == 0)
@@ -104,11 +107,13 @@ def encode_slab(step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Enc
 
 def _row(step: Step, difference: Difference, values: Values, writer: ShardWriter) -> TensorReport:
     crc32 = writer.crc32((name, part.index) for name, part in step.parts.items())
+    made = step.made
     return TensorReport(
-        step.name, step.role, step.codec.describe(), step.spec.shape, step.nbytes,
+        step.name, step.role, FITTED if made and not step.quantized else step.codec.describe(), step.spec.shape, step.nbytes,
         step.codec.bits_per_weight(step.spec), difference.rel_error, difference.sqnr_db, difference.largest,
         difference.error, difference.total, step.sources, crc32,
         values.not_finite, values.only_zeros and step.spec.numel > 0 and means_something(step.name),
+        made.output_error if made else None, made is not None and made.fitted, made.tokens if made else None,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ernie_quant.result.finish import finish
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.shard import run_shard
 from ernie_quant.threads import Progress, default_workers
+
+Watch = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,31 @@ class RunResult:
 
 def run_plan(
     plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, disk_budget: int | None = None,
-    progress: Progress = lambda _: None, runner: str = "local", space_check: bool = True,
+    progress: Progress = lambda _: None, runner: str = "local", space_check: bool = True, watch: Watch = lambda _: None,
 ) -> RunResult:  # fmt: skip
     """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError.
 
     `workers`: threads per file, 0 for as many as there are processors, at most 8. `disk_budget`: bytes of a hub's files
     that may lie on disk at a time. `runner`: a file of `ernie_quant.runners`. `space_check`: must the disk have room for it?
+    `watch` is told which layer and expert is calibrated.
     """
     folder = OutputFolder(out)
-    with folder.begin(plan, restart=restart, space_check=space_check) as complete:
+    copies = 2 if plan.calibration else 1  # calibrated weights lie on disk before the files of the result are written
+    with folder.begin(plan, restart=restart, copies=copies, space_check=space_check) as complete:
         if complete:
             return finished_before(plan, folder)
+        if plan.calibration:
+            plan = calibrate(plan, folder, workers, watch)
         return write_all(plan, folder, workers, disk_budget, progress, runner)
+
+
+def calibrate(plan: Plan, folder: OutputFolder, workers: int, watch: Watch) -> Plan:
+    """The plan with weights that text has been run through; a folder that was begun."""
+    from ernie_quant.calibration.calibrated import calibrated
+
+    plan.origin.bring(plan.copies)  # the tokenizer is among them
+    made: Plan = calibrated(plan, folder.state / "calibration", workers or default_workers(), watch)
+    return made
 
 
 def finished_before(plan: Plan, folder: OutputFolder) -> RunResult:

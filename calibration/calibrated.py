@@ -1,0 +1,129 @@
+"""A plan whose quantized weights are made layer after layer, from text that runs through them.
+
+Layers are in order, each from what the quantized layers before it give (`walk`); after every one of them the run can be
+stopped. What is left then is to write the files of the result, which takes these weights as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ernie_quant.calibration import forward, walk
+from ernie_quant.calibration.forward import SHARED
+from ernie_quant.calibration.model import Model
+from ernie_quant.calibration.opened import Readable, geometry_of
+from ernie_quant.calibration.state import State, said_of
+from ernie_quant.calibration.streams import Streams
+from ernie_quant.calibration.tokenizer import tokenizer_of
+from ernie_quant.calibration.tune import Tuner
+from ernie_quant.calibration.windows import windows
+
+from ernie_quant.names import ATTENTION, VISION_EXPERT
+from ernie_quant.names import SHARED as SHARED_ROLE
+from ernie_quant.plan.calibration import Calibration
+from ernie_quant.plan.steps import Plan, Step, with_made
+from ernie_quant.threads import one_torch_thread
+from ernie_quant.weights.plain import FIXES, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.weight$")
+FITTED = ("self_attn.o_proj", f"{SHARED}.down_proj")
+
+
+def calibrated(plan: Plan, place: Path, workers: int, watch: walk.Watch) -> Plan:
+    """The plan with the weights that calibration made; `place`: a folder for what is kept between runs.
+
+    Raises TextError, CheckpointError, ConfigError or AnotherPlanError.
+    """
+    import torch
+
+    assert plan.calibration is not None
+    source = readable(plan)
+    todo = by_layer(plan, plan.calibration.fit)
+    state, last = State(place), max(todo)
+    text = windows(tokenizer_of(plan.source.folder), plan.calibration.source, plan.calibration.tokens, seed=plan.calibration.seed)
+    state.begin(text.ids, text.judged)
+    first = state.next(last)
+    if first <= last:
+        with one_torch_thread(), torch.no_grad(), source.read(first, last) as opened:
+            streams = state.load(first, text.judged) if first else _start(opened.model, text.ids, text.judged)
+            for layer in range(first, last + 1):
+                streams = _through(opened.model, layer, streams, todo.get(layer, []), plan, state, workers, watch, layer < last)
+                opened.done(layer + 1)
+    made = {name: of for layer, steps in todo.items() for name, of in state.made(layer, steps, plan.runtime).items()}
+    said = {**text.description, "fit": plan.calibration.fit, "layers": [_shown(state.said(layer)) for layer in range(last + 1)]}
+    return replace(with_made(plan, made), calibrated=said)
+
+
+def readable(plan: Plan) -> Readable:
+    """The source as a model. Raises ConfigError."""
+    table = resolve(plan.source, frozenset(FIXES))
+    return Readable(plan.source, table, geometry_of(table))
+
+
+def by_layer(plan: Plan, fit: bool) -> dict[int, list[Step]]:
+    """Layer -> steps of the text path that are made by calibration: quantized ones, and with `fit` what may be fitted there."""
+    found: dict[int, list[Step]] = {}
+    for step in plan.steps:
+        if (at := LAYER.match(step.holds[0])) and step.role != VISION_EXPERT:
+            found.setdefault(int(at[1]), []).append(step)
+    return {
+        layer: chosen
+        for layer, steps in sorted(found.items())
+        if any(step.quantized for step in steps)
+        and (chosen := [step for step in steps if step.quantized or (fit and _may_be_fitted(step))])
+    }
+
+
+def _may_be_fitted(step: Step) -> bool:
+    at = LAYER.match(step.holds[0])
+    return step.role in (ATTENTION, SHARED_ROLE) and at is not None and at[2] in FITTED
+
+
+def _start(model: Model, ids: torch.Tensor, judged: torch.Tensor) -> Streams:
+    hidden = forward.start(model, ids)
+    return Streams(hidden, hidden, judged)
+
+
+def _through(
+    model: Model, layer: int, streams: Streams, steps: Sequence[Step], plan: Plan, state: State, workers: int,
+    watch: walk.Watch, more: bool,
+) -> Streams:  # fmt: skip
+    """The streams after a layer, which is finished then."""
+    watch(f"layer {layer}")
+    if not steps:
+        after = forward.through(model, layer, streams.original)
+        made = after if streams.same else forward.through(model, layer, streams.made)
+        streams = Streams(after, made, streams.judged)
+        state.finish(layer, streams, said_of(layer, streams, [], {}), more)
+        return streams
+    assert plan.calibration is not None
+    by_name = {name: step for step in steps for name in step.holds}
+    with state.writer(layer, steps) as writer:
+        tuner = Tuner(by_name, plan.runtime, writer, workers, plan.calibration.fit)
+        now = walk.Layer(model, layer, tuner, streams.judged_tokens, lambda what: watch(f"layer {layer} {what}"))
+        streams = walk.through(now, streams)
+        writer.close()
+    state.finish(layer, streams, said_of(layer, streams, tuner.tuned, now.tokens), more)
+    return streams
+
+
+def _shown(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a layer stands in report.json; weights have rows of their own there."""
+    return {key: value for key, value in said.items() if key != "tuned" and value != []}
+
+
+def texts_of(source: tuple[Path, ...] | str) -> Mapping[str, str]:
+    """Hashes of the texts, by name: what a plan depends on. Raises TextError."""
+    from ernie_quant.calibration.windows import hashes
+
+    return hashes(source)
+
+
+__all__ = ["Calibration", "calibrated", "texts_of"]

@@ -1,0 +1,123 @@
+"""One weight of the result: its codes from what its inputs are, stored as the result will store it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ernie_quant.calibration.ridge import Seen
+
+from ernie_quant import runtimes
+from ernie_quant.codecs import Codec, Encoder
+from ernie_quant.codecs.keep import Keep
+from ernie_quant.dtypes import torch_dtype
+from ernie_quant.plan.steps import Step
+from ernie_quant.threads import ordered
+from ernie_quant.writers import ShardWriter
+
+if TYPE_CHECKING:
+    import torch
+
+    from ernie_quant.codecs import Encoded
+
+ROWS_AT_ONCE = 512  # of a weight, on each thread: a number of its own, so that bits do not depend on how many there are
+FEW_BITS = 6.0  # weights with fewer are corrected whether or not others may be changed
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of a weight: the part of its output's energy that rounding costs on tokens for judging; was it changed
+    though it is not quantized, or beyond its rounding; tokens it was fitted to."""
+
+    name: str
+    output_error: float
+    fitted: bool
+    tokens: int
+
+
+@dataclass
+class Tuner:
+    """Makes the weights of one layer, and writes them. `steps`: PT name of a weight -> the step of the result that holds it."""
+
+    steps: Mapping[str, Step]
+    runtime: str
+    writer: ShardWriter
+    workers: int
+    fit: bool
+    tuned: list[Tuned] = field(default_factory=list)
+    _encoders: dict[tuple[Codec, int], Encoder | None] = field(default_factory=dict)
+    _of: Seen | None = None
+
+    def changes(self, name: str) -> bool:
+        """Is the weight quantized, or may it be fitted?"""
+        return name in self.steps
+
+    def corrects(self, name: str) -> bool:
+        """May it aim at more than its own rounding?"""
+        step = self.steps.get(name)
+        return step is not None and (self.fit or step.codec.bits_per_weight(step.spec) < FEW_BITS)
+
+    def tune(self, names: Sequence[str], wanted: Sequence[torch.Tensor], seen: Seen, fitted: bool) -> list[torch.Tensor]:
+        """Store weights [out, in] with the same inputs, as near to `wanted` as their codecs can; f32, as they will be read.
+
+        `fitted`: `wanted` are not the weights of the source. Steps that hold several of them must be given all of these.
+        """
+        import torch
+
+        made: dict[str, torch.Tensor] = {}
+        of = dict(zip(names, wanted, strict=True))
+        for step in {step.name: step for step in (self.steps[name] for name in names)}.values():
+            whole = torch.cat([of[name] for name in step.holds]) if len(step.holds) > 1 else of[step.holds[0]]
+            stored = self._store(step, whole, seen, fitted)
+            made |= zip(step.holds, stored.split([len(of[name]) for name in step.holds]), strict=True)
+        return [made[name] for name in names]
+
+    def _store(self, step: Step, wanted: torch.Tensor, seen: Seen, fitted: bool) -> torch.Tensor:
+        """f32 [out, in] as it will be read."""
+
+        runtime = runtimes.find(self.runtime)
+        encoded = self._kept(step, wanted) if isinstance(step.codec, Keep) else self._encoded(step, wanted, seen)
+        parts = {
+            **runtime.constants(step.name, step.codec, step.spec, {}),
+            **runtime.pack(step.name, step.codec, encoded),
+        }
+        for name, tensor in parts.items():
+            self.writer.write(name, tensor)
+        decoded: torch.Tensor = step.codec.decode(encoded).float()
+        if isinstance(step.codec, Keep) and step.turned:
+            decoded = decoded.T
+        self.tuned.append(Tuned(step.name, _output_error(wanted, decoded, seen), fitted, seen.tokens))
+        return decoded
+
+    def _kept(self, step: Step, wanted: torch.Tensor) -> Encoded:
+        weight = (wanted.T if step.turned else wanted).to(torch_dtype(step.spec.dtype)).contiguous()
+        return {"weight": weight}
+
+    def _encoded(self, step: Step, wanted: torch.Tensor, seen: Seen) -> Encoded:
+        import torch
+
+        encoder = self._encoder(step, seen)
+        encode = encoder.encode if encoder else step.codec.encode
+        size = math.lcm(ROWS_AT_ONCE, step.multiple)
+        slabs = list(ordered(encode, wanted.split(size), self.workers))
+        return {key: torch.cat([slab[key] for slab in slabs]) for key in slabs[0]}
+
+    def _encoder(self, step: Step, seen: Seen) -> Encoder | None:
+        """One for all weights with the same inputs and form; those of other inputs are dropped."""
+        if self._of is not seen:
+            self._encoders.clear()
+            self._of = seen
+        key = (step.codec, step.spec.shape[1])
+        if key not in self._encoders:
+            self._encoders[key] = step.codec.prepare(step.spec, {"hessian": seen.hessian}) if seen.tokens else None
+        return self._encoders[key]
+
+
+def _output_error(wanted: torch.Tensor, decoded: torch.Tensor, seen: Seen) -> float:
+    """sum |z (W - Q)'|^2 / sum |z W'|^2 over the tokens for judging."""
+    sample = seen.sample
+    heavy = sample.inputs * sample.weight.sqrt()[:, None]
+    energy = float((heavy @ wanted.T).pow(2).sum())
+    return float((heavy @ (wanted - decoded).T).pow(2).sum()) / energy if energy else 0.0
