@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from ernie_quant.kernels import feedback
-from ernie_quant.kernels.ccq_feedback_loops import descend_group, feedback_group
+from ernie_quant.kernels.ccq_descent_loops import descend_group
+from ernie_quant.kernels.ccq_feedback_loops import feedback_group
 from ernie_quant.kernels.ccq_reference import GROUP, MAX_LOCAL, Pair, code_values, fields
 from ernie_quant.kernels.curvature import Inputs
 from ernie_quant.kernels.rtn import Array
