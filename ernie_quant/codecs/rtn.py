@@ -109,7 +109,9 @@ class RoundToNearest:
         """With `hessian` f32 [in, in] among the statistics: feedback, and descent where the method says so."""
         if self.method == _feedback.NEAREST or "hessian" not in statistics:
             return None
-        inputs = _feedback.inputs(spec, statistics["hessian"], self.damping)
+        from ernie_quant.kernels import curvature
+
+        inputs = curvature.inputs(_feedback.hessian(spec, statistics), self.damping)
         passes, grid = _feedback.passes(self.method, self.passes), self._grid(self.group(spec))
         return _feedback.Feedback(lambda weight: self._encode_with(weight, inputs, grid, passes), self.encode)
 

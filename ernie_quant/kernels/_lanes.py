@@ -28,24 +28,24 @@ def less_one(work, error, row, first, last):  # type: ignore[no-untyped-def]
 
 @compiled()
 def less_four(work, errors, rows, first, last):  # type: ignore[no-untyped-def]
-    """As four times `less_one`, for errors f32 [4, lanes] and rows f32 [4, inputs], in that order: the same bits.
+    """As four times `less_one`, for errors f32 [4, LANES] and rows f32 [4, inputs], in that order: the same bits.
 
-    Four inputs at a time, so that what is loaded is used four times.
+    Four inputs at a time, so that what is loaded is used four times; in flat arrays at distances that the compiler knows, or it
+    finds too many pairs of rows that might overlap, and vectorizes nothing.
     """
-    e0, e1, e2, e3 = errors[0], errors[1], errors[2], errors[3]
-    k = first
+    flat, e, k = work.reshape(work.size), errors.reshape(errors.size), first
     while k + 4 <= last:
-        w0, w1, w2, w3 = work[k], work[k + 1], work[k + 2], work[k + 3]
+        w = flat[k * LANES : (k + 4) * LANES]
         a0, a1, a2, a3 = rows[0, k], rows[0, k + 1], rows[0, k + 2], rows[0, k + 3]
         b0, b1, b2, b3 = rows[1, k], rows[1, k + 1], rows[1, k + 2], rows[1, k + 3]
         c0, c1, c2, c3 = rows[2, k], rows[2, k + 1], rows[2, k + 2], rows[2, k + 3]
         d0, d1, d2, d3 = rows[3, k], rows[3, k + 1], rows[3, k + 2], rows[3, k + 3]
-        for v in range(e0.size):
-            a, b, c, d = e0[v], e1[v], e2[v], e3[v]
-            w0[v] = (((w0[v] - a * a0) - b * b0) - c * c0) - d * d0
-            w1[v] = (((w1[v] - a * a1) - b * b1) - c * c1) - d * d1
-            w2[v] = (((w2[v] - a * a2) - b * b2) - c * c2) - d * d2
-            w3[v] = (((w3[v] - a * a3) - b * b3) - c * c3) - d * d3
+        for v in range(LANES):
+            a, b, c, d = e[v], e[v + LANES], e[v + 2 * LANES], e[v + 3 * LANES]
+            w[v] = (((w[v] - a * a0) - b * b0) - c * c0) - d * d0
+            w[v + LANES] = (((w[v + LANES] - a * a1) - b * b1) - c * c1) - d * d1
+            w[v + 2 * LANES] = (((w[v + 2 * LANES] - a * a2) - b * b2) - c * c2) - d * d2
+            w[v + 3 * LANES] = (((w[v + 3 * LANES] - a * a3) - b * b3) - c * c3) - d * d3
         k += 4
     for i in range(4):
         less_one(work, errors[i], rows[i], k, last)

@@ -6,21 +6,19 @@ import numpy as np
 
 from ernie_quant.kernels._compiled import compiled
 from ernie_quant.kernels._lanes import LANES, less_all, less_four, round_row, take_better
-from ernie_quant.kernels.ccq_feedback_loops import GROUP, MAX_LOCAL, best_bytes, decode_four, halves, scales, times
+from ernie_quant.kernels.ccq_feedback_loops import GROUP, MAX_LOCAL, best_bytes, decode_four, scales, times
 
 F = np.float32
 
 
 @compiled()
 def descend_group(  # type: ignore[no-untyped-def]
-    gradient, curvature, metric, values, steps, super_scale, codes, local_scale, decoded, change
+    gradient, curvature, metric, half, values, steps, super_scale, codes, local_scale, decoded, change
 ):
     """Bytes of a group, then its local scale: gradient f32 [64, rows], which stays -> change of decoded."""
-    half, lane = np.empty((16, 256), F), np.empty((4, LANES), F)
+    lane = np.empty((4, LANES), F)
     g, q, c = np.empty((GROUP, LANES), F), np.empty((GROUP, LANES), F), np.empty((GROUP, LANES), F)
     trial, local, byte = np.empty((3, GROUP, LANES), F), np.empty(LANES, F), np.empty((16, LANES), np.int32)
-    for b in range(16):
-        halves(values, metric[b], half[b])
     for first in range(0, gradient.shape[1], LANES):
         lanes = slice(first, first + LANES)
         g[:] = gradient[:, lanes]
@@ -88,13 +86,19 @@ def _step_local(g, q, c, curvature, step, super_scale, local, lane, trial):  # t
     scales(moved, super_scale, scale, reciprocal)
     bits = new.view(np.uint32)
     for j in range(GROUP):
-        for v in range(moved.size):
-            new[j, v] = c[j, v] * scale[v]
-        round_row(new[j], bits[j])
-        for v in range(moved.size):
-            less[j, v] = q[j, v] - new[j, v]
+        _decode_row(c[j], q[j], scale, new[j], bits[j], less[j])
     along[:] = 0
     less_all(along, less, curvature, 0, GROUP)
     take_better(g, q, 0, new, less, along, loss)
     for v in range(moved.size):
         local[v] = moved[v] if loss[v] < 0 else local[v]
+
+
+@compiled()
+def _decode_row(c, q, scale, new, bits, less):  # type: ignore[no-untyped-def]
+    """bf16(c * scale), and how much less it is than q."""
+    for v in range(scale.size):
+        new[v] = c[v] * scale[v]
+    round_row(new, bits)
+    for v in range(scale.size):
+        less[v] = q[v] - new[v]
