@@ -131,8 +131,8 @@ class RoundToNearest:
 
     def _encode_with(self, weight: torch.Tensor, inputs: Inputs, grid: Grid, passes: int) -> Encoded:
         """Fields of rows f32 [rows, in]; where a row has one scale, it is that of the data-free search."""
-        scale = self.encode(weight)["scale"][:, 0] if self.group_size == CHANNEL else None
-        codes, scales = kernels.of("rtn_feedback", weight).encode(weight, inputs, grid, passes, scale)
+        scale_of = (lambda rows: self.encode(rows)["scale"][:, 0]) if self.group_size == CHANNEL else None
+        codes, scales = kernels.of("rtn_feedback", weight).encode(weight, inputs, grid, passes, scale_of)
         return {"codes": codes, "scale": scales}
 
     def encode(self, weight: torch.Tensor) -> Encoded:

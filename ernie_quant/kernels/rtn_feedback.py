@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,12 +90,15 @@ class IntegerTile:
 
 
 def encode(
-    weight: torch.Tensor, inputs: Inputs, grid: Grid, passes: int, scale: torch.Tensor | None
+    weight: torch.Tensor, inputs: Inputs, grid: Grid, passes: int, scale_of: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [rows, in] and scales bf16 [rows, groups] of an encodable f32 weight; `scale` [rows] where rows have one."""
+    """Codes int8 [rows, in] and scales bf16 [rows, groups] of an encodable f32 weight.
+
+    Where a row has one scale, `scale_of` finds them for rows [n, in] that are multiplied by powers of two: [n].
+    """
     exponent = feedback.exponents(weight)
     weight = torch.ldexp(weight, -exponent[:, None])
-    given = None if scale is None else torch.ldexp(scale.float(), -exponent)
+    given = None if scale_of is None else scale_of(weight).bfloat16().float()
     codes = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty((len(weight), weight.shape[1] // grid.group))
     for rows, part in feedback.tiles(weight, inputs.order):
