@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from ernie_quant.codecs import Encoded
-    from ernie_quant.kernels.curvature import Inputs
 
 NEAREST, FEEDBACK, DESCENT = METHODS = ("nearest", "feedback", "descent")
 DAMPING, PASSES = 0.3, 2
@@ -49,15 +48,13 @@ def passes(method: str, n: int) -> int:
     return n if method == DESCENT else 0
 
 
-def inputs(spec: TensorSpec, hessian: torch.Tensor, damping: float, order: torch.Tensor | None = None) -> Inputs:
-    """Factors of the H of the inputs of a weight [out, in]. Raises ErnieQuantError."""
-    from ernie_quant.kernels import curvature
-
-    width = spec.shape[1]
-    if tuple(hessian.shape) != (width, width):
-        shape = " x ".join(map(str, hessian.shape))
+def hessian(spec: TensorSpec, statistics: Encoded) -> torch.Tensor:
+    """H of the inputs of a weight [out, in]. Raises ErnieQuantError."""
+    found, width = statistics["hessian"], spec.shape[1]
+    if tuple(found.shape) != (width, width):
+        shape = " x ".join(map(str, found.shape))
         raise ErnieQuantError(f"statistics of inputs are {shape}, and the weight has {width} inputs: these are not its inputs")
-    return curvature.inputs(hessian, damping, order)
+    return found
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ernie_quant.codecs import Encoded, Encoder
-    from ernie_quant.kernels.curvature import Inputs
+    from ernie_quant.kernels.ccq_feedback import Prepared
 
 GROUP = 64
 IN_MULTIPLE, OUT_MULTIPLE = 128, 8  # what FastDeploy's kernel takes: two local scales to a byte, tiles of 8 channels
@@ -104,22 +104,10 @@ class ConvolutionalCode:
         """With `hessian` f32 [in, in] among the statistics: feedback, and descent where the method says so."""
         if self.method == _feedback.NEAREST or "hessian" not in statistics:
             return None
-        from ernie_quant.kernels.ccq_reference import stored_positions
-
-        order = stored_positions(spec.shape[1])
-        inputs, passes = (
-            _feedback.inputs(spec, statistics["hessian"], self.damping, order),
-            _feedback.passes(self.method, self.passes),
-        )
-        return _feedback.Feedback(lambda weight: self._encode_with(weight, inputs, passes), self.encode)
-
-    def _encode_with(self, weight: torch.Tensor, inputs: Inputs, passes: int) -> Encoded:
-        """Fields of rows f32 [rows, in]."""
-        import torch
-
-        pair = torch.zeros(len(weight), dtype=torch.int64)
-        encoded: Encoded = kernels.of("ccq_feedback", weight).encode(weight, inputs, CANDIDATES[:1], pair, passes)
-        return encoded
+        hessian = _feedback.hessian(spec, statistics)
+        prepared = kernels.of("ccq_feedback", hessian).prepare(hessian, self.damping, CANDIDATES[:1])
+        passes = _feedback.passes(self.method, self.passes)
+        return _feedback.Feedback(lambda weight: _encode_with(weight, prepared, passes), self.encode)
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Codes and scales of a weight [out, in] of any float dtype; codes are in the order that the runtime stores.
@@ -138,6 +126,15 @@ class ConvolutionalCode:
     def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
         """The bytes that decode nearest to the weight, at the four scales; the lower one of two that decode alike."""
         return encoded | {"codes": kernels.of("ccq", weight).recode(weight, encoded)}
+
+
+def _encode_with(weight: torch.Tensor, prepared: Prepared, passes: int) -> Encoded:
+    """Fields of rows f32 [rows, in]."""
+    import torch
+
+    pair = torch.zeros(len(weight), dtype=torch.int64)
+    encoded: Encoded = kernels.of("ccq_feedback", weight).encode(weight, prepared, pair, passes)
+    return encoded
 
 
 def _near(n: int, multiple: int) -> list[int]:

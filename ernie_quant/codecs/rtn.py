@@ -109,7 +109,9 @@ class RoundToNearest:
         """With `hessian` f32 [in, in] among the statistics: feedback, and descent where the method says so."""
         if self.method == _feedback.NEAREST or "hessian" not in statistics:
             return None
-        inputs = _feedback.inputs(spec, statistics["hessian"], self.damping)
+        from ernie_quant.kernels import curvature
+
+        inputs = curvature.inputs(_feedback.hessian(spec, statistics), self.damping)
         passes, grid = _feedback.passes(self.method, self.passes), self._grid(self.group(spec))
         return _feedback.Feedback(lambda weight: self._encode_with(weight, inputs, grid, passes), self.encode)
 
@@ -129,8 +131,8 @@ class RoundToNearest:
 
     def _encode_with(self, weight: torch.Tensor, inputs: Inputs, grid: Grid, passes: int) -> Encoded:
         """Fields of rows f32 [rows, in]; where a row has one scale, it is that of the data-free search."""
-        scale = self.encode(weight)["scale"][:, 0] if self.group_size == CHANNEL else None
-        codes, scales = kernels.of("rtn_feedback", weight).encode(weight, inputs, grid, passes, scale)
+        scale_of = (lambda rows: self.encode(rows)["scale"][:, 0]) if self.group_size == CHANNEL else None
+        codes, scales = kernels.of("rtn_feedback", weight).encode(weight, inputs, grid, passes, scale_of)
         return {"codes": codes, "scale": scales}
 
     def encode(self, weight: torch.Tensor) -> Encoded:

@@ -9,14 +9,16 @@ and A = H_bb: one loop, and no inverse of H_bb.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ernie_quant.kernels import feedback
-from ernie_quant.kernels.ccq_feedback_loops import descend_group, feedback_group
-from ernie_quant.kernels.ccq_reference import GROUP, MAX_LOCAL, Pair, code_values, fields
-from ernie_quant.kernels.curvature import Inputs
+from ernie_quant.kernels.ccq_descent_loops import descend_group
+from ernie_quant.kernels.ccq_feedback_loops import feedback_group
+from ernie_quant.kernels.ccq_reference import GROUP, Pair, code_values, fields, stored_positions
+from ernie_quant.kernels.curvature import Inputs, inputs
 from ernie_quant.kernels.rtn import Array
 
 # A group's local scale is tried at round(rms / CODE_RMS / super) and these steps beside it; super = rms / CODE_RMS / LOCAL_TOP
@@ -26,12 +28,55 @@ FEEDBACK_STEPS = (-1, 0, 1)
 DESCENT_STEPS = (-1, 1)
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A of the inputs of each byte, f32 [in/4, 4, 4], and of each byte -c A c^T / 2: `half` f32 [in/4, pairs, 256]."""
+
+    matrix: torch.Tensor
+    half: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one set of inputs and a list of pairs have in common for all weights."""
+
+    pairs: Sequence[Pair]
+    values: torch.Tensor  # f32 [pairs, 256, 4]
+    inputs: Inputs
+    inverse: torch.Tensor  # V, f32 [in/4, 4, 4]
+    of_feedback: Metric
+    of_descent: Metric
+
+
+def prepare(hessian: torch.Tensor, damping: float, pairs: Sequence[Pair]) -> Prepared:
+    """For H f32 [in, in] in logical order."""
+    found = inputs(hessian, damping, stored_positions(len(hessian)))
+    table = torch.tensor(pairs, dtype=torch.float32)
+    values = code_values(table[:, 0], table[:, 1]).float()
+    eye = torch.eye(4).expand(len(hessian) // 4, 4, 4)
+    inverse = torch.linalg.solve_triangular(fours(found.upper), eye, upper=True).contiguous()
+    of_feedback, of_descent = metric_of(inverse @ inverse.mT, values), metric_of(fours(found.curvature), values)
+    return Prepared(pairs, values, found, inverse, of_feedback, of_descent)
+
+
+def fours(square: torch.Tensor) -> torch.Tensor:
+    """[n, n] -> its diagonal blocks [n/4, 4, 4]."""
+    n = len(square)
+    return square.reshape(n // 4, 4, n // 4, 4).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def metric_of(matrix: torch.Tensor, values: torch.Tensor) -> Metric:
+    """A f32 [in/4, 4, 4] and the values of bytes f32 [pairs, 256, 4]."""
+    along = values @ matrix[:, None]  # [in/4, pairs, 256, 4]
+    return Metric(matrix, (along * values).sum(3) * -0.5)
+
+
 class CodeTile:
     """`feedback.Tile`: codes uint8 [in/4, TILE], local scales uint8 [in/64, TILE], super scales f32 [TILE], one pair."""
 
-    def __init__(self, weight: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, prepared: Prepared, pair: int) -> None:
         width = len(weight)
-        self.values = values  # f32 [256, 4]
+        self.prepared, self.pair, self.values = prepared, pair, prepared.values[pair]
         self.codes = torch.zeros((width // 4, feedback.TILE), dtype=torch.uint8)
         self.local_scale = torch.zeros((width // GROUP, feedback.TILE), dtype=torch.uint8)
         rms = weight.view(-1, GROUP, feedback.TILE).square().mean(1).sqrt()
@@ -42,6 +87,11 @@ class CodeTile:
         """Groups of 64 inputs."""
         return [slice(first, first + GROUP) for first in range(0, len(self.decoded), GROUP)]
 
+    def _metric(self, block: slice, metric: Metric) -> tuple[Array, Array, Array]:
+        """A, halves and the values of bytes."""
+        fours_ = slice(block.start // 4, block.stop // 4)
+        return metric.matrix[fours_].numpy(), metric.half[fours_, self.pair].numpy(), self.values.numpy()
+
     def _parts(self, block: slice) -> tuple[Array, Array, Array, Array]:
         """Super scales, and codes, local scales and decoded weights of a group."""
         codes = self.codes[block.start // 4 : block.stop // 4]
@@ -50,9 +100,9 @@ class CodeTile:
 
     def feedback(self, block: slice, weight: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
         """Bytes and the local scale of a group."""
-        errors, inverse = torch.empty_like(weight), inverses(upper)
+        errors, inverse = torch.empty_like(weight), self.prepared.inverse[block.start // 4 : block.stop // 4]
         feedback_group(
-            weight.numpy(), upper.contiguous().numpy(), inverse.numpy(), (inverse @ inverse.mT).numpy(), self.values.numpy(),
+            weight.numpy(), upper.contiguous().numpy(), inverse.numpy(), *self._metric(block, self.prepared.of_feedback),
             np.float32(CODE_RMS), np.array(FEEDBACK_STEPS), *self._parts(block), errors.numpy(),
         )  # fmt: skip
         return errors
@@ -61,7 +111,7 @@ class CodeTile:
         """Bytes, then the local scale of a group."""
         change = torch.empty_like(gradient)
         descend_group(
-            gradient.numpy(), curvature.contiguous().numpy(), fours(curvature).numpy(), self.values.numpy(),
+            gradient.numpy(), curvature.contiguous().numpy(), *self._metric(block, self.prepared.of_descent),
             np.array(DESCENT_STEPS), *self._parts(block), change.numpy(),
         )  # fmt: skip
         return change
@@ -79,39 +129,19 @@ class CodeTile:
         self.decoded = decoded
 
 
-def fours(square: torch.Tensor) -> torch.Tensor:
-    """[n, n] -> its diagonal blocks [n/4, 4, 4]."""
-    n = len(square)
-    return square.reshape(n // 4, 4, n // 4, 4).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-
-
-def inverses(upper: torch.Tensor) -> torch.Tensor:
-    """U [n, n] -> V = U_bb^-1, f32 [n/4, 4, 4], upper triangular."""
-    eye = torch.eye(4).expand(len(upper) // 4, 4, 4)
-    solved: torch.Tensor = torch.linalg.solve_triangular(fours(upper), eye, upper=True)
-    return solved.contiguous()
-
-
-def encode(
-    weight: torch.Tensor, inputs: Inputs, pairs: Sequence[Pair], pair: torch.Tensor, passes: int
-) -> dict[str, torch.Tensor]:
-    """The fields of an encodable f32 weight [rows, in] in logical order; pair int64 [rows]: a place in `pairs`."""
+def encode(weight: torch.Tensor, prepared: Prepared, pair: torch.Tensor, passes: int) -> dict[str, torch.Tensor]:
+    """The fields of an encodable f32 weight [rows, in] in logical order; pair int64 [rows]: a place in `prepared.pairs`."""
     exponent = feedback.exponents(weight)
     weight = torch.ldexp(weight, -exponent[:, None])
     rows, width = weight.shape
     codes = torch.zeros((rows, width // 4), dtype=torch.uint8)
     local_scale = torch.zeros((rows, width // GROUP), dtype=torch.uint8)
     super_scale = torch.zeros(rows)
-    table = torch.tensor(pairs, dtype=torch.float32)
-    values = code_values(table[:, 0], table[:, 1]).float()
     for which in sorted(set(pair.tolist())):
         mine = (pair == which).nonzero()[:, 0]
-        for part, tile_weight in feedback.tiles(weight[mine], inputs.order):
+        for part, tile_weight in feedback.tiles(weight[mine], prepared.inputs.order):
             n, at = part.stop - part.start, mine[part]
-            tile = CodeTile(tile_weight, values[which])
-            feedback.run(tile, tile_weight, inputs, passes)
+            tile = CodeTile(tile_weight, prepared, which)
+            feedback.run(tile, tile_weight, prepared.inputs, passes)
             codes[at], local_scale[at], super_scale[at] = tile.codes[:, :n].T, tile.local_scale[:, :n].T, tile.super_scale[:n]
-    return fields(codes, local_scale, torch.ldexp(super_scale, exponent), pair, pairs)
-
-
-assert MAX_LOCAL == 15  # what the loops clamp to
+    return fields(codes, local_scale, torch.ldexp(super_scale, exponent), pair, prepared.pairs)

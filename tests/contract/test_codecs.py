@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.hessians import correlated
 
 from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec
@@ -58,6 +59,22 @@ def test_slabs_of_rows_encode_as_the_whole_does(codec: codecs.Codec, weight: tor
     for name, tensor in whole.items():
         joined = torch.cat([slab[name] for slab in slabs])
         assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_statistics_of_inputs_change_codes_and_nothing_else(codec: codecs.Codec, weight: torch.Tensor) -> None:
+    """What is prepared with them, if anything, gives the same fields, for all rows and for slabs; without them nothing is."""
+    assert codec.prepare(SPEC, {}) is None
+    encoder = codec.prepare(SPEC, {"hessian": correlated(SPEC.shape[1])})
+    if encoder is None:
+        return
+    whole = encoder.once | encoder.encode(weight)
+    assert {name: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for name, t in whole.items()} == codec.specs(SPEC)
+    slabs = [encoder.once | encoder.encode(slab) for slab in (weight[:100], weight[100:])]
+    assert all(torch.equal(torch.cat([slab[name] for slab in slabs]), whole[name]) for name in whole if name not in encoder.once)
+    again = codec.recode(codec.decode(whole), whole)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    error = (codec.decode(whole).double() - weight.double()).square().sum() / weight.double().square().sum()
+    assert error <= 2 * max(4.0 ** (1.3 - codec.bits_per_weight(SPEC)), 1e-3)  # feedback moves the weight for its output
 
 
 def test_codes_are_a_fixed_point(codec: codecs.Codec, weight: torch.Tensor) -> None:
