@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.codecs import DataFree
+from ernie_quant.codecs import _feedback
 
 if TYPE_CHECKING:
     import torch
 
-    from ernie_quant.codecs import Encoded
+    from ernie_quant.codecs import Encoded, Encoder
+    from ernie_quant.kernels.curvature import Inputs
 
 GROUP = 64
 IN_MULTIPLE, OUT_MULTIPLE = 128, 8  # what FastDeploy's kernel takes: two local scales to a byte, tiles of 8 channels
@@ -49,10 +50,17 @@ CANDIDATES = (
 
 
 @dataclass(frozen=True)
-class ConvolutionalCode(DataFree):
-    """`effort`: how many pairs of code_scale and code_zp are tried per output channel, 1, 4 or 16."""
+class ConvolutionalCode:
+    """`effort`: how many pairs of code_scale and code_zp are tried per output channel, 1, 4 or 16.
+
+    `method`, `damping` and `passes` say what is done with statistics of the inputs (codecs/_feedback.py), with the first pair
+    alone; without them the bytes nearest to the weight are taken.
+    """
 
     effort: int = 16
+    method: str = _feedback.NEAREST
+    damping: float = _feedback.DAMPING
+    passes: int = _feedback.PASSES
     rows = 1
     version = 1
     form = "wint2 (CCQ)"
@@ -60,10 +68,12 @@ class ConvolutionalCode(DataFree):
     def __post_init__(self) -> None:
         if type(self.effort) is not int or self.effort not in EFFORTS:
             raise ValueError(f"effort is {self.effort!r}, not {', '.join(map(str, EFFORTS[:-1]))} or {EFFORTS[-1]}")
+        _feedback.check(self.method, self.damping, self.passes)
 
     def describe(self) -> str:
         """For people."""
-        return self.form if self.effort == EFFORTS[-1] else f"{self.form}, effort {self.effort}"
+        effort = "" if self.effort == EFFORTS[-1] else f", effort {self.effort}"
+        return self.form + effort + _feedback.describe(self.method, self.damping, self.passes)
 
     def problem(self, spec: TensorSpec) -> str | None:
         """FastDeploy's kernel takes multiples of 128 inputs and of 8 outputs."""
@@ -90,6 +100,27 @@ class ConvolutionalCode(DataFree):
         """2, 4 for the local scale of each group (runtimes store two to a byte) and 80 for the scales of each output."""
         return 2 + 4 / GROUP + 80 / spec.shape[1]
 
+    def prepare(self, spec: TensorSpec, statistics: Encoded) -> Encoder | None:
+        """With `hessian` f32 [in, in] among the statistics: feedback, and descent where the method says so."""
+        if self.method == _feedback.NEAREST or "hessian" not in statistics:
+            return None
+        from ernie_quant.kernels.ccq_reference import stored_positions
+
+        order = stored_positions(spec.shape[1])
+        inputs, passes = (
+            _feedback.inputs(spec, statistics["hessian"], self.damping, order),
+            _feedback.passes(self.method, self.passes),
+        )
+        return _feedback.Feedback(lambda weight: self._encode_with(weight, inputs, passes), self.encode)
+
+    def _encode_with(self, weight: torch.Tensor, inputs: Inputs, passes: int) -> Encoded:
+        """Fields of rows f32 [rows, in]."""
+        import torch
+
+        pair = torch.zeros(len(weight), dtype=torch.int64)
+        encoded: Encoded = kernels.of("ccq_feedback", weight).encode(weight, inputs, CANDIDATES[:1], pair, passes)
+        return encoded
+
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Codes and scales of a weight [out, in] of any float dtype; codes are in the order that the runtime stores.
 
@@ -115,4 +146,10 @@ def _near(n: int, multiple: int) -> list[int]:
 
 
 CODEC = ConvolutionalCode
-EXAMPLES = (ConvolutionalCode(), ConvolutionalCode(effort=4), ConvolutionalCode(effort=1))
+EXAMPLES = (
+    ConvolutionalCode(),
+    ConvolutionalCode(effort=4),
+    ConvolutionalCode(effort=1),
+    ConvolutionalCode(method="feedback"),
+    ConvolutionalCode(method="descent"),
+)

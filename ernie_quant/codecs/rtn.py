@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.codecs import DataFree
+from ernie_quant.codecs import _feedback
 
 if TYPE_CHECKING:
     import torch
 
-    from ernie_quant.codecs import Encoded
+    from ernie_quant.codecs import Encoded, Encoder
+    from ernie_quant.kernels.curvature import Inputs
+    from ernie_quant.kernels.rtn_feedback import Grid
 
 CHANNEL = "channel"
 SCALES = ("mse", "absmax")
@@ -33,19 +35,24 @@ LONG_GROUP = 256
 # 512 to 8192, Gaussian, Laplace and Student-t with 5 and 3 degrees). 8 bits gain only just below the largest |w|: .1%.
 SYMMETRIC_RATIOS = (1.0, 0.9, 0.82, 0.76, 0.72, 0.68, 0.64, 0.6, 0.56, 0.5, 0.44, 0.38, 0.3, 0.2)
 SYMMETRIC_RATIOS_INT8 = (1.0, 0.99, 0.98, 0.97, 0.96, 0.95, 0.94)
+FEEDBACK_RATIOS = (1.0, 0.93, 0.86, 0.8, 0.74, 0.68)  # tried for a group with feedback
 
 
 @dataclass(frozen=True)
-class RoundToNearest(DataFree):
+class RoundToNearest:
     """`bits` 2, 4 or 8; `group_size` a number of inputs that share a scale, or "channel".
 
-    `full_range` False leaves out the lowest code and negative scales.
+    `full_range` False leaves out the lowest code and negative scales. `method`, `damping` and `passes` say what is done with
+    statistics of the inputs (codecs/_feedback.py); without them a weight is rounded to the nearest.
     """
 
     bits: int = 4
     group_size: int | str = 128
     scale: str = "mse"
     full_range: bool = True
+    method: str = _feedback.NEAREST
+    damping: float = _feedback.DAMPING
+    passes: int = _feedback.PASSES
     rows = 1
     version = 1
 
@@ -58,6 +65,7 @@ class RoundToNearest(DataFree):
             raise ValueError(f"scale is {self.scale!r}, not {' or '.join(SCALES)}")
         if type(self.full_range) is not bool:
             raise ValueError(f"full_range is {self.full_range!r}, not True or False")
+        _feedback.check(self.method, self.damping, self.passes)
 
     @property
     def form(self) -> str:
@@ -69,7 +77,7 @@ class RoundToNearest(DataFree):
 
     def describe(self) -> str:
         """For people."""
-        return f"{self.form}, {self.scale}"
+        return f"{self.form}, {self.scale}{_feedback.describe(self.method, self.damping, self.passes)}"
 
     def group(self, spec: TensorSpec) -> int:
         """Inputs that share a scale."""
@@ -96,6 +104,34 @@ class RoundToNearest(DataFree):
     def bits_per_weight(self, spec: TensorSpec) -> float:
         """The codes' bits, and 16 for the scale of each group."""
         return self.bits + 16 / self.group(spec)
+
+    def prepare(self, spec: TensorSpec, statistics: Encoded) -> Encoder | None:
+        """With `hessian` f32 [in, in] among the statistics: feedback, and descent where the method says so."""
+        if self.method == _feedback.NEAREST or "hessian" not in statistics:
+            return None
+        inputs = _feedback.inputs(spec, statistics["hessian"], self.damping)
+        passes, grid = _feedback.passes(self.method, self.passes), self._grid(self.group(spec))
+        return _feedback.Feedback(lambda weight: self._encode_with(weight, inputs, grid, passes), self.encode)
+
+    def _grid(self, group: int) -> Grid:
+        """The codes, and the scales that are tried for a group of inputs."""
+        from ernie_quant.kernels.rtn_feedback import Grid
+
+        high = 2 ** (self.bits - 1) - 1
+        ratios: tuple[float, ...] = FEEDBACK_RATIOS
+        if self.bits == 8:
+            ratios = SYMMETRIC_RATIOS_INT8
+        elif self.bits == 2 and not self.full_range:  # -1, 0 and 1 want scales far below the largest |w|
+            ratios = SYMMETRIC_RATIOS
+        if self.scale == "absmax":
+            return Grid(group, -high - self.full_range, high, high, (1.0,), False)
+        return Grid(group, -high - self.full_range, high, high + self.full_range, ratios, self.full_range)
+
+    def _encode_with(self, weight: torch.Tensor, inputs: Inputs, grid: Grid, passes: int) -> Encoded:
+        """Fields of rows f32 [rows, in]; where a row has one scale, it is that of the data-free search."""
+        scale = self.encode(weight)["scale"][:, 0] if self.group_size == CHANNEL else None
+        codes, scales = kernels.of("rtn_feedback", weight).encode(weight, inputs, grid, passes, scale)
+        return {"codes": codes, "scale": scales}
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Codes and scales of a weight [out, in] of any float dtype."""
@@ -150,4 +186,7 @@ EXAMPLES = (
     RoundToNearest(8, CHANNEL),
     RoundToNearest(8, 64, "absmax"),
     RoundToNearest(2, 64),
+    RoundToNearest(4, 64, method="feedback"),
+    RoundToNearest(4, CHANNEL, method="descent"),
+    RoundToNearest(4, 32, method="descent", damping=0.1, passes=1),
 )

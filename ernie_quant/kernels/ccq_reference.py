@@ -68,6 +68,11 @@ def stored_order() -> torch.Tensor:
     return (8 * b + 2 * a + c).flatten()
 
 
+def stored_positions(width: int) -> torch.Tensor:
+    """int64 [width]: the same for all groups of a row."""
+    return (torch.arange(0, width, GROUP)[:, None] + stored_order()).flatten()
+
+
 def encodable(weight: torch.Tensor) -> torch.Tensor:
     """f32 [out, in] in stored order, with zeros for rows that cannot be encoded."""
     stored = weight.detach().float().reshape(len(weight), -1, GROUP)[:, :, stored_order()].flatten(1)
