@@ -75,14 +75,14 @@ class _Logits:
 
 
 def judge(
-    model: Model, hidden: torch.Tensor, targets: torch.Tensor, other: Model | None = None, others: torch.Tensor | None = None
+    model: Model, hidden: torch.Tensor, targets: torch.Tensor, other: tuple[Model, torch.Tensor] | None = None
 ) -> Judged:  # fmt: skip
-    """Residuals [tokens, H] after the last layer, and the ids [tokens] that follow; of another model `others`."""
+    """Residuals [tokens, H] after the last layer, and the ids [tokens] that follow; `other`: a model and its residuals."""
     import torch
 
     vocabulary, width = model.geometry.vocab_size, model.geometry.hidden_size
     mine = _Logits(model, hidden)
-    theirs = _Logits(other, others) if other is not None and others is not None else None
+    theirs = None if other is None else _Logits(*other)
     mean = torch.zeros(len(hidden), dtype=torch.float64)  # sum of exp(p - m_p) (p - q)
     step = max(1, SLAB_BYTES // (4 * width))
     for first in range(0, vocabulary, step):

@@ -73,9 +73,14 @@ def plain_chat(messages: Messages) -> str:
     return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Is there one to be loaded?"""
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
+
 def tokenizer_of(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint's folder. Raises TextError, which names the files that were looked for."""
-    if not any((folder / name).is_file() for name in VOCABULARIES):
+    if not has_tokenizer(folder):
         raise TextError(f"{folder}: has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy it there from the source")
     needed = ("transformers", *(() if (folder / VOCABULARIES[0]).is_file() else OF_SENTENCEPIECE))
     if missing := [name for name in needed if not _installed(name)]:

@@ -15,8 +15,8 @@ from ernie_quant.disk import FULL
 from ernie_quant.errors import ErnieQuantError, RetryError
 
 COMMANDS = (
-    "inspect", "plan", "convert", "wint4", "wint8", "fp8", "wint2", "quantize", "dequantize", "reshard", "verify", "report",
-    "publish", "nightly",
+    "inspect", "plan", "convert", "wint4", "wint8", "fp8", "wint2", "quantize", "dequantize", "reshard", "verify", "eval",
+    "report", "publish", "nightly",
 )  # fmt: skip
 INTERRUPTED, TERMINATED = 130, 143
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.models import GOLDEN, random_model, states, tensors, write
+from safetensors.torch import save_file
+
 from ernie_quant.calibration import forward, judge
 from ernie_quant.calibration.forward import start, through
 from ernie_quant.calibration.judge import judge as judged
 from ernie_quant.calibration.layer import rms_norm
 from ernie_quant.calibration.opened import Opened, readable
-from helpers.models import GOLDEN, random_model, tensors, write
-from safetensors.torch import save_file
-
 from ernie_quant.errors import PlanError, TextError
 from ernie_quant.plan import built_in
 from ernie_quant.weights import layouts
@@ -61,26 +59,10 @@ def logits(found: Opened, hidden: torch.Tensor) -> torch.Tensor:
     return side.logits(rows, side.slab(0, vocabulary), 0).float().view(*hidden.shape[:2], vocabulary)
 
 
-def of_transformers(folder: Path, ids: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Its hidden states (the last one normed) and logits."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
-    wrapped = "text_config" in json.loads((folder / "config.json").read_text())
-    cls = transformers.AutoModelForImageTextToText if wrapped else transformers.AutoModelForCausalLM
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        model = cls.from_pretrained(folder, dtype=torch.float32).eval()
-        found = model(input_ids=ids, output_hidden_states=True)
-    return found.hidden_states, found.logits
-
-
 @pytest.mark.parametrize("family", ["dense", "moe", "moe_mtp", "moe_hf", "vl"])
-def test_every_layer_is_that_of_transformers(family: str) -> None:
+def test_every_layer_is_that_states(family: str) -> None:
     folder = GOLDEN / family / ("pt_resaved_by_transformers" if family == "vl" else "pt")
-    expected, expected_logits = of_transformers(folder, ids_of(family))
+    expected, expected_logits = states(folder, ids_of(family))
     with opened(folder) as found:
         hidden = passed(found, ids_of(family))
         assert len(hidden) == len(expected) > 2
@@ -107,14 +89,14 @@ def test_biases(tmp_path: Path) -> None:
     for name, shape in ((name, shape) for row in rows for name, shape in zip(row.pt, row.shapes, strict=True)):
         checkpoint[name] = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))).bfloat16()
     save_file(checkpoint, folder / "model.safetensors", metadata={"format": "pt"})
-    _, expected = of_transformers(folder, ids_of("dense"))
+    _, expected = states(folder, ids_of("dense"))
     with opened(folder) as found:
         assert (logits(found, passed(found, ids_of("dense"))[-1]) - expected).abs().max() < CLOSE
 
 
 def test_quantized_weights_are_decoded_as_they_stream(tmp_path: Path) -> None:
     write(GOLDEN / "moe/paddle", tmp_path / "out", recipe=built_in.make("wint4", "vllm", group_size=32, experts_only=True).recipe)
-    _, expected = of_transformers(tmp_path / "out", ids_of("moe"))
+    _, expected = states(tmp_path / "out", ids_of("moe"))
     with opened(tmp_path / "out") as found, opened(GOLDEN / "moe/pt") as source:
         mine = logits(found, passed(found, ids_of("moe"))[-1])
         assert (mine - expected).abs().max() < 0.02 * expected.abs().max()  # it computes parts in bfloat16
@@ -147,8 +129,8 @@ def test_divergence_of_two_models_is_that_of_whole_logits(tmp_path: Path, monkey
     with opened(GOLDEN / "moe_mtp/pt") as one, opened(other) as two:
         mine, theirs = passed(one, ids)[-1], passed(two, ids)[-1]
         p, q = (logits(m, h).flatten(0, 1).double().log_softmax(-1) for m, h in ((one, mine), (two, theirs)))
-        found = judged(one.model, mine.flatten(0, 1), targets, two.model, theirs.flatten(0, 1))
-        same = judged(one.model, mine.flatten(0, 1), targets, one.model, mine.flatten(0, 1))
+        found = judged(one.model, mine.flatten(0, 1), targets, (two.model, theirs.flatten(0, 1)))
+        same = judged(one.model, mine.flatten(0, 1), targets, (one.model, mine.flatten(0, 1)))
     assert found.kl is not None
     assert found.nll_other is not None
     assert found.same is not None

@@ -103,21 +103,23 @@ def dequantized(out: Path, plain: Path) -> Path:
 
 def logits(folder: Path, dtype: torch.dtype = torch.float32, case: str = "") -> torch.Tensor:
     """float32 logits that transformers computes for the golden input ids of `case`."""
+    return states(folder, torch.from_numpy(np.load(GOLDEN / (case or "moe") / "input_ids.npy")), dtype)[1].float()
+
+
+def states(folder: Path, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """What transformers computes: hidden states before every layer and after the last norm, and logits."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    ids = torch.from_numpy(np.load(GOLDEN / (case or "moe") / "input_ids.npy"))
     config = json.loads((folder / "config.json").read_text())
     cls = transformers.AutoModelForImageTextToText if "text_config" in config else transformers.AutoModelForCausalLM
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        model = cls.from_pretrained(folder, dtype=dtype).eval()
-        with torch.no_grad():
-            found: torch.Tensor = model(input_ids=ids).logits.float()
-    return found
+        found = cls.from_pretrained(folder, dtype=dtype).eval()(input_ids=ids, output_hidden_states=True)
+    return found.hidden_states, found.logits
 
 
 def copy(source: Path, out: Path) -> Path:

@@ -1,0 +1,53 @@
+"""`ernie-quant eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from ernie_quant.cli import _options
+from ernie_quant.cli._execute import return_freed_memory
+from ernie_quant.cli._progress import progress_bar
+from ernie_quant.cli._show import print_json
+
+
+@click.command()
+@click.argument("out", type=_options.Source())
+@click.option("--against", type=_options.Source(), help="The source; without it, there is perplexity alone.")
+@_options.follow_links
+@click.option("--text", "texts", multiple=True, required=True, type=_options.FOLDER, metavar="FILE",
+              help="UTF-8 text, or .jsonl of texts or messages; several have a row each.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(1), default=3066, show_default=True,
+              help="Predicted tokens of each text, a multiple of 511.")  # fmt: skip
+@click.option("--save", type=_options.FOLDER, metavar="FILE", help="Keep the JSON result, for publish --eval.")
+@_options.quiet
+@_options.json_option
+def command(
+    out: Path | str, against: Path | str | None, follow_links: bool, texts: tuple[Path, ...], tokens: int, save: Path | None,
+    quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Evaluate a checkpoint on texts: perplexity, and with --against KL divergence from its source.
+
+    The first tokens of each text are read in separate windows of 512, each predicting 511. Both models are passed layer
+    by layer in float32, one expert at a time, in whatever form they are stored; the tokenizer is that of the source, or
+    of OUT where the source has none. KL is that of (source || OUT), in nats per token.
+
+    \b
+    ernie-quant eval out --against ERNIE-4.5-21B-A3B-Paddle --text handbook.txt
+    """
+    from ernie_quant.calibration import evaluate
+    from ernie_quant.disk import write_file
+    from ernie_quant.jsonio import dumps
+
+    if save is not None and not save.parent.is_dir():
+        raise click.UsageError(f"--save {save}: there is no folder {save.parent}")
+    return_freed_memory()
+    two = evaluate.pair(out, against, links=follow_links)
+    with progress_bar(two.nbytes, quiet) as progress:
+        found = evaluate.evaluate(two, texts, tokens, progress)
+    if save is not None:
+        write_file(save, dumps(evaluate.as_json(found)).encode())
+    if as_json:
+        print_json(evaluate.as_json(found))
+    else:
+        click.echo(evaluate.as_text(found))
