@@ -12,7 +12,7 @@ from typing import Any
 from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Checkpoint, Stamp, TensorSpec
 from ernie_quant.codecs import Codec
-from ernie_quant.codecs.keep import Keep
+from ernie_quant.codecs.keep import KEEP
 from ernie_quant.plan.carried import target_of
 from ernie_quant.plan.identity import Identity
 from ernie_quant.plan.recipe import Recipe
@@ -51,8 +51,8 @@ class Step:
 
     @property
     def quantized(self) -> bool:
-        """Does it change?"""
-        return not isinstance(self.codec, Keep)
+        """Does it change? What is kept, but rounded, does too."""
+        return self.codec != KEEP
 
     def slabs(self) -> list[tuple[int, int]]:
         """Ranges of rows that together are the tensor."""

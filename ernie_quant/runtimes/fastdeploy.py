@@ -38,6 +38,9 @@ CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
 PER_RANK, SPLITS_VOCABULARY = True, True
+ROUNDS_KEPT = (
+    True  # biases and scales of experts are set without a cast (layers/linear.py, layers/moe/): config.json's dtype is bf16
+)
 
 
 def folder(role: str) -> str:
@@ -85,7 +88,7 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
                 f"{layer}.quant_weight": Part(TensorSpec((out * bits // 8, width), "I8"), 0, 1, interleave=2),
                 f"{layer}.weight_scale": Part(TensorSpec((out,), "BF16"), 0, None),
             }
-    return {name: kept(spec)}
+    return {name: kept(codec.specs(spec)["weight"])}
 
 
 def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[str, torch.Tensor]:
