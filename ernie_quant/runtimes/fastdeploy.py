@@ -12,6 +12,8 @@ inputs, N its outputs:
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,10 +226,10 @@ def misread(config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
     """How to run it."""
     ready = "FD_USE_MACHETE=0 " if "quantization_config" in config else ""
-    server = f"{ready}python -m fastdeploy.entrypoints.openai.api_server --model {out}"
+    server = f"{ready}python -m fastdeploy.entrypoints.openai.api_server --model {shlex.quote(str(out))}"
     size = config.get("tensor_parallel_size", tp[0] if tp else 1)
     plain = f"{server} --tensor-parallel-size {size} --max-model-len 32768 --max-num-seqs 32"
     if not ready or not config.get("num_nextn_predict_layers"):
         return [("FastDeploy", plain)]
-    draft = f'{{"method": "mtp", "num_speculative_tokens": 1, "model": "{out / MTP_FOLDER}"}}'
-    return [("FastDeploy", plain), ("FastDeploy with MTP", f"{plain} --speculative-config '{draft}'")]
+    draft = json.dumps({"method": "mtp", "num_speculative_tokens": 1, "model": str(out / MTP_FOLDER)})
+    return [("FastDeploy", plain), ("FastDeploy with MTP", f"{plain} --speculative-config {shlex.quote(draft)}")]
