@@ -10,6 +10,7 @@ much memory, an open outside of the folder, a result of a refused source: a find
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import random
@@ -41,6 +42,7 @@ from safetensors.torch import load_file
 
 from ernie_quant import codecs
 from ernie_quant import inspect as inspection
+from ernie_quant.check.verify import verify
 from ernie_quant.errors import MAX_LINE, MAX_LINES, ErnieQuantError
 from ernie_quant.plan import built_in, recipe
 from ernie_quant.plan.make import make_plan
@@ -48,6 +50,7 @@ from ernie_quant.plan.steps import Plan
 from ernie_quant.plan.summary import summary
 from ernie_quant.run.whole import run_plan
 from ernie_quant.weights import layouts
+from faults import _sidecars
 from faults._mutations import BULKS, Archive, boundaries, changed_archive, changed_json, changed_pickle, changed_safetensors
 from faults._watch import watching
 
@@ -59,12 +62,15 @@ DENSE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "
 MOE = DENSE | {"moe_intermediate_size": 32, "moe_num_experts": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 0,
                "moe_num_shared_experts": 1, "head_dim": 16}  # fmt: skip
 Model = tuple[dict[str, Any], dict[str, torch.Tensor]]
-KINDS = ("header", "index", "config", "pdparams", "bin")
+KINDS = ("header", "index", "config", "pdparams", "bin", "beside")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A good checkpoint, and how one of its files is changed; a quantized one is dequantized, as `dequantize` does."""
+    """A good checkpoint, and how one of its files is changed; a quantized one is dequantized, as `dequantize` does.
+
+    Of what lies `beside` the weights `change` gives edits as text, and `edited` makes them.
+    """
 
     kind: str
     folder: Path
@@ -72,6 +78,24 @@ class Variant:
     original: bytes
     change: Callable[[random.Random], bytes]
     dequantize: bool = False
+
+    @contextmanager
+    def changed(self, data: bytes) -> Iterator[None]:
+        """The folder with what `change` gave."""
+        if self.kind == "beside":
+            with _sidecars.edited(self.folder, ast.literal_eval(data.decode())):
+                yield
+            return
+        path = self.folder / self.file
+        path.write_bytes(data)
+        try:
+            yield
+        finally:
+            path.write_bytes(self.original)
+
+    def options(self, rng: random.Random) -> dict[str, Any]:
+        """Of a plan."""
+        return _sidecars.options(rng) if self.kind == "beside" else {}
 
 
 @dataclass
@@ -125,6 +149,7 @@ class Sandbox:
         self.results.mkdir()
         self.canary = root / "canary.safetensors"
         write_safetensors(self.canary, {"model.norm.weight": torch.ones(32)})
+        self.outside = self.canary.read_bytes()
         (root / "canary").mkdir()
         shutil.copy(self.canary, root / "canary" / "model.safetensors")
         dense, moe = self.model("dense", layouts.PADDLE, DENSE), self.model("moe", layouts.PT, MOE)
@@ -152,9 +177,18 @@ class Sandbox:
             folder = self.folder(f"bin{i}", moe[0])
             write_bin(folder / "pytorch_model.bin", tensors)
             self.add("bin", folder, "pytorch_model.bin")
+        for i, (config, tensors) in enumerate((dense, moe)):
+            folder = write_model(root / f"beside{i}", config | {"auto_map": _sidecars.AUTO_MAP}, tensors)
+            _sidecars.place_all(folder)
+            self.variants["beside"].append(Variant("beside", folder, "", b"", self.edits))
+            self.add("config", folder, "config.json")  # it names code
         for variants in self.variants.values():
             for variant in variants:
                 self.hostile(variant.folder)
+
+    def edits(self, rng: random.Random) -> bytes:
+        """What is changed beside the weights, as text."""
+        return ascii(_sidecars.drawn(rng, str(self.canary))).encode()
 
     def other_forms(self, moe: Model, vl: Model) -> None:
         """Experts of a layer in one tensor, names in wrappers, buffers, scaled positions, another model_type."""
@@ -263,8 +297,8 @@ def time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def look_and_plan(variant: Variant, rng: random.Random) -> list[Plan]:
-    """What `inspect`, `convert --dry-run` and `wint4 --dry-run` do. Raises what they raise."""
+def look_and_plan(variant: Variant, rng: random.Random, **more: Any) -> list[Plan]:
+    """What `inspect`, `convert --dry-run` and `wint4 --dry-run` do (with `more` options). Raises what they raise."""
     found = inspection.inspect(variant.folder)
     shown = _show.inspection(found) + json.dumps(vars(found), ensure_ascii=False)
     shown.encode()
@@ -275,7 +309,8 @@ def look_and_plan(variant: Variant, rng: random.Random) -> list[Plan]:
     wanted = [("vllm", recipe.KEEP_ALL), ("fastdeploy", recipe.KEEP_ALL), ("vllm", wint4())]
     plans = []
     for runtime, rules in wanted if rng.random() < 0.2 else [rng.choice(wanted)]:
-        plan = make_plan(checkpoint, runtime=runtime, recipe=rules, vl_config=rng.choice(("flat", "transformers")))
+        spelling = rng.choice(("flat", "transformers"))
+        plan = make_plan(checkpoint, runtime=runtime, recipe=rules, vl_config=spelling, **more)
         summary(plan)
         json.dumps(dict(plan.config), allow_nan=False).encode()
         assert plan.disk_bytes >= plan.nbytes >= 0
@@ -300,14 +335,15 @@ def attempt(sandbox: Sandbox, variant: Variant, rng: random.Random, total: Summa
     try:
         with watching(variant.folder, sandbox.results) as escapes, time_limit():
             try:
-                plans = look_and_plan(variant, rng)
+                plans = look_and_plan(variant, rng, **variant.options(rng))
                 outcome = "accepted"
             except ErnieQuantError as error:
                 check_words(error)
     except (Exception, Hang) as error:
         findings.append(told(error))
     findings += [f"escape: {e}" for e in escapes]
-    if plans and not findings and rng.randrange(RUN_EVERY) == 0 and plans[-1].nbytes < RUN_BYTES:
+    often = 2 if variant.kind == "beside" else RUN_EVERY  # what lies there is copied at the end
+    if plans and not findings and rng.randrange(often) == 0 and plans[-1].nbytes < RUN_BYTES:
         total.runs += 1
         try:
             with watching(variant.folder, sandbox.results, code=False) as escapes, time_limit():
@@ -316,6 +352,8 @@ def attempt(sandbox: Sandbox, variant: Variant, rng: random.Random, total: Summa
                 except ErnieQuantError as error:
                     check_words(error)
                     assert not (out / "ernie-quant.json").exists(), "a refused source has a finished result"
+                else:
+                    check_result(sandbox, out)
         except (Exception, Hang) as error:
             findings.append(told(error))
         findings += [f"escape while running: {e}" for e in escapes]
@@ -324,6 +362,18 @@ def attempt(sandbox: Sandbox, variant: Variant, rng: random.Random, total: Summa
         findings.append("a dry run left something")
         shutil.rmtree(out)
     return outcome, findings
+
+
+def check_result(sandbox: Sandbox, out: Path) -> None:
+    """Plain files, all in the manifest and as it says, none of them from outside."""
+    odd = [path.name for path in out.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
+    assert not odd, f"the result has what is no file: {odd}"
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    listed = json.loads((out / "ernie-quant.json").read_text())["files"].keys() | {"ernie-quant.json", "SHA256SUMS"}
+    assert files == listed, f"manifest and folder differ: {sorted(files ^ listed)}"
+    same = [p for p in out.rglob("*") if p.is_file() and p.stat().st_size == len(sandbox.outside)]
+    assert not any(path.read_bytes() == sandbox.outside for path in same), "the result has a file from outside"
+    verify(out, sample=1)
 
 
 def told(error: BaseException) -> str:
@@ -342,14 +392,11 @@ def one(sandbox: Sandbox, seed: int, number: int, total: Summary, show: bool = F
     """Mutation `number` of `seed`."""
     rng = random.Random(f"{seed}-{number}")
     variant = rng.choice(sandbox.variants[rng.choice(KINDS)])
-    path = variant.folder / variant.file
     data = variant.change(rng)
-    row, memory, start = total.rows[variant.kind], peak_mb(), time.monotonic()
-    path.write_bytes(data)
-    try:
+    row, memory = total.rows[variant.kind], peak_mb()
+    with variant.changed(data):
+        start = time.monotonic()
         outcome, findings = attempt(sandbox, variant, rng, total)
-    finally:
-        path.write_bytes(variant.original)
     row.slowest_s = max(row.slowest_s, time.monotonic() - start)
     total.peak_mb = peak_mb()
     total.growth_mb = max(total.growth_mb, total.peak_mb - memory)
@@ -362,7 +409,7 @@ def one(sandbox: Sandbox, seed: int, number: int, total: Summary, show: bool = F
     lines = list(dict.fromkeys(findings))[:3]
     total.findings += [f"--seed {seed} --only {number}: {variant.kind} of {variant.folder.name}: {line}" for line in lines]
     if show:
-        kept = Path(tempfile.gettempdir()) / f"fuzz-{seed}-{number}-{variant.file}"
+        kept = Path(tempfile.gettempdir()) / f"fuzz-{seed}-{number}-{variant.file or variant.kind}"
         kept.write_bytes(data)
         print(f"{outcome}; the changed file is {kept}")
 
