@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ernie_quant
 from ernie_quant.calibration.forward import start, through
 from ernie_quant.calibration.judge import Judged, judge
 from ernie_quant.calibration.opened import Opened, Readable, readable
 from ernie_quant.calibration.tokenizer import Tokenizer, has_tokenizer, tokenizer_of
 from ernie_quant.calibration.windows import LENGTH, beginning
+
+import ernie_quant
 from ernie_quant.errors import PlanError, TextError
 from ernie_quant.jsonio import read_object
 from ernie_quant.paths import MANIFEST

@@ -36,6 +36,7 @@ def command(
     ernie-quant eval out --against ERNIE-4.5-21B-A3B-Paddle --text handbook.txt
     """
     from ernie_quant.calibration import evaluate
+
     from ernie_quant.disk import write_file
     from ernie_quant.jsonio import dumps
 

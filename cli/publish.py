@@ -18,17 +18,19 @@ from ernie_quant.cli._show import print_json
 @click.option("--pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
 @click.option("--tag", default="", help="Name the commit so.")
 @click.option("--delete-as-published", is_flag=True, help="Delete each weight file here as soon as it is uploaded.")
+@click.option("--allow-odd-values", is_flag=True, help="Publish a result whose weights hold NaN or infinity, too.")
 @_options.quiet
 @_options.json_option
 def command(
-    out: Path, repo: str, private: bool | None, revision: str, pr: bool, tag: str, delete_as_published: bool, quiet: bool,
-    as_json: bool,
+    out: Path, repo: str, private: bool | None, revision: str, pr: bool, tag: str, delete_as_published: bool,
+    allow_odd_values: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Publish a finished result to a hub repository: ORG/NAME on Hugging Face, modelscope://ORG/NAME or aistudio://ORG/NAME.
 
     Files are uploaded one by one and committed together; what the hub then reports (names, sizes, hashes) must be what
     is here. An interrupted publish goes on with the same command. A new repository is private unless --public is given;
-    the visibility of one that exists is never changed. The token is that of `hf auth login` or HF_TOKEN.
+    the visibility of one that exists is never changed. A result whose report counts NaN or infinity in its weights is
+    refused by name, unless --allow-odd-values is given. The token is that of `hf auth login` or HF_TOKEN.
 
     \b
     ernie-quant publish out my-org/ERNIE-4.5-21B-A3B-WINT4 --tag v1
@@ -36,7 +38,7 @@ def command(
     from ernie_quant import hubs, publish
 
     scheme, _, name = repo.rpartition("://")
-    destination = publish.Destination(name, revision, private, pr, tag, delete_as_published)
+    destination = publish.Destination(name, revision, private, pr, tag, delete_as_published, allow_odd_values)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
     with progress_bar(size, quiet) as progress:
         result = publish.publish(out, hubs.publisher(scheme or "hf"), destination, progress)

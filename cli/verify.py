@@ -90,6 +90,8 @@ def _lines(result: Verified, source: str) -> Iterator[str]:
         yield f"{result.recoded}{of} quantized: decode to finite weights, and these to the same codes"
     if found.kept:
         yield f"{found.kept} kept: bit for bit those of {source}"
+    if found.rounded:
+        yield f"{found.rounded} kept, rounded to bfloat16: the nearest to those of {source}"
     if found.decoded:
         yield f"{found.decoded} kept: bit for bit what {source} decodes to"
     if found.stored:

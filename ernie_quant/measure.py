@@ -87,6 +87,8 @@ def compare(name: str, weight: torch.Tensor, decoded: torch.Tensor) -> Differenc
 
     if weight.dtype not in (torch.bfloat16, torch.float32):
         weight = weight.float()
+    if weight.dim() != 2:  # a norm or a bias
+        weight, decoded = weight.reshape(1, -1), decoded.reshape(1, -1)
     error, total, largest = kernels.of("difference", weight).squares(weight, decoded)
     if not math.isfinite(total):
         raise CheckpointError(f"{name}: holds NaN or infinity, which cannot be quantized")

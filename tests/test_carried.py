@@ -380,7 +380,7 @@ def test_a_file_that_is_written_to_while_it_is_copied_has_the_hash_of_its_copy(
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_stays_small_beside_a_large_file(tmp_path: Path) -> None:
     with open(tmp_path / "core", "wb") as file:
-        file.truncate(1 << 30)
+        file.truncate(300 << 20)
     program = (
         "from pathlib import Path; from ernie_quant.disk import copy_file\n"
         f"print(copy_file(Path({str(tmp_path / 'core')!r}), Path({str(tmp_path / 'copy')!r})))\n"
@@ -412,27 +412,6 @@ def test_a_name_too_long_for_the_disk_of_the_result_is_refused_before_the_work(
     with pytest.raises(OutputError, match=r"takes names of 143 bytes, which a+\.md has not; rename it in the source"):
         run_plan(plan_of(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "gbk"])
-def test_folders_whose_names_are_not_utf_8(encoding: str, tmp_path: Path) -> None:
-    """As an archive from another system leaves them; through the real program, as its streams are what fails."""
-    source, out = (os.fsencode(tmp_path) + name for name in (b"/src-\xc4\xa3\xd0\xcd", b"/out-\xc4\xa3\xd0\xcd"))
-    shutil.copytree(SOURCE, os.fsdecode(source))
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-
-    def run(*arguments: object) -> bytes:
-        words = [sys.executable, "-m", "ernie_quant", *arguments]
-        done = subprocess.run(words, capture_output=True, env=environment, check=False)  # type: ignore[call-overload]
-        assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
-        return bytes(done.stdout)
-
-    run("wint4", source, out, "--group-size", "32")
-    assert json.loads(run("wint4", source, out, "--group-size", "32", "--json"))["out"] == os.fsdecode(out)
-    run("verify", out, "--against", source)
-    run("inspect", source)
-    run("report", out)
-    run("plan", source)
 
 
 # --- names of code ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import fuzz
+from faults import _sidecars, fuzz
 from faults._watch import watching
 
 from ernie_quant.errors import CheckpointError
@@ -26,7 +27,7 @@ def sandbox() -> Iterator[fuzz.Sandbox]:
 
 
 def test_changed_files_are_read_or_refused(sandbox: fuzz.Sandbox) -> None:
-    total = fuzz.fuzz(2500, seed=0, within=sandbox)
+    total = fuzz.fuzz(900, seed=0, within=sandbox)
     assert total.findings == []
     for kind, row in total.rows.items():
         assert row.accepted > 0, kind
@@ -143,3 +144,85 @@ def test_links_are_followed_to_where_they_lead(sandbox: fuzz.Sandbox) -> None:
     with watching(folder, sandbox.results) as escapes:
         (folder / "link.safetensors").read_bytes()
     assert escapes == [f"open: '{folder / 'link.safetensors'}', which is {sandbox.canary}"]
+
+
+# --- beside the weights ----------------------------------------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[str, object]:
+    """Every name, and what is there."""
+    return {
+        path.relative_to(folder).as_posix(): str(path.readlink())
+        if path.is_symlink()
+        else (path.stat().st_size, head(path))
+        if path.is_file()
+        else path.stat().st_mode
+        for path in folder.rglob("*")
+    }
+
+
+def head(path: Path) -> bytes:
+    """Sparse files have a terabyte."""
+    with open(path, "rb") as file:
+        return file.read(1 << 16)
+
+
+def test_what_was_changed_beside_the_weights_is_taken_back(sandbox: fuzz.Sandbox) -> None:
+    folder, rng, seen = sandbox.variants["beside"][0].folder, random.Random(0), set()
+    before, outside = tree(folder), tree(sandbox.root / "canary")
+    for _ in range(150):
+        edits = _sidecars.drawn(rng, str(sandbox.canary))
+        with _sidecars.edited(folder, edits):
+            seen |= {what for what, *_ in edits if tree(folder) != before}
+        assert tree(folder) == before, edits
+    assert seen == {"write", "link", "pipe", "folder", "remove", "sparse"}
+    assert tree(sandbox.root / "canary") == outside
+
+
+def takes_from_outside(source: Path, name: str, target: Path, modules: set[str]) -> tuple[int, str]:
+    data = next(p for p in source.parents if (p / "canary.safetensors").exists()).joinpath("canary.safetensors").read_bytes()
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(data)
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def links(source: Path, name: str, target: Path, modules: set[str]) -> tuple[int, str]:
+    target.parent.mkdir(exist_ok=True)
+    target.symlink_to(source)
+    return source.stat().st_size, hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def forgets(source: Path, name: str, target: Path, modules: set[str]) -> tuple[int, str]:
+    target.parent.mkdir(exist_ok=True)
+    target.with_name("forgotten").write_bytes(b"")
+    target.write_bytes(source.read_bytes())
+    return source.stat().st_size, hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def another_hash(source: Path, name: str, target: Path, modules: set[str]) -> tuple[int, str]:
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(source.read_bytes())
+    return source.stat().st_size, "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("copies", "finding"),
+    [
+        (takes_from_outside, "escape while running: open: "),
+        (takes_from_outside, "the result has a file from outside"),
+        (links, "the result has what is no file: "),
+        (forgets, "manifest and folder differ: ['additional_chat_templates/forgotten'"),
+        (another_hash, "its sha256 is"),
+    ],
+)
+def test_a_result_that_is_not_what_it_should_be_is_reported(
+    sandbox: fuzz.Sandbox, monkeypatch: pytest.MonkeyPatch, copies: Callable[..., Any], finding: str
+) -> None:
+    monkeypatch.setattr("ernie_quant.result.carry._copy", copies)
+    monkeypatch.setattr(fuzz.Variant, "options", lambda self, rng: {})
+    variant, total = sandbox.variants["beside"][0], fuzz.Summary()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [line for draw in range(8) for line in fuzz.attempt(sandbox, variant, random.Random(draw), total)[1]]
+    assert total.runs > 0
+    assert any(finding in line for line in found), found

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ernie_quant.cli.main import COMMANDS
+from ernie_quant.cli.main import COMMANDS, main
 from helpers.disk import no_waiting
 from helpers.hub import LoopbackHub
 from helpers.models import write
@@ -81,16 +81,51 @@ def test_every_command_is_here() -> None:
     assert len(WRITING) == 8
 
 
+@pytest.fixture
+def gone_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], tuple[int, str]]:
+    """The same in this process, whose stdout is such a pipe meanwhile: exit code and stderr."""
+
+    def run(line: list[str]) -> tuple[int, str]:
+        reader, writer = os.pipe()
+        os.close(reader)
+        before = os.dup(1)
+        monkeypatch.setattr(sys, "argv", line[len(PYTHON) - 1 :])
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+        os.dup2(writer, 1)
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                main()
+            nowhere = os.path.samestat(os.fstat(1), os.stat(os.devnull))  # noqa: PTH116 - of a descriptor
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+            os.close(writer)
+        assert nowhere, "nothing was written to the pipe"
+        return int(stopped.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("publish", "nightly")])
-def test_a_reader_who_has_gone(name: str, words: Callable[[str], list[str]], tmp_path: Path) -> None:
-    done = gone(words(f"{name} {LINES[name]}"))
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_reader_who_has_gone(
+    name: str, words: Callable[[str], list[str]], tmp_path: Path, gone_here: Callable[[list[str]], tuple[int, str]]
+) -> None:
+    assert gone_here(words(f"{name} {LINES[name]}")) == (0, "")
     assert (tmp_path / "out/ernie-quant.json").exists() == (name in WRITING)
     assert not (tmp_path / "out/.ernie-quant").exists()
     assert (tmp_path / "page.html").exists() == (name == "report")
 
 
-@pytest.mark.parametrize("name", ["publish", "nightly"])
+@pytest.mark.parametrize("name", ["convert", "verify"])
+def test_the_end_of_a_process_has_nothing_to_say_either(name: str, words: Callable[[str], list[str]], tmp_path: Path) -> None:
+    """One that writes a folder and one that reads it; Python flushes stdout once more when it ends."""
+    done = gone(words(f"{name} {LINES[name]}"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out/ernie-quant.json").exists() == (name == "convert")
+
+
+@pytest.mark.parametrize("name", ["publish", pytest.param("nightly", marks=pytest.mark.slow)])
 def test_a_reader_of_what_goes_to_a_hub(name: str, words: Callable[[str], list[str]], tmp_path: Path) -> None:
     job_file(tmp_path, PT, source=SOURCE)
     with LoopbackHub(tmp_path / "hub") as hub:
@@ -106,9 +141,18 @@ def test_other_things_that_are_printed(line: str, words: Callable[[str], list[st
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("end", "lines"), [("| true", 0), ("| head -1", 1), (">&- 2>&- <&-", 0), ("2>&- | head -2", 2)])
-def test_in_a_shell(end: str, lines: int, words: Callable[[str], list[str]], tmp_path: Path) -> None:
-    done = shell(f"{shlex.join(words('wint4 SRC OUT --experts-only'))} {end}")
+ENDS = [("| true", 0), ("| head -1", 1), (">&- 2>&- <&-", 0), ("2>&- | head -2", 2)]
+
+
+@pytest.mark.parametrize(("end", "lines"), ENDS)
+def test_in_a_shell(end: str, lines: int, words: Callable[[str], list[str]]) -> None:
+    done = shell(f"{shlex.join(words('plan SRC'))} {end}")
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, lines, "")
+
+
+@pytest.mark.parametrize(("end", "lines"), ENDS[1:3])
+def test_in_a_shell_the_work_is_done(end: str, lines: int, words: Callable[[str], list[str]], tmp_path: Path) -> None:
+    done = shell(f"{shlex.join(words('convert SRC OUT --to pt'))} {end}")
     assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, lines, "")
     assert verify(tmp_path / "out").files == 4
 

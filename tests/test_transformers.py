@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import GOLDEN, dequantized, logits, random_model, write
+from helpers.models import GOLDEN, config, dequantized, logits, random_model, tensors, write
 from helpers.results import WIDTHS
+from safetensors.torch import save_file
 
 from ernie_quant import codecs
 from ernie_quant.codecs.fp8 import Float8Block
@@ -114,6 +115,21 @@ def test_a_model_with_an_mtp_block(codec: codecs.Codec, mtp: bool, tmp_path: Pat
     """transformers drops the block; config.json names it, and the layer after the last that it is elsewhere."""
     source = random_model(tmp_path / "source", layouts.PT, "moe_mtp", **WIDTHS["moe_mtp"] | {"moe_num_experts": 4})
     check(source, tmp_path, built_in.one_codec("test", codec, **ALL | {"mtp": mtp}), "transformers", 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_source_of_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """What is kept has the dtype that config.json says, and the bf16 scales are cast to it."""
+    source = random_model(tmp_path / "source", layouts.PT, "moe", **WIDTHS["moe"])
+    table = {name: t if t.dtype == torch.float32 else t.to(dtype) for name, t in tensors(source).items()}
+    save_file(table, source / "model.safetensors", metadata={"format": "pt"})
+    write(source, tmp_path / "out", recipe=built_in.one_codec("test", RoundToNearest(4, 128), **EXPERTS))
+    assert config(tmp_path / "out")["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert tensors(tmp_path / "out")["model.norm.weight"].dtype == dtype
+    found, original = logits(tmp_path / "out", "auto"), logits(source, "auto")
+    plain = logits(dequantized(tmp_path / "out", tmp_path / "plain"), "auto")  # of weights that are rounded to bf16
+    assert (found - plain).square().sum() < 1e-4 * plain.square().sum()
+    assert 0 < (found - original).square().sum() / original.square().sum() < 0.2
 
 
 UNREAD = {

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ernie_quant.check import unreported
-from ernie_quant.check.compared import DECODED, KEPT, MEASURED, REPORTED, STORED, Outcome
+from ernie_quant.check.compared import DECODED, KEPT, MEASURED, REPORTED, ROUNDED, STORED, Outcome
 from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.codecs._rounded import DTYPE
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.errors import ErnieQuantError, VerifyError
 from ernie_quant.measure import Difference, Values, compare, values_of
 from ernie_quant.names import Weight, natural
-from ernie_quant.plan.choose import oriented
+from ernie_quant.plan.choose import oriented, to_round
 from ernie_quant.report.rows import TensorReport
 from ernie_quant.runtimes import Runtime
 from ernie_quant.views import build
 from ernie_quant.views.files import Files
-from ernie_quant.views.kinds import Decoded, View
+from ernie_quant.views.kinds import Decoded, View, spec_of
 from ernie_quant.views.read import read
 from ernie_quant.weights import plain
 from ernie_quant.weights.claims import evidence
@@ -30,6 +31,7 @@ from ernie_quant.weights.stored import Stored, resolve_quantized
 if TYPE_CHECKING:
     import torch
 
+SHOULD_BE = {KEPT: "the source's bytes", ROUNDED: "the source's values in bfloat16", DECODED: "what the source decodes to"}
 TOLERANCE = 1e-9  # of a relative error, which is computed by the same sums again
 
 
@@ -84,7 +86,11 @@ def _pair(entry: Stored, weight: Weight, row: TensorReport | None, resharded: bo
 def kind_of(pair: Pair) -> str:
     """What a tensor is compared with; there is no kind that is compared with nothing."""
     if isinstance(pair.entry.codec, Keep):
-        return DECODED if build.decodes(pair.view) else KEPT
+        if build.decodes(pair.view):
+            return DECODED
+        entry = pair.entry
+        rounded = entry.spec.dtype == DTYPE and to_round(entry.rule.role, entry.codec, spec_of(pair.view), entry.target)
+        return ROUNDED if rounded else KEPT
     if pair.resharded:
         return STORED
     return MEASURED if pair.row is None else REPORTED
@@ -107,7 +113,7 @@ def _compared(pair: Pair, kind: str, files: Files, originals: Files) -> Outcome:
     if row is not None and set(row.sources) != set(pair.sources):
         said, is_ = ", ".join(row.sources), ", ".join(pair.sources)
         return Outcome(entry.name, kind, f"{entry.name}: the report says it comes from {said}, it comes from {is_}")
-    if kind in (KEPT, DECODED):
+    if kind in (KEPT, ROUNDED, DECODED):
         return _kept(pair, kind, files, originals)
     if kind == STORED:
         return Outcome(entry.name, kind, _stored_problem(pair, files, originals))
@@ -125,13 +131,15 @@ def _slabs(pair: Pair, files: Files, originals: Files) -> Iterator[tuple[torch.T
 
 
 def _kept(pair: Pair, kind: str, files: Files, originals: Files) -> Outcome:
-    name, values = pair.entry.name, Values()
+    name, values, difference = pair.entry.name, Values(), Difference()
     for original, there in _slabs(pair, files, originals):
-        if not same_bits(original, there):
-            what = "what the source decodes to" if kind == DECODED else "the source's bytes"
-            return Outcome(name, kind, f"{name}: should be {what}, and is not")
+        expected = original.to(there.dtype) if kind == ROUNDED else original
+        if not same_bits(expected, there):
+            return Outcome(name, kind, f"{name}: should be {SHOULD_BE[kind]}, and is not")
         values += values_of(there)
-    problem = next(_misreported(name, Difference(), pair.row), "") if pair.row else ""
+        if kind == ROUNDED:
+            difference += compare(name, original, there)
+    problem = next(_misreported(name, difference, pair.row), "") if pair.row else ""
     return Outcome(name, kind, problem, values=values)
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 from ernie_quant.measure import Difference, Values
 
-KEPT, DECODED, STORED, REPORTED, MEASURED = "kept", "decoded", "stored", "reported", "measured"
+KEPT, ROUNDED, DECODED = "kept", "rounded", "decoded"
+STORED, REPORTED, MEASURED = "stored", "reported", "measured"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A tensor of the result beside the source: one of the five kinds, and what is wrong with it."""
+    """A tensor of the result beside the source: one of the six kinds, and what is wrong with it."""
 
     name: str
     kind: str
@@ -28,6 +29,7 @@ class Compared:
     """Tensors that agree with the source, by what was compared; the errors are those of `measured`, where no report says any."""
 
     kept: int = 0  # has the bytes of the source
+    rounded: int = 0  # kept, in bfloat16: the nearest to what the source has
     decoded: int = 0  # kept here, quantized there: has the bytes that the source decodes to
     stored: int = 0  # quantized on both sides: codes and scales are the same
     reported: int = 0  # quantized: the error, recomputed from the source, is that of the report
@@ -40,7 +42,7 @@ class Compared:
     @property
     def total(self) -> int:
         """Tensors that were compared with anything."""
-        return self.kept + self.decoded + self.stored + self.reported + self.measured
+        return self.kept + self.rounded + self.decoded + self.stored + self.reported + self.measured
 
 
 def tally(outcomes: Sequence[Outcome]) -> Compared:
@@ -51,6 +53,7 @@ def tally(outcomes: Sequence[Outcome]) -> Compared:
     worst = max(measured, key=lambda o: o.difference.rel_error, default=Outcome("", MEASURED))
     return Compared(
         kept=kinds[KEPT],
+        rounded=kinds[ROUNDED],
         decoded=kinds[DECODED],
         stored=kinds[STORED],
         reported=kinds[REPORTED],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ernie_quant.check.compared import DECODED, KEPT, Outcome
+from ernie_quant.check.compared import DECODED, KEPT, ROUNDED, Outcome
 from ernie_quant.measure import Values, means_something
 from ernie_quant.names import natural
 from ernie_quant.report.rows import TensorReport
@@ -25,7 +25,7 @@ def odd(
     found: Mapping[str, Values], outcomes: list[Outcome], reports: Mapping[str, TensorReport]
 ) -> tuple[Odd, list[str]]:  # fmt: skip
     """What the files hold (`found`, of the weights that were looked at) and the report says (of the others); what differs."""
-    same = {o.name for o in outcomes if not o.problem and o.kind in (KEPT, DECODED)}
+    same = {o.name for o in outcomes if not o.problem and o.kind in (KEPT, ROUNDED, DECODED)}
     found = {**found, **{o.name: o.values for o in outcomes if o.values is not None}}
     problems = [line for name, values in found.items() if name not in same for line in _problems(name, values, reports)]
     said = {name: Values(row.not_finite, row.only_zeros) for name, row in reports.items()}

@@ -47,6 +47,7 @@ class JobTarget:
     tp: int
     shard_bytes: int
     copy: tuple[str, ...] = ()
+    allow_odd_values: bool = False
 
     @property
     def folder(self) -> str:
@@ -63,31 +64,40 @@ class Job:
     targets: tuple[JobTarget, ...]
     disk_budget: int | None
     max_hours: float | None
+    follow_links: bool = False
+    space_check: bool = True
 
 
 def read_job(path: Path) -> Job:
     """The job in a TOML file. Raises PlanError with every mistake in it."""
     table = settings.read_toml(path)
     problems: list[str] = []
-    source = _source(Settings("[source]", table.pop("source", None), problems))
+    source, links = _source(Settings("[source]", table.pop("source", None), problems))
     entries = table.pop("target", [])
     if not isinstance(entries, list) or not entries:
         problems.append("has no [[target]]")
         entries = []
     targets = [_target(Settings(f"[[target]] {number}", entry, problems)) for number, entry in enumerate(entries, 1)]
-    limits = _limits(Settings("[limits]", table.pop("limits", {}), problems), source)
+    budget, hours, space_check = _limits(Settings("[limits]", table.pop("limits", {}), problems), source)
     problems += [f"{key}: unknown; a job has [source], [[target]] and [limits]" for key in table]
     places = [target.folder for target in targets if target.repo]
     twice = sorted({place for place in places if places.count(place) > 1})
     problems += [f"{place}: is the place of more than one [[target]]" for place in twice]
     if problems:
         raise PlanError(f"{path}: {len(problems)} mistake(s)", problems)
-    return Job(source, tuple(targets), *limits)
+    return Job(source, tuple(targets), budget, hours, links, space_check)
 
 
-def _source(table: Settings) -> str:
-    repo, revision = table.take("repo", str), table.take("revision", str, "")
+def _source(table: Settings) -> tuple[str, bool]:
+    """Its address, and whether links in it are followed."""
+    repo, revision, links = table.take("repo", str), table.take("revision", str, ""), table.take("follow_links", bool, False)
     table.end()
+    if is_address(repo) and links:
+        table.wrong(f"follow_links is for a folder; {repo} is on a hub, leave it out")
+    return _address(table, repo, revision), links
+
+
+def _address(table: Settings, repo: str, revision: str) -> str:
     if not is_address(repo):
         if revision:
             table.wrong(f"revision: {repo} is a folder and has none")
@@ -100,15 +110,17 @@ def _source(table: Settings) -> str:
     return address
 
 
-def _limits(table: Settings, source: str) -> tuple[int | None, float | None]:
+def _limits(table: Settings, source: str) -> tuple[int | None, float | None, bool]:
+    """Bytes, hours, and whether the disk is asked for room."""
     budget, hours = table.pop("disk_budget"), table.take("max_hours", float, float("inf"))
+    unasked = table.take("no_space_check", bool, False)
     table.end()
     if not hours > 0:
         table.wrong(f"max_hours is {hours}, not a number above 0")
     if budget is not None and source and not is_address(source):
         table.wrong(f"disk_budget is for a source on a hub; {source} is a folder, leave it out")
     nbytes = None if budget is None else table.attempt(lambda: parse_size(budget), 0, "disk_budget")
-    return nbytes, None if hours == float("inf") else hours
+    return nbytes, None if hours == float("inf") else hours, not unasked
 
 
 def _target(table: Settings) -> JobTarget:
@@ -129,12 +141,12 @@ def _target(table: Settings) -> JobTarget:
     tag, tp = table.take("tag", bool, False), table.take("tp", int, 1)
     size = table.pop("max_shard_size", SHARD_BYTES)
     shard_bytes = table.attempt(lambda: parse_size(size), SHARD_BYTES, "max_shard_size")
-    copy = _patterns(table)
+    copy, odd = _patterns(table), table.take("allow_odd_values", bool, False)
     rules, runtime = _recipe(table)
     table.end()
     if tp not in (1, 2, 4, 8, 16) or (tp > 1 and not runtimes.find(runtime).PER_RANK):
         table.wrong(f"tp is {tp}, not 1, or 2, 4, 8 or 16 with runtime fastdeploy")
-    return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes, copy)
+    return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes, copy, odd)
 
 
 def _patterns(table: Settings) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from ernie_quant import hubs
 from ernie_quant.check.verify import verify
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.disk import FULL, hold
-from ernie_quant.errors import AnotherPlanError, ErnieQuantError, RetryError, VerifyError
+from ernie_quant.errors import AnotherPlanError, ErnieQuantError, RetryError
 from ernie_quant.hubs import Publisher
 from ernie_quant.jsonio import read_object
 from ernie_quant.nightly.job import Job, JobTarget
@@ -29,7 +29,7 @@ from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.reshard import check_size, shared_identity
 from ernie_quant.plan.steps import Plan
 from ernie_quant.publish import Destination, publish
-from ernie_quant.publish.files import repair
+from ernie_quant.publish.files import refuse_odd, repair
 from ernie_quant.report.rows import FILENAME, TensorReport, total
 from ernie_quant.result.room import unknown_space
 from ernie_quant.run.shared import run_shared
@@ -76,7 +76,7 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
     deadline = time.monotonic() + 3600 * hours if hours else None
     with _logged(log), hold(work / "lock", f"{work}: another run of a job is at work here"):
         shutil.rmtree(work / DROPPED, ignore_errors=True)
-        source = open_source(job.source)
+        source = open_source(job.source, links=job.follow_links)
         log(event="source", source=job.source, commit=source.revision, bytes=source.nbytes)
         plans = [_plan(source, target, job.disk_budget) for target in job.targets]  # every refusal comes before any work
         publishers = {t.scheme: hubs.publisher(t.scheme) for t in job.targets}
@@ -128,7 +128,8 @@ def _target(
     report = _make(target, plan, job, out, deadline, log)
     checked = verify(out, progress=_until(deadline), sample=SAMPLE)
     log(event="verified", repo=target.repo, files=checked.files, tensors=checked.tensors, recoded=checked.recoded)
-    done = publish(out, hub, Destination(target.repo, target.revision, target.private), _until(deadline))
+    place = Destination(target.repo, target.revision, target.private, odd=target.allow_odd_values)
+    done = publish(out, hub, place, _until(deadline))
     _tag(hub, target, tag, done.commit)
     _forget(out)
     return replace(report, status=done.status, commit=done.commit)
@@ -164,9 +165,9 @@ def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | 
     """Make the result of a target: go on with what was begun for this very plan, begin anew otherwise."""
     progress = _until(deadline)
     progress(0)
-    if note := unknown_space(out):
+    if job.space_check and (note := unknown_space(out)):
         log(event="note", repo=target.repo, note=note)
-    how: dict[str, Any] = {"disk_budget": job.disk_budget, "progress": progress, "workers": 0}
+    how: dict[str, Any] = {"disk_budget": job.disk_budget, "progress": progress, "workers": 0, "space_check": job.space_check}
 
     def run(restart: bool) -> Any:
         if target.tp > 1:
@@ -179,8 +180,8 @@ def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | 
         log(event="restart", repo=target.repo, why=str(error))
         result = run(restart=True)
     rows = result.reports or [TensorReport.from_json(row) for row in read_object(out / FILENAME)["tensors"]]
-    if infinite := [r.name for r in rows if r.not_finite]:
-        raise VerifyError(f"{target.repo}: is not published, its weights hold NaN or infinity", infinite)
+    if not target.allow_odd_values:
+        refuse_odd(target.repo, rows)
     changed = total([r for r in rows if r.changed])
     log(event="made", repo=target.repo, bytes=result.plan.nbytes, files_before=result.files_before, rel_error=changed.rel_error)
     return TargetResult(target.repo, "", bytes=result.plan.nbytes, rel_error=changed.rel_error)

@@ -177,5 +177,5 @@ def gpus_needed(chosen: Sequence[Choice], tp_sizes: Sequence[int], model: Model)
 
 def _bytes(choice: Choice) -> float:
     if isinstance(choice.codec, Keep):
-        return choice.spec.nbytes
+        return choice.codec.specs(choice.spec)["weight"].nbytes
     return choice.spec.numel * choice.codec.bits_per_weight(choice.spec) / 8

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ernie_quant import names
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
+from ernie_quant.codecs._rounded import DTYPE, Rounded
 from ernie_quant.codecs.keep import KEEP, Keep
-from ernie_quant.dtypes import FLOATS
+from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.names import Weight
 from ernie_quant.plan.recipe import Recipe
 from ernie_quant.runtimes import Linear, Runtime
@@ -61,7 +62,23 @@ def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices
     notes = [f"kept, because {line}" for line in folded_problems(unfit)]
     if others := _quantized(chosen) - _quantized(fitting) - len(unfit):
         notes.append(f"{others} more tensors are kept, as parts of the same layers")
-    return Choices(tuple(fitting), tuple(problems), tuple(notes))
+    rounded = [replace(c, codec=Rounded()) if to_round(c.weight.role, c.codec, c.spec, target) else c for c in fitting]
+    if not _quantized(fitting):
+        rounded = fitting  # a plain result has the bytes of its source
+    return Choices(tuple(rounded), tuple(problems), (*notes, *_rounding_notes(rounded)))
+
+
+def to_round(role: str, codec: Codec, spec: TensorSpec, target: Runtime) -> bool:
+    """Beside codes, does the runtime want this kept weight in bfloat16? Routers and their biases stay as they are."""
+    return target.ROUNDS_KEPT and isinstance(codec, Keep) and role != names.ROUTER and spec.dtype != DTYPE
+
+
+def _rounding_notes(chosen: Sequence[Choice]) -> list[str]:
+    rounded = [c for c in chosen if isinstance(c.codec, Rounded)]
+    if not rounded:
+        return []
+    were = " and ".join(sorted({TORCH_NAMES[c.spec.dtype] for c in rounded}))
+    return [f"{len(rounded)} tensors that are kept are {were}: rounded to bfloat16, the dtype of the scales beside them"]
 
 
 def _kept(choice: Choice) -> Choice:

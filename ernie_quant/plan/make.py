@@ -10,6 +10,7 @@ from ernie_quant import jsonio, runtimes
 from ernie_quant.archs import _rope
 from ernie_quant.archs._config import Facts
 from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.codecs._rounded import ROUNDED, Rounded
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.errors import ConfigError, PlanError
@@ -82,7 +83,11 @@ def make_plan(
         "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes,
         "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
         **({"statistics": of_statistics(statistics)} if statistics else {}),
+<<<<<<< HEAD
         **({"calibration": calibration.as_dict()} if calibration else {}),
+=======
+        **({"kept": ROUNDED} if any(isinstance(step.codec, Rounded) for step in steps) else {}),
+>>>>>>> wt11
     }  # fmt: skip
     return Plan(
         source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, along.files, tp_sizes,
@@ -110,7 +115,7 @@ def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> St
 
 
 def _config(table: Resolved, layout: Layout, vl_config: str, steps: Sequence[Step], modules: set[str]) -> dict[str, Any]:
-    dtype = next(s.spec.dtype for s in steps if s.role == EMBED)
+    dtype = next(s.codec.specs(s.spec)["weight"].dtype for s in steps if s.role == EMBED)  # never quantized
     if dtype not in FLOATS:
         raise ConfigError(f"the embeddings are {dtype}, not one of {', '.join(FLOATS)}")
     dims = table.map.dims

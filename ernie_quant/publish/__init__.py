@@ -11,7 +11,7 @@ from typing import Any
 from ernie_quant.errors import HubError, RetryError, VerifyError
 from ernie_quant.hubs import Conflict, Head, LocalFile, Publisher, RemoteFile
 from ernie_quant.paths import MANIFEST, README
-from ernie_quant.publish.files import delete, entitled, local_files
+from ernie_quant.publish.files import delete, entitled, local_files, refuse_odd, reported
 
 RACES = 5  # lost ones before we give up
 # a repository that holds no more is as good as empty
@@ -30,6 +30,7 @@ class Destination:
     pr: bool = False
     tag: str = ""
     delete: bool = False  # weight files, as soon as they are uploaded
+    odd: bool = False  # even if weights hold NaN or infinity
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def publish(out: Path, hub: Publisher, destination: Destination, progress: Progr
     destination = replace(destination, revision=destination.revision or hub.default_branch)
     if destination.pr and not hub.pull_requests:
         raise HubError(f"{destination.repo}: this hub has no pull requests that a program could open; leave --pr out")
+    if not destination.odd:
+        refuse_odd(destination.repo, reported(out))
     manifest = entitled(out, destination.repo)
     files = local_files(out, manifest, destination.repo)
     _open_repository(hub, destination)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from ernie_quant import writers
 from ernie_quant.disk import write_file
-from ernie_quant.errors import ErnieQuantError, OutputError
+from ernie_quant.errors import ErnieQuantError, OutputError, VerifyError
 from ernie_quant.hubs import LocalFile
 from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.paths import MANIFEST, README, SUMS, inside
@@ -22,6 +22,7 @@ from ernie_quant.report.saved import Report, read
 from ernie_quant.result import card
 from ernie_quant.result.manifest import read_manifest, sums
 
+ANYWAY = "--allow-odd-values (in a job allow_odd_values = true) publishes it all the same"
 UPLOADED = ".ernie-quant-published.json"  # what was uploaded and deleted here, for a publish that is interrupted
 
 
@@ -49,6 +50,17 @@ def entitled(out: Path, repo: str) -> dict[str, Any]:
         write_file(out / SUMS, sums(manifest["files"], text).encode())
         write_file(out / MANIFEST, text)
     return manifest
+
+
+def refuse_odd(repo: str, rows: Iterable[TensorReport]) -> None:
+    """A model with NaN or infinity is none, whoever made it. Raises VerifyError with the names."""
+    if infinite := [row.name for row in rows if row.not_finite]:
+        raise VerifyError(f"{repo}: is not published, its weights hold NaN or infinity; {ANYWAY}", infinite)
+
+
+def reported(out: Path) -> Sequence[TensorReport]:
+    """The rows of report.json; none of a result whose errors nobody measured. Raises CheckpointError or OutputError."""
+    return read(out).rows if FILENAME in read_manifest(out)["files"] else ()
 
 
 def repair(out: Path, repo: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ernie_quant.codecs._rounded import ROUNDED
 from ernie_quant.codecs.keep import KEPT
 
 FIRST = 5  # of many names
@@ -47,7 +48,12 @@ class TensorReport:
     @property
     def changed(self) -> bool:
         """Was it quantized?"""
-        return self.codec != KEPT
+        return self.codec not in (KEPT, ROUNDED)
+
+    @property
+    def rounded(self) -> bool:
+        """Was it kept, but for its dtype?"""
+        return self.codec == ROUNDED
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> TensorReport:

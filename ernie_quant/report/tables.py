@@ -32,8 +32,8 @@ def tables(rows: Sequence[TensorReport]) -> str:
 
 def _line(name: str, group: Sequence[TensorReport]) -> tuple[str, ...]:
     t = total(group)
-    changed = any(r.changed for r in group)
-    errors = (_error(t.rel_error), _error(t.worst)) if changed else ("-", "-")
+    lossy = any(r.changed or r.rounded for r in group)
+    errors = (_error(t.rel_error), _error(t.worst)) if lossy else ("-", "-")
     return (name, str(t.tensors), f"{t.bytes / 1e9:.3f}", f"{t.bits_per_weight:.3f}", *errors)
 
 

@@ -106,6 +106,11 @@ class Runtime(Protocol):
         """Do ranks share the vocabulary without padding it?"""
         ...
 
+    @property
+    def ROUNDS_KEPT(self) -> bool:
+        """Must what is kept beside codes, routers aside, be bfloat16, whatever the source has?"""
+        ...
+
     def folder(self, role: str) -> str:
         """Subfolder of the result for the tensors of a role."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
 
 Commands = list[tuple[str, str]]
+SPECIAL = set('"$`\\!')  # to a shell, in double quotes
 
 # vLLM 0.12 looks for experts under "Linear" (compressed_tensors_moe.py), which no config.json of this tool has
 VLLM = "vLLM >= 0.13"
@@ -20,15 +22,17 @@ def vllm(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> Commands:
     """A server."""
     most = f"   # or {', '.join(map(str, tp[1:]))}" if len(tp) > 1 else ""
     trust = " --trust-remote-code" if is_vl(config) else ""
-    return [(VLLM, f"vllm serve {out} --tensor-parallel-size {tp[0] if tp else 1}{trust}{most}")]
+    return [(VLLM, f"vllm serve {shlex.quote(str(out))} --tensor-parallel-size {tp[0] if tp else 1}{trust}{most}")]
 
 
 def transformers(out: Path, config: Mapping[str, Any]) -> Commands:
     """A pipeline; nothing for what it would not load."""
     if is_vl(config) or not _one_form_of_experts(config):
         return []
-    snippet = f"from transformers import pipeline; print(pipeline('text-generation', '{out}')('Hello', max_new_tokens=20))"
-    return [(TRANSFORMERS, f'python -c "{snippet}"')]
+    call = f"pipeline('text-generation', {str(out)!r})('Hello', max_new_tokens=20)"
+    snippet = f"from transformers import pipeline; print({call})"
+    quoted = shlex.quote(snippet) if SPECIAL & set(snippet) else f'"{snippet}"'
+    return [(TRANSFORMERS, f"python -c {quoted}")]
 
 
 def is_vl(config: Mapping[str, Any]) -> bool:

@@ -12,6 +12,8 @@ inputs, N its outputs:
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,9 @@ CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
 PER_RANK, SPLITS_VOCABULARY = True, True
+ROUNDS_KEPT = (
+    True  # biases and scales of experts are set without a cast (layers/linear.py, layers/moe/): config.json's dtype is bf16
+)
 
 
 def folder(role: str) -> str:
@@ -85,7 +90,7 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
                 f"{layer}.quant_weight": Part(TensorSpec((out * bits // 8, width), "I8"), 0, 1, interleave=2),
                 f"{layer}.weight_scale": Part(TensorSpec((out,), "BF16"), 0, None),
             }
-    return {name: kept(spec)}
+    return {name: kept(codec.specs(spec)["weight"])}
 
 
 def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[str, torch.Tensor]:
@@ -221,10 +226,10 @@ def misread(config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
 def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
     """How to run it."""
     ready = "FD_USE_MACHETE=0 " if "quantization_config" in config else ""
-    server = f"{ready}python -m fastdeploy.entrypoints.openai.api_server --model {out}"
+    server = f"{ready}python -m fastdeploy.entrypoints.openai.api_server --model {shlex.quote(str(out))}"
     size = config.get("tensor_parallel_size", tp[0] if tp else 1)
     plain = f"{server} --tensor-parallel-size {size} --max-model-len 32768 --max-num-seqs 32"
     if not ready or not config.get("num_nextn_predict_layers"):
         return [("FastDeploy", plain)]
-    draft = f'{{"method": "mtp", "num_speculative_tokens": 1, "model": "{out / MTP_FOLDER}"}}'
-    return [("FastDeploy", plain), ("FastDeploy with MTP", f"{plain} --speculative-config '{draft}'")]
+    draft = json.dumps({"method": "mtp", "num_speculative_tokens": 1, "model": str(out / MTP_FOLDER)})
+    return [("FastDeploy", plain), ("FastDeploy with MTP", f"{plain} --speculative-config {shlex.quote(draft)}")]

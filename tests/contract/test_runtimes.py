@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +229,21 @@ def test_commands_name_the_folder(runtime: ModuleType, family: str) -> None:
         return
     assert commands
     assert all(title and "some/folder" in command for title, command in commands)
+
+
+@pytest.mark.parametrize("name", ["my models/out", "o'clock", 'a "b"', "$HOME", "a;b", "`x`", "模型", "a\\b", "it's $5 (new)!"])
+def test_a_shell_gives_commands_the_folder_in_one_word(runtime: ModuleType, name: str) -> None:
+    """With an MTP block the draft's folder stands in a JSON text; in Python's it is a text too."""
+    config = {"quantization_config": {}, "num_nextn_predict_layers": 1}
+    for _, command in runtime.commands(Path(name), config, (1, 2)):
+        words = shlex.split(command, comments=True)
+        if "-c" in words:
+            (path,) = re.findall(r"pipeline\('text-generation', (.*)\)\('Hello'", words[words.index("-c") + 1])
+            assert ast.literal_eval(path) == name
+            continue
+        assert name in words
+        if "--speculative-config" in words:
+            assert json.loads(words[words.index("--speculative-config") + 1])["model"] == f"{name}/mtp"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

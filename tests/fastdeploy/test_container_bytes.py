@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path, tmp_pat
         assert set(json.loads((place / "model.safetensors.index.json").read_text())["weight_map"].values()) == files
 
 
-@pytest.mark.parametrize("source", ["src", "pt"])
+@pytest.mark.parametrize("source", ["src", pytest.param("pt", marks=pytest.mark.slow)])  # as of tests/views: many tiny slabs
 def test_slabs_leave_no_trace(source: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four columns of WINT2, four rows of WINT4 and WINT8 (of which two or four are mixed) at a time."""
     monkeypatch.setattr("ernie_quant.views.read.SLAB_BYTES", 1)

@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,46 +32,22 @@ from ernie_quant.sources import open_source
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from ernie_quant.cli import _show
-from helpers.in_memory import fused, fused_vl
-from helpers.models import random_model
-from helpers.synthetic import write_bin, write_model, write_pdparams, write_safetensors
-from safetensors.torch import load_file
 
-from ernie_quant import codecs
 from ernie_quant import inspect as inspection
+from ernie_quant.check.verify import verify
 from ernie_quant.errors import MAX_LINE, MAX_LINES, ErnieQuantError
-from ernie_quant.plan import built_in, recipe
+from ernie_quant.plan import recipe
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.steps import Plan
 from ernie_quant.plan.summary import summary
 from ernie_quant.run.whole import run_plan
-from ernie_quant.weights import layouts
-from faults._mutations import BULKS, Archive, boundaries, changed_archive, changed_json, changed_pickle, changed_safetensors
+from faults._checkpoints import KINDS, Sandbox, Variant, wint4
 from faults._watch import watching
 
 SECONDS = 5.0
 MEMORY_MB = 700
 RUN_BYTES, RUN_EVERY = 4 << 20, 10  # which plans are run too: small ones, one in so many
-DENSE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8,
-         "num_hidden_layers": 1}  # fmt: skip
-MOE = DENSE | {"moe_intermediate_size": 32, "moe_num_experts": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 0,
-               "moe_num_shared_experts": 1, "head_dim": 16}  # fmt: skip
-Model = tuple[dict[str, Any], dict[str, torch.Tensor]]
-KINDS = ("header", "index", "config", "pdparams", "bin")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A good checkpoint, and how one of its files is changed; a quantized one is dequantized, as `dequantize` does."""
-
-    kind: str
-    folder: Path
-    file: str
-    original: bytes
-    change: Callable[[random.Random], bytes]
-    dequantize: bool = False
 
 
 @dataclass
@@ -114,132 +90,6 @@ class Summary:
         return "\n".join([head, *rows, f"{self.runs} were run too; {self.seconds:.0f} s; {memory}"])
 
 
-# --- good checkpoints ------------------------------------------------------------------------------------------------
-
-
-class Sandbox:
-    """Small checkpoints of every kind in a scratch folder, with links that lead out of them, and a canary outside."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.results = root, root / "results"
-        self.results.mkdir()
-        self.canary = root / "canary.safetensors"
-        write_safetensors(self.canary, {"model.norm.weight": torch.ones(32)})
-        (root / "canary").mkdir()
-        shutil.copy(self.canary, root / "canary" / "model.safetensors")
-        dense, moe = self.model("dense", layouts.PADDLE, DENSE), self.model("moe", layouts.PT, MOE)
-        mtp, vl = self.model("moe_mtp", layouts.PADDLE, MOE), self.model("vl", layouts.PADDLE, VL)
-        self.variants: dict[str, list[Variant]] = {kind: [] for kind in KINDS}
-        for i, (config, tensors) in enumerate((dense, moe)):
-            sharded = write_model(root / f"sharded{i}", config, tensors, 2, "U16")
-            single = write_model(root / f"single{i}", config, tensors)
-            self.add("header", sharded, "model-00001-of-00002.safetensors")
-            self.add("header", single, "model.safetensors")
-            self.add("index", sharded, "model.safetensors.index.json")
-            self.add("config", single, "config.json")
-        for i, (config, tensors) in enumerate((mtp, vl)):
-            self.add("config", write_model(root / f"other{i}", config, tensors), "config.json")
-        self.other_forms(moe, self.model("vl", layouts.PT, VL))
-        out = root / "wint4"
-        run_plan(make_plan(open_source(root / "single1"), runtime="vllm", recipe=wint4()), out, workers=1)
-        self.add("config", out, "config.json", dequantize=True)
-        for i, (protocol, split) in enumerate(((2, None), (3, 500), (4, None))):
-            folder = self.folder(f"pdparams{i}", mtp[0])
-            write_pdparams(folder / "model_state.pdparams", mtp[1], protocol, split)
-            self.add("pdparams", folder, "model_state.pdparams")
-        shared = torch.cat([t.flatten().view(torch.uint8) for t in moe[1].values()])  # one storage for all
-        for i, tensors in enumerate((moe[1], _views(shared, moe[1]))):
-            folder = self.folder(f"bin{i}", moe[0])
-            write_bin(folder / "pytorch_model.bin", tensors)
-            self.add("bin", folder, "pytorch_model.bin")
-        for variants in self.variants.values():
-            for variant in variants:
-                self.hostile(variant.folder)
-
-    def other_forms(self, moe: Model, vl: Model) -> None:
-        """Experts of a layer in one tensor, names in wrappers, buffers, scaled positions, another model_type."""
-        in_memory = {"fused": (moe[0], fused(moe[1])), "fused-vl": (vl[0], fused_vl(vl[1], 2))}
-        wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in moe[1].items()}
-        wrapped["_orig_mod.module.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-        config = moe[0] | {"model_type": "ernie4_5", "compression_ratio": 4.0}
-        for name, (settings, tensors) in {**in_memory, "wrapped": (config, wrapped)}.items():
-            folder = write_model(self.root / name, settings, tensors)
-            self.add("header", folder, "model.safetensors")
-            self.add("config", folder, "config.json")
-        pickled = self.folder("fused-bin", moe[0])
-        write_bin(pickled / "pytorch_model.bin", {f"module.{name}": tensor for name, tensor in fused(moe[1]).items()})
-        self.add("bin", pickled, "pytorch_model.bin")
-
-    def model(self, family: str, layout: str, changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """config.json and random tensors."""
-        folder = random_model(self.root / f"random-{family}-{layout.name}", layout, family, **changes)
-        return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-
-    def folder(self, name: str, config: dict[str, Any]) -> Path:
-        """A folder with a config.json."""
-        (self.root / name).mkdir()
-        (self.root / name / "config.json").write_text(json.dumps(config))
-        return self.root / name
-
-    def hostile(self, folder: Path) -> None:
-        """Links and pipes that only a changed index or directory would name."""
-        links = {"link.safetensors": "../canary.safetensors", "link.pdparams": "../canary.safetensors", "linkdir": "../canary",
-                 "loop.safetensors": "loop.safetensors", "absolute.bin": str(self.canary)}  # fmt: skip
-        for name, target in links.items():
-            if not (folder / name).is_symlink():
-                (folder / name).symlink_to(target)
-        if not (folder / "pipe.safetensors").exists():
-            os.mkfifo(folder / "pipe.safetensors")
-
-    def add(self, kind: str, folder: Path, file: str, dequantize: bool = False) -> None:
-        """One more variant of a kind."""
-        data, canary = (folder / file).read_bytes(), str(self.canary)
-        archive = Archive.of(data) if kind == "bin" else None
-        starts = boundaries(data) if kind == "pdparams" else []
-
-        def change(rng: random.Random) -> bytes:
-            if rng.random() < 0.001:
-                return bulk(rng, kind)
-            if archive is not None:
-                return changed_archive(rng, archive)
-            if kind == "pdparams":
-                return changed_pickle(rng, data, starts)
-            return (changed_safetensors if kind == "header" else changed_json)(rng, data, canary)
-
-        self.variants[kind].append(Variant(kind, folder, file, data, change, dequantize))
-
-
-VL = {
-    **MOE, "moe_num_experts": [2, 2], "moe_intermediate_size": [32, 32], "moe_layer_start_index": [0, 0],
-    "moe_layer_end_index": [0, 0],
-}  # fmt: skip
-
-
-def _views(storage: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors as parts of one storage (each its dtype: torch.save keeps a storage per dtype)."""
-    found, at = {}, 0
-    for name, tensor in tensors.items():
-        if tensor.dtype == torch.bfloat16:
-            found[name] = storage[at : at + tensor.nbytes].view(torch.bfloat16).view(tensor.shape)
-        else:
-            found[name] = tensor
-        at += tensor.nbytes
-    return found
-
-
-def bulk(rng: random.Random, kind: str) -> bytes:
-    """Much of one thing; the hardest bounds have tests of their own."""
-    form = {"header": "header", "pdparams": "pickle", "bin": "pickle"}.get(kind, "json")
-    data = rng.choice(BULKS[form])(rng.choice((1000, 10_000, 300_000)))
-    return len(data).to_bytes(8, "little") + data if kind == "header" else data
-
-
-def wint4() -> recipe.Recipe:
-    """4 bits for every linear."""
-    codec = codecs.make("rtn", {"bits": 4, "group_size": 32, "scale": "absmax"})
-    return built_in.one_codec("wint4", codec, experts_only=False, mtp=False, keep_unfit=False)
-
-
 # --- one mutation ----------------------------------------------------------------------------------------------------
 
 
@@ -263,8 +113,8 @@ def time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def look_and_plan(variant: Variant, rng: random.Random) -> list[Plan]:
-    """What `inspect`, `convert --dry-run` and `wint4 --dry-run` do. Raises what they raise."""
+def look_and_plan(variant: Variant, rng: random.Random, **more: Any) -> list[Plan]:
+    """What `inspect`, `convert --dry-run` and `wint4 --dry-run` do (with `more` options). Raises what they raise."""
     found = inspection.inspect(variant.folder)
     shown = _show.inspection(found) + json.dumps(vars(found), ensure_ascii=False)
     shown.encode()
@@ -275,7 +125,8 @@ def look_and_plan(variant: Variant, rng: random.Random) -> list[Plan]:
     wanted = [("vllm", recipe.KEEP_ALL), ("fastdeploy", recipe.KEEP_ALL), ("vllm", wint4())]
     plans = []
     for runtime, rules in wanted if rng.random() < 0.2 else [rng.choice(wanted)]:
-        plan = make_plan(checkpoint, runtime=runtime, recipe=rules, vl_config=rng.choice(("flat", "transformers")))
+        spelling = rng.choice(("flat", "transformers"))
+        plan = make_plan(checkpoint, runtime=runtime, recipe=rules, vl_config=spelling, **more)
         summary(plan)
         json.dumps(dict(plan.config), allow_nan=False).encode()
         assert plan.disk_bytes >= plan.nbytes >= 0
@@ -300,14 +151,15 @@ def attempt(sandbox: Sandbox, variant: Variant, rng: random.Random, total: Summa
     try:
         with watching(variant.folder, sandbox.results) as escapes, time_limit():
             try:
-                plans = look_and_plan(variant, rng)
+                plans = look_and_plan(variant, rng, **variant.options(rng))
                 outcome = "accepted"
             except ErnieQuantError as error:
                 check_words(error)
     except (Exception, Hang) as error:
         findings.append(told(error))
     findings += [f"escape: {e}" for e in escapes]
-    if plans and not findings and rng.randrange(RUN_EVERY) == 0 and plans[-1].nbytes < RUN_BYTES:
+    often = 2 if variant.kind == "beside" else RUN_EVERY  # what lies there is copied at the end
+    if plans and not findings and rng.randrange(often) == 0 and plans[-1].nbytes < RUN_BYTES:
         total.runs += 1
         try:
             with watching(variant.folder, sandbox.results, code=False) as escapes, time_limit():
@@ -316,6 +168,8 @@ def attempt(sandbox: Sandbox, variant: Variant, rng: random.Random, total: Summa
                 except ErnieQuantError as error:
                     check_words(error)
                     assert not (out / "ernie-quant.json").exists(), "a refused source has a finished result"
+                else:
+                    check_result(sandbox, out)
         except (Exception, Hang) as error:
             findings.append(told(error))
         findings += [f"escape while running: {e}" for e in escapes]
@@ -324,6 +178,18 @@ def attempt(sandbox: Sandbox, variant: Variant, rng: random.Random, total: Summa
         findings.append("a dry run left something")
         shutil.rmtree(out)
     return outcome, findings
+
+
+def check_result(sandbox: Sandbox, out: Path) -> None:
+    """Plain files, all in the manifest and as it says, none of them from outside."""
+    odd = [path.name for path in out.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
+    assert not odd, f"the result has what is no file: {odd}"
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    listed = json.loads((out / "ernie-quant.json").read_text())["files"].keys() | {"ernie-quant.json", "SHA256SUMS"}
+    assert files == listed, f"manifest and folder differ: {sorted(files ^ listed)}"
+    same = [p for p in out.rglob("*") if p.is_file() and p.stat().st_size == len(sandbox.outside)]
+    assert not any(path.read_bytes() == sandbox.outside for path in same), "the result has a file from outside"
+    verify(out, sample=1)
 
 
 def told(error: BaseException) -> str:
@@ -342,14 +208,11 @@ def one(sandbox: Sandbox, seed: int, number: int, total: Summary, show: bool = F
     """Mutation `number` of `seed`."""
     rng = random.Random(f"{seed}-{number}")
     variant = rng.choice(sandbox.variants[rng.choice(KINDS)])
-    path = variant.folder / variant.file
     data = variant.change(rng)
-    row, memory, start = total.rows[variant.kind], peak_mb(), time.monotonic()
-    path.write_bytes(data)
-    try:
+    row, memory = total.rows[variant.kind], peak_mb()
+    with variant.changed(data):
+        start = time.monotonic()
         outcome, findings = attempt(sandbox, variant, rng, total)
-    finally:
-        path.write_bytes(variant.original)
     row.slowest_s = max(row.slowest_s, time.monotonic() - start)
     total.peak_mb = peak_mb()
     total.growth_mb = max(total.growth_mb, total.peak_mb - memory)
@@ -362,7 +225,7 @@ def one(sandbox: Sandbox, seed: int, number: int, total: Summary, show: bool = F
     lines = list(dict.fromkeys(findings))[:3]
     total.findings += [f"--seed {seed} --only {number}: {variant.kind} of {variant.folder.name}: {line}" for line in lines]
     if show:
-        kept = Path(tempfile.gettempdir()) / f"fuzz-{seed}-{number}-{variant.file}"
+        kept = Path(tempfile.gettempdir()) / f"fuzz-{seed}-{number}-{variant.file or variant.kind}"
         kept.write_bytes(data)
         print(f"{outcome}; the changed file is {kept}")
 

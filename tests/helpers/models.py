@@ -101,7 +101,7 @@ def dequantized(out: Path, plain: Path) -> Path:
     return plain
 
 
-def logits(folder: Path, dtype: torch.dtype = torch.float32, case: str = "") -> torch.Tensor:
+def logits(folder: Path, dtype: torch.dtype | str = torch.float32, case: str = "") -> torch.Tensor:
     """float32 logits that transformers computes for the golden input ids of `case`."""
     return states(folder, torch.from_numpy(np.load(GOLDEN / (case or "moe") / "input_ids.npy")), dtype)[1].float()
 

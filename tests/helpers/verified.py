@@ -17,6 +17,7 @@ from helpers.ranks import WIDTHS
 from helpers.results import edit, sealed
 from helpers.runs import everything
 
+NARROW = {"intermediate_size": 256, "moe_intermediate_size": 256}  # the least that two ranks can share in WINT2
 # 43 stored weights: 24 linears (attention and FFN of 3 layers and of the MTP block, 2 x 2 experts and 2 times shared ones),
 # 19 others; as PT 59, of which 40 linears, for q, k, v and gate, up are stored apart
 WHOLE, RANK = ("model.safetensors",), ("rank1/model.safetensors",)
@@ -25,7 +26,7 @@ BOTH = ("rank0/model.safetensors", *RANK)
 
 def make(folder: Path) -> None:
     """One folder of each kind, all of the model in `src`."""
-    random_model(folder / "src", layouts.PADDLE, "moe_mtp", **WIDTHS)
+    random_model(folder / "src", layouts.PADDLE, "moe_mtp", **WIDTHS | NARROW)
     write(folder / "src", folder / "pt")
     write(folder / "src", folder / "int4", recipe=everything(RoundToNearest(4, 64)))
     write(folder / "src", folder / "fp8", recipe=everything(Float8Block()))

@@ -163,10 +163,10 @@ def test_a_folder_can_be_the_source(hub: LoopbackHub, night: Night) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_killed_nights_end_as_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_killed_night_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     """The long version: `python tests/faults/nightly.py --kills 50`."""
     from faults.nightly import all_trials
 
-    tally = all_trials(tmp_path, kills=2, seed=4)
+    tally = all_trials(tmp_path, kills=1, seed=4)
     assert tally.failures == []
-    assert tally.kills >= 2
+    assert tally.kills >= 1

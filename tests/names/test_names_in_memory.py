@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.in_memory import fused, fused_vl
@@ -84,6 +85,37 @@ def test_transformers_computes_the_same_logits(saved: Saved, tmp_path: Path) -> 
     _, in_memory = saved("moe")
     write(in_memory, tmp_path / "pt")
     assert torch.equal(logits(tmp_path / "pt", case="moe_hf"), logits(in_memory, case="moe_hf"))
+
+
+@pytest.fixture(scope="module")
+def vl_pt(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The VL model that was saved from memory, in the published form that transformers loads."""
+    out = tmp_path_factory.mktemp("vl") / "pt"
+    write(saved("vl")[1], out, vl_config="transformers")
+    return out
+
+
+def test_transformers_computes_the_same_logits_of_a_vl_model(saved: Saved, vl_pt: Path) -> None:
+    """Text alone: embeddings, attention, text router and text experts of every layer."""
+    assert any(".text_moe.experts.gate_up_proj" in name for name in tensors(saved("vl")[1]))
+    assert not any("gate_up_proj" in name for name in tensors(vl_pt))
+    found = logits(vl_pt, case="vl")
+    assert torch.equal(found, logits(saved("vl")[1], case="vl"))
+    expected = torch.from_numpy(np.load(GOLDEN / "vl/expected_logits_fp32.npy"))  # of Baidu's own code
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("part", ["mlp.gate.weight", "mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.down_proj.weight"])
+def test_a_swap_would_show_in_these_logits(part: str, vl_pt: Path, tmp_path: Path) -> None:
+    """Two experts, or two rows of the router."""
+    table = tensors(vl_pt)
+    one, other = (next(name for name in table if name.endswith(f".1.{part.format(i)}")) for i in (0, 1))
+    if one == other:  # the router of a VL model is [H, E]
+        table[one] = table[one][:, [1, 0, 2, 3]].contiguous()
+    else:
+        table[one], table[other] = table[other], table[one]
+    swapped = model(tmp_path / "swapped", config(vl_pt), table)
+    assert (logits(swapped, case="vl") - logits(vl_pt, case="vl")).abs().max() > 1e-3
 
 
 def test_the_layout_is_said(saved: Saved) -> None:

@@ -22,6 +22,7 @@ from ernie_quant.check.verify import verify
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 PT_EXPERT, EXPERT = "model.layers.2.mlp.experts.1.down_proj", "ernie.layers.2.mlp.experts.1.down_proj"
+NEIGHBOUR = "ernie.layers.2.mlp.experts.0.down_proj"
 WINT4, WINT8 = "ernie.layers.1.mlp.experts.0.down_proj", "ernie.layers.0.mlp.down_proj"
 NORM, PT_NORM, HEAD = "ernie.norm", "model.norm", "ernie.embed_tokens"
 ATTENTION = "model.layers.0.self_attn.o_proj"
@@ -51,14 +52,14 @@ LINES = {
     "not sampled": "not compared: not in the sample (--full)",
 }
 
-SAMPLED = "17 of 40 recoded; 6 kept; 17 reported; 36 not sampled"
+SAMPLED = "16 of 40 recoded; 6 kept; 16 reported; 37 not sampled"
 
 # fmt: off
 PRINTED: list[tuple[str, str, tuple[Any, ...], str, str]] = [
     ("pt",    "",          (),               "4 files, 59 tensors, 0 quantized",  "59 no source"),
     ("pt",    "src",       (),               "4 files, 59 tensors, 0 quantized",  "59 kept"),
     ("int4",  "",          (),               "4 files, 59 tensors, 40 quantized", "40 recoded; 59 no source"),
-    ("int4",  "",          ("--sample", 20), "4 files, 59 tensors, 40 quantized", "17 of 40 recoded; 59 no source"),
+    ("int4",  "",          ("--sample", 20), "4 files, 59 tensors, 40 quantized", "16 of 40 recoded; 59 no source"),
     ("int4",  "src",       ("--sample", 20), "4 files, 59 tensors, 40 quantized", SAMPLED),
     ("int4",  "src",       (),               "4 files, 59 tensors, 40 quantized", "40 recoded; 19 kept; 40 reported"),
     ("fp8",   "src",       ("--full",),      "4 files, 59 tensors, 40 quantized", "40 recoded; 19 kept; 40 reported"),
@@ -117,14 +118,14 @@ def test_numbers_are_in_the_json_too(folder: Path, command: Command) -> None:
     found = json.loads(text)
     numbers = {key: found["compared"][key] for key in ("kept", "decoded", "stored", "reported", "measured", "nearest")}
     assert numbers == {"kept": 19, "decoded": 0, "stored": 0, "reported": 0, "measured": 24, "nearest": 24}
-    assert (found["compared"]["worst"], found["recoded"], found["not_compared"]) == (f"{EXPERT}.weight", 24, {})
+    assert (found["compared"]["worst"], found["recoded"], found["not_compared"]) == (f"{NEIGHBOUR}.weight", 24, {})
     assert 0.01 < found["compared"]["rel_error"] < found["compared"]["worst_rel_error"] < 0.11
     _, text, _ = command("verify", folder / "bare", "--json")
     found = json.loads(text)
     assert (found["compared"]["kept"], found["against"], found["not_compared"]) == (0, False, {"no source": 43})
 
 
-@pytest.mark.parametrize("sample", [1, 30, None])
+@pytest.mark.parametrize("sample", [1, None])
 @pytest.mark.parametrize(("name", "against"), [*dict.fromkeys(row[:2] for row in PRINTED if row[1]), ("bare", "src")], ids=str)
 def test_every_tensor_is_in_one_number(name: str, against: str, sample: int | None, folder: Path) -> None:
     """Compared in one way, or not compared for a reason that is said."""
@@ -148,14 +149,14 @@ LIMIT, ROWS = (
     "its relative error to the source is {}; .* stays below {}",
     r"512 of 512 rows \(0, 1, 2, 3, 4, …\) are no nearer .*",
 )
-OTHER = r"in \d+ of 4096 blocks of 64 weights the codes are not the nearest to the source at their scales, in all others .*"
+OTHER = r"in \d+ of 2048 blocks of 64 weights the codes are not the nearest to the source at their scales, in all others .*"
 DIFFER = r"its (relative|squared|largest) error is [\d.e-]+, the report says [\d.e-]+"
 FIELD = "rows 0 to 512 have not the source's {}; resharding changes none"
 OTHER_FORM = "is (int4|fp8), .*, in the source (int8|fp8|wint2).*; compare it with what it was made from"
 
 LIE, DECODES = "its relative error is {}, the report says 0.25", "should be what the source decodes to, and is not"
 INFINITE, NO_CODEC = "rows 0 to 512 decode to NaN or infinity", "rows 0 to 512 decode to weights whose codes are others; .*"
-ONE_OR_TWO = r"[12]\.?\d*"
+ONE_OR_TWO, NEARLY_ONE = r"[12]\.?\d*", r"(0\.99\d|1)"
 
 # fmt: off
 WRONG: list[tuple[str, str, str, str, str, str, tuple[str, ...], str]] = [
@@ -185,7 +186,7 @@ WRONG: list[tuple[str, str, str, str, str, str, tuple[str, ...], str]] = [
     ("stored",   "fp8",             "wint2",     "",         PT_EXPERT, "weight",        WHOLE, OTHER_FORM),
     ("measured", "bare",            "src",       "reversed", EXPERT,    "quant",         RANK,  LIMIT.format(ONE_OR_TWO, "0.5")),
     ("measured", "bare",            "src",       "reversed", WINT4,     "quant",         RANK,  LIMIT.format(ONE_OR_TWO, "0.25")),
-    ("others",   "bare",            "src",       "doubled",  WINT8,     "weight_scale",  BOTH,  LIMIT.format(r"0\.99\d", "0.05")),
+    ("others",   "bare",            "src",       "doubled",  WINT8,     "weight_scale",  BOTH,  LIMIT.format(NEARLY_ONE, "0.05")),
     ("measured", "bare",            "src",       "zero",     EXPERT,    "",              BOTH,  ROWS),
     ("measured", "int4-unmeasured", "src",       "reversed", PT_EXPERT, "weight_packed", WHOLE, LIMIT.format(ONE_OR_TWO, "0.25")),
     ("measured", "fp8-unmeasured",  "src",       "reversed", PT_EXPERT, "weight",        WHOLE, LIMIT.format(ONE_OR_TWO, "0.05")),
@@ -229,7 +230,7 @@ def test_what_is_not_in_the_sample_is_not_vouched_for(folder: Path, command: Com
     out = copy(folder / "wint2", tmp_path / "out")
     spoil(out, "one bit", "ernie.layers.1.input_layernorm.weight", WHOLE)
     code, text, _ = said(command, out, folder / "src", "--sample", 1)
-    assert (code, text.splitlines()[-1]) == (0, f"  26 {LINES['not sampled']}")
+    assert (code, text.splitlines()[-1]) == (0, f"  28 {LINES['not sampled']}")
     assert said(command, out, folder / "src", "--full")[0] == 1
 
 

@@ -6,7 +6,8 @@ from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.runtimes import Part, kept, vllm
 
-LAYOUT, FORMAT, ROWS, CONFIG, RECIPES, PER_RANK, SPLITS_VOCABULARY = "pt", "box", 1, {}, ("pt",), False, False
+LAYOUT, FORMAT, ROWS, CONFIG, RECIPES = "pt", "box", 1, {}, ("pt",)
+PER_RANK, SPLITS_VOCABULARY, ROUNDS_KEPT = False, False, False
 CODECS = (Keep,)
 EXPERT = re.compile(r"experts\.(\d+)\.(\w+)\.weight$")
 folder, layer_of, share_multiple, metadata = vllm.folder, vllm.layer_of, vllm.share_multiple, vllm.metadata
