@@ -76,8 +76,8 @@ def by_layer(plan: Plan, fit: bool) -> dict[int, list[Step]]:
     return {
         layer: chosen
         for layer, steps in sorted(found.items())
-        if any(step.quantized for step in steps)
-        and (chosen := [step for step in steps if step.quantized or (fit and _may_be_fitted(step))])
+        if not all(step.kept for step in steps)
+        and (chosen := [step for step in steps if not step.kept or (fit and _may_be_fitted(step))])
     }
 
 

@@ -119,7 +119,7 @@ class State:
         found = {}
         for step in steps:
             of = tuned[step.name]
-            if step.quantized or of.fitted:
+            if not step.kept or of.fitted:
                 assert step.row is not None
                 refs = {n: TensorRef(n, p.spec, file, (Extent(starts[n], p.spec.nbytes),)) for n, p in step.parts.items()}
                 views = {name: leaf(ref) for name, ref in refs.items()}

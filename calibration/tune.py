@@ -11,7 +11,6 @@ from ernie_quant.calibration.ridge import Seen
 
 from ernie_quant import runtimes
 from ernie_quant.codecs import Codec, Encoder
-from ernie_quant.codecs.keep import Keep
 from ernie_quant.dtypes import torch_dtype
 from ernie_quant.plan.steps import Step
 from ernie_quant.threads import ordered
@@ -78,7 +77,7 @@ class Tuner:
         """f32 [out, in] as it will be read."""
 
         runtime = runtimes.find(self.runtime)
-        encoded = self._kept(step, wanted) if isinstance(step.codec, Keep) else self._encoded(step, wanted, seen)
+        encoded = self._kept(step, wanted) if step.kept else self._encoded(step, wanted, seen)
         parts = {
             **runtime.constants(step.name, step.codec, step.spec, {}),
             **runtime.pack(step.name, step.codec, encoded),
@@ -86,7 +85,7 @@ class Tuner:
         for name, tensor in parts.items():
             self.writer.write(name, tensor)
         decoded: torch.Tensor = step.codec.decode(encoded).float()
-        if isinstance(step.codec, Keep) and step.turned:
+        if step.kept and step.turned:
             decoded = decoded.T
         self.tuned.append(Tuned(step.name, _output_error(wanted, decoded, seen), fitted, seen.tokens))
         return decoded

@@ -83,11 +83,8 @@ def make_plan(
         "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes,
         "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
         **({"statistics": of_statistics(statistics)} if statistics else {}),
-<<<<<<< HEAD
         **({"calibration": calibration.as_dict()} if calibration else {}),
-=======
         **({"kept": ROUNDED} if any(isinstance(step.codec, Rounded) for step in steps) else {}),
->>>>>>> wt11
     }  # fmt: skip
     return Plan(
         source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, along.files, tp_sizes,

@@ -12,13 +12,9 @@ from typing import Any
 from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Checkpoint, Stamp, TensorSpec
 from ernie_quant.codecs import Codec
-<<<<<<< HEAD
-from ernie_quant.codecs.keep import Keep
+from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.names import Row
 from ernie_quant.plan.calibration import Calibration
-=======
-from ernie_quant.codecs.keep import KEEP
->>>>>>> wt11
 from ernie_quant.plan.carried import target_of
 from ernie_quant.plan.identity import Identity
 from ernie_quant.plan.recipe import Recipe
@@ -77,7 +73,7 @@ class Step:
     def turned(self) -> bool:
         """Is it a kept weight that is stored as [in, out]?"""
         paddle = self.row is not None and self.name == self.row.paddle and self.row.rule.op.transpose
-        return paddle and not self.quantized
+        return paddle and self.kept
 
     @property
     def nbytes(self) -> int:
@@ -86,13 +82,13 @@ class Step:
 
     @property
     def quantized(self) -> bool:
-<<<<<<< HEAD
-        """Is it stored in another form than the source's?"""
-        return not isinstance(self.codec, Keep)
-=======
         """Does it change? What is kept, but rounded, does too."""
         return self.codec != KEEP
->>>>>>> wt11
+
+    @property
+    def kept(self) -> bool:
+        """Is it stored as a plain tensor?"""
+        return isinstance(self.codec, Keep)
 
     def slabs(self) -> list[tuple[int, int]]:
         """Ranges of rows that together are the tensor."""

@@ -109,7 +109,7 @@ def _row(step: Step, difference: Difference, values: Values, writer: ShardWriter
     crc32 = writer.crc32((name, part.index) for name, part in step.parts.items())
     made = step.made
     return TensorReport(
-        step.name, step.role, FITTED if made and not step.quantized else step.codec.describe(), step.spec.shape, step.nbytes,
+        step.name, step.role, FITTED if made and step.kept else step.codec.describe(), step.spec.shape, step.nbytes,
         step.codec.bits_per_weight(step.spec), difference.rel_error, difference.sqnr_db, difference.largest,
         difference.error, difference.total, step.sources, crc32,
         values.not_finite, values.only_zeros and step.spec.numel > 0 and means_something(step.name),
