@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +55,18 @@ class Readable:
         return found
 
     @property
+    def identity(self) -> dict[str, str]:
+        """Names it without saying where it lies; `weights` is the same for every plain form of one model's shapes.
+
+        sha256 of config.json, and of name, shape and role of every weight.
+        """
+        lines = "".join(f"{w.name} {w.view.shape} {w.role}\n" for w in self.table.weights)
+        config = json.dumps(self.checkpoint.config, sort_keys=True)
+        hashed = {key: hashlib.sha256(text.encode()).hexdigest() for key, text in (("config", config), ("weights", lines))}
+        place = self.checkpoint
+        return {"name": place.title, "address": place.address, "revision": place.revision, **hashed}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of decoded weights that a pass reads: what its progress adds up to."""
         return sum(self.stage_nbytes(stage) for stage in range(len(self.stages)))
@@ -62,9 +76,9 @@ class Readable:
         return sum(spec_of(weight.view).nbytes for weight in self.stages[stage])
 
     @contextmanager
-    def read(self) -> Iterator[Opened]:
-        """Its files are open, or on their way. Raises CheckpointError or RetryError."""
-        needs = [list(dict.fromkeys(ref.file for w in stage for ref in refs(w.view))) for stage in self.stages]
+    def read(self, stages: int | None = None) -> Iterator[Opened]:
+        """Its files are open, or on their way: those of the first `stages`, or all. Raises CheckpointError or RetryError."""
+        needs = [list(dict.fromkeys(ref.file for w in stage for ref in refs(w.view))) for stage in self.stages[:stages]]
         with self.checkpoint.download(needs) as download, Files(download.stamps, download.path) as files:
             yield Opened(model_of(self.table, files), files, download)
             files.check()
