@@ -51,7 +51,7 @@ def calibrated(plan: Plan, place: Path, workers: int, watch: Watch) -> Plan:
     state.begin(text.ids, text.judged)
     first = state.next(last)
     if first <= last:
-        with one_torch_thread(), torch.no_grad(), source.read(first, last) as opened:
+        with one_torch_thread(), torch.no_grad(), source.read(range(first + 1 if first else 0, last + 2)) as opened:
             streams = state.load(first, text.judged) if first else _start(opened.model, text.ids, text.judged)
             for layer in range(first, last + 1):
                 where = Where(watch, layer, last + 1, opened.model)
