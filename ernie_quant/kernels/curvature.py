@@ -12,7 +12,6 @@ import torch
 
 from ernie_quant.errors import ErnieQuantError
 
-
 DAMPED_DESCENT = True  # descent lowers the loss with damped H, which feedback lowers too; False: that with H itself
 
 
