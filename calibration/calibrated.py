@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,15 @@ from ernie_quant.calibration.model import Model
 from ernie_quant.calibration.opened import Readable, geometry_of
 from ernie_quant.calibration.state import State, said_of
 from ernie_quant.calibration.streams import Streams
+from ernie_quant.calibration.targets import Layer
 from ernie_quant.calibration.tokenizer import tokenizer_of
 from ernie_quant.calibration.tune import Tuner
 from ernie_quant.calibration.windows import windows
 
 from ernie_quant.names import ATTENTION, VISION_EXPERT
 from ernie_quant.names import SHARED as SHARED_ROLE
-from ernie_quant.plan.calibration import Calibration
 from ernie_quant.plan.steps import Plan, Step, with_made
-from ernie_quant.threads import one_torch_thread
+from ernie_quant.threads import Watch, one_torch_thread
 from ernie_quant.weights.plain import FIXES, resolve
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.weight$")
 FITTED = ("self_attn.o_proj", f"{SHARED}.down_proj")
 
 
-def calibrated(plan: Plan, place: Path, workers: int, watch: walk.Watch) -> Plan:
+def calibrated(plan: Plan, place: Path, workers: int, watch: Watch) -> Plan:
     """The plan with the weights that calibration made; `place`: a folder for what is kept between runs.
 
     Raises TextError, CheckpointError, ConfigError or AnotherPlanError.
@@ -51,14 +51,34 @@ def calibrated(plan: Plan, place: Path, workers: int, watch: walk.Watch) -> Plan
     state.begin(text.ids, text.judged)
     first = state.next(last)
     if first <= last:
-        with one_torch_thread(), torch.no_grad(), source.read(first, last) as opened:
+        with one_torch_thread(), torch.no_grad(), source.read(range(first + 1 if first else 0, last + 2)) as opened:
             streams = state.load(first, text.judged) if first else _start(opened.model, text.ids, text.judged)
             for layer in range(first, last + 1):
-                streams = _through(opened.model, layer, streams, todo.get(layer, []), plan, state, workers, watch, layer < last)
+                where = Where(watch, layer, last + 1, opened.model)
+                streams = _through(opened.model, layer, streams, todo.get(layer, []), plan, state, workers, where, layer < last)
                 opened.done(layer + 1)
     made = {name: of for layer, steps in todo.items() for name, of in state.made(layer, steps, plan.runtime).items()}
     said = {**text.description, "fit": plan.calibration.fit, "layers": [_shown(state.said(layer)) for layer in range(last + 1)]}
     return replace(with_made(plan, made), calibrated=said)
+
+
+@dataclass
+class Where:
+    """Tells how much of all layers is done, and what is being done."""
+
+    watch: Watch
+    layer: int
+    layers: int
+    model: Model
+    moves: int = 0
+
+    def moved(self, place: str) -> None:
+        """To a projection or an expert; those of a layer with experts are visited twice."""
+        visits = 2 * (len(self.model.experts) + 1) if self.layer in self.model.geometry.sparse else 2
+        self.watch(
+            (self.layer + min(self.moves / visits, 1.0)) / self.layers, f"layer {self.layer + 1} of {self.layers}: {place}"
+        )
+        self.moves += 1
 
 
 def readable(plan: Plan) -> Readable:
@@ -93,10 +113,9 @@ def _start(model: Model, ids: torch.Tensor, judged: torch.Tensor) -> Streams:
 
 def _through(
     model: Model, layer: int, streams: Streams, steps: Sequence[Step], plan: Plan, state: State, workers: int,
-    watch: walk.Watch, more: bool,
+    where: Where, more: bool,
 ) -> Streams:  # fmt: skip
     """The streams after a layer, which is finished then."""
-    watch(f"layer {layer}")
     if not steps:
         after = forward.through(model, layer, streams.original)
         made = after if streams.same else forward.through(model, layer, streams.made)
@@ -107,7 +126,7 @@ def _through(
     by_name = {name: step for step in steps for name in step.holds}
     with state.writer(layer, steps) as writer:
         tuner = Tuner(by_name, plan.runtime, writer, workers, plan.calibration.fit)
-        now = walk.Layer(model, layer, tuner, streams.judged_tokens, lambda what: watch(f"layer {layer} {what}"))
+        now = Layer(model, layer, tuner, streams.judged_tokens, where.moved)
         streams = walk.through(now, streams)
         writer.close()
     state.finish(layer, streams, said_of(layer, streams, tuner.tuned, now.tokens), more)
@@ -124,6 +143,3 @@ def texts_of(source: tuple[Path, ...] | str) -> Mapping[str, str]:
     from ernie_quant.calibration.windows import hashes
 
     return hashes(source)
-
-
-__all__ = ["Calibration", "calibrated", "texts_of"]

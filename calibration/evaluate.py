@@ -200,10 +200,7 @@ def _facts(side: Readable) -> dict[str, str]:
     """What names a checkpoint without saying where it lies, and the fingerprint of one that this tool has made."""
     place = side.checkpoint.folder / MANIFEST
     made = read_object(place).get("fingerprint") if place.is_file() else None
-    return {
-        "name": side.checkpoint.title, "address": side.checkpoint.address, "revision": side.checkpoint.revision,
-        "fingerprint": made if isinstance(made, str) else "",
-    }  # fmt: skip
+    return {**side.identity, "fingerprint": made if isinstance(made, str) else ""}
 
 
 def as_json(found: Evaluation) -> dict[str, Any]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 4096
 QKV, KEYS, VALUES, O_PROJ = "self_attn.qkv", "self_attn.k", "self_attn.v", "self_attn.o_proj"
-DENSE, SHARED = "mlp", "mlp.shared_experts"
+DENSE, SHARED, ROUTER = "mlp", "mlp.shared_experts", "mlp.gate"
 
 
 def expert_of(number: int) -> str:
@@ -33,9 +33,9 @@ class Observe(Protocol):
     """Is shown what goes into the projections of a layer, chunk after chunk in the order of the tokens.
 
     `point`: `self_attn.qkv`, `self_attn.o_proj`, `PLACE.gate_up` and `PLACE.down_proj` where PLACE is `mlp` (dense),
-    `mlp.shared_experts` or `mlp.experts.N`; and, not inputs but what a cache holds, `self_attn.k` (rotated) and
-    `self_attn.v`. `inputs`: [tokens, width]. `heard`: routing weights [tokens] of an expert, of those tokens that are
-    routed to it; None elsewhere.
+    `mlp.shared_experts` or `mlp.experts.N`; `mlp.gate`, the router, which sees all tokens before any expert sees its own;
+    and, not inputs but what a cache holds, `self_attn.k` (rotated) and `self_attn.v`. `inputs`: [tokens, width].
+    `heard`: routing weights [tokens] of an expert, of those tokens that are routed to it; None elsewhere.
     """
 
     def __call__(self, point: str, inputs: torch.Tensor, heard: torch.Tensor | None, /) -> None:
@@ -106,10 +106,10 @@ def mlp(
     gains, tokens = model.norm(f"{place}.post_attention_layernorm"), after.flatten(0, 1)
     out = tokens.clone()
     sparse, whole = layer in model.geometry.sparse, torch.arange(len(tokens))
-    for name in [SHARED] if sparse and model.geometry.shared else [] if sparse else [DENSE]:
+    if name := DENSE if not sparse else SHARED if model.geometry.shared else "":
         _add(out, Expert.read(model, f"{place}.{name}"), name, tokens, gains, model.geometry.eps, whole, None, observe)
     if sparse:
-        heard = routing(model, layer, tokens, gains)
+        heard = routing(model, layer, tokens, gains, observe)
         for number in model.experts:
             asked = whole if all_experts and observe is not None else heard[:, number].nonzero()[:, 0]
             name = expert_of(number)
@@ -119,16 +119,21 @@ def mlp(
     return out.view_as(after)
 
 
-def routing(model: Model, layer: int, tokens: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+def routing(
+    model: Model, layer: int, tokens: torch.Tensor, gains: torch.Tensor, observe: Observe | None = None
+) -> torch.Tensor:  # fmt: skip
     """Routing weights [tokens, E] of residuals [tokens, H]."""
     import torch
 
     assert model.geometry.routing is not None
     router, bias = model.router(layer)
-    chunks = torch.split(tokens, TOKENS_AT_ONCE)
-    return torch.cat(
-        [route(rms_norm(chunk, gains, model.geometry.eps), router, bias, model.geometry.routing) for chunk in chunks]
-    )
+    heard = []
+    for chunk in torch.split(tokens, TOKENS_AT_ONCE):
+        x = rms_norm(chunk, gains, model.geometry.eps)
+        if observe is not None:
+            observe(ROUTER, x, None)
+        heard.append(route(x, router, bias, model.geometry.routing))
+    return torch.cat(heard)
 
 
 class Expert:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +56,18 @@ class Readable:
         return found
 
     @property
+    def identity(self) -> dict[str, str]:
+        """Names it without saying where it lies; `weights` is the same for every plain form of one model's shapes.
+
+        sha256 of config.json, and of name, shape and role of every weight.
+        """
+        lines = "".join(f"{w.name} {w.view.shape} {w.role}\n" for w in self.table.weights)
+        config = json.dumps(self.checkpoint.config, sort_keys=True)
+        hashed = {key: hashlib.sha256(text.encode()).hexdigest() for key, text in (("config", config), ("weights", lines))}
+        place = self.checkpoint
+        return {"name": place.title, "address": place.address, "revision": place.revision, **hashed}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of decoded weights that a pass reads: what its progress adds up to."""
         return sum(self.stage_nbytes(stage) for stage in range(len(self.stages)))
@@ -63,14 +77,13 @@ class Readable:
         return sum(spec_of(weight.view).nbytes for weight in self.stages[stage])
 
     @contextmanager
-    def read(self, first: int = 0, last: int | None = None) -> Iterator[Opened]:
-        """Its files are open, or on their way: of the layers from `first` to `last`, and with these what comes before and after.
-
-        Raises CheckpointError or RetryError.
-        """
-        asked = [s for s in range(len(self.stages)) if (s > first or not first) and (last is None or s <= last + 1)]
-        files = [list(dict.fromkeys(ref.file for w in stage for ref in refs(w.view))) for stage in self.stages]
-        needs = [files[stage] if stage in asked else [] for stage in range(len(files))]
+    def read(self, stages: range | None = None) -> Iterator[Opened]:
+        """Its files are open, or on their way: those of some stages, or all. Raises CheckpointError or RetryError."""
+        asked = range(len(self.stages)) if stages is None else stages
+        needs = [
+            list(dict.fromkeys(ref.file for w in stage for ref in refs(w.view))) if number in asked else []
+            for number, stage in enumerate(self.stages)
+        ]
         with self.checkpoint.download(needs) as download, Files(download.stamps, download.path) as files:
             yield Opened(model_of(self.table, files), files, download)
             files.check()

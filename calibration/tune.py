@@ -92,7 +92,8 @@ class Tuner:
 
     def _kept(self, step: Step, wanted: torch.Tensor) -> Encoded:
         weight = (wanted.T if step.turned else wanted).to(torch_dtype(step.spec.dtype)).contiguous()
-        return {"weight": weight}
+        encoded: Encoded = step.codec.encode(weight)  # it may be one that rounds
+        return encoded
 
     def _encoded(self, step: Step, wanted: torch.Tensor, seen: Seen) -> Encoded:
         import torch

@@ -14,67 +14,21 @@ in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ernie_quant.calibration.forward import DENSE, SHARED, TOKENS_AT_ONCE, expert_of, routing
 from ernie_quant.calibration.layer import Linear, attend, gated, rms_norm
-from ernie_quant.calibration.model import Model
-from ernie_quant.calibration.ridge import Seen, fitted
+from ernie_quant.calibration.ridge import Seen
 from ernie_quant.calibration.streams import Streams, weights_of
-from ernie_quant.calibration.tune import Tuner
+from ernie_quant.calibration.targets import Layer, Member, chunks, corrected, inputs_seen, turned
 
 if TYPE_CHECKING:
     import torch
 
 FEW_TOKENS = 64  # an expert that fewer tokens to fit to are routed to is shown others
 SHOWN = 4096  # so many of them
-
-Watch = Callable[[str], None]  # is told where we are, whenever that has changed
-
-
-@dataclass
-class Layer:
-    """A layer on its way. `judged`: bool [tokens], those for judging."""
-
-    model: Model
-    number: int
-    tuner: Tuner
-    judged: torch.Tensor
-    watch: Watch
-    tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens of the quantized stream that are routed to it
-
-    def name(self, place: str) -> str:
-        """`model.layers.1.mlp.gate`."""
-        return f"model.layers.{self.number}.{place}"
-
-    def linear(self, place: str) -> Linear:
-        """A projection as it is in the source."""
-        return self.model.linear(self.name(place))
-
-    def gains(self, norm: str) -> torch.Tensor:
-        """Of a norm."""
-        return self.model.norm(self.name(norm))
-
-    def asks(self, question: Callable[[str], bool], *places: str) -> bool:
-        """`Tuner.changes` or `Tuner.corrects` of any of these projections."""
-        return any(question(f"{self.name(place)}.weight") for place in places)
-
-    def tuned(
-        self, places: Sequence[str], sources: Sequence[Linear], seen: Seen, changes: Sequence[torch.Tensor] | None
-    ) -> list[Linear]:  # fmt: skip
-        """The projections as they will be read. `changes`: the weights that are aimed at, less those of the source."""
-        names = [f"{self.name(place)}.weight" for place in places]
-        todo = [i for i, name in enumerate(names) if self.tuner.changes(name)]
-        if not todo:
-            return list(sources)
-        wanted = [sources[i].weight if changes is None else sources[i].weight + changes[i] for i in todo]
-        stored = self.tuner.tune([names[i] for i in todo], wanted, seen, changes is not None)
-        made = list(sources)
-        for i, weight in zip(todo, stored, strict=True):
-            made[i] = Linear(weight, sources[i].bias)
-        return made
 
 
 def through(layer: Layer, streams: Streams) -> Streams:
@@ -96,7 +50,7 @@ def attention(layer: Layer, streams: Streams) -> tuple[torch.Tensor, torch.Tenso
     made = list(sources)
     if layer.asks(layer.tuner.changes, *places):
         seen, change = inputs_seen(layer, places, x, made_x, weights_of(before))
-        made = layer.tuned(places, sources, seen, _turned(sources, change))
+        made = layer.tuned(places, sources, seen, turned(sources, change))
     length = streams.original.shape[1]
     mixed, made_mixed = _mixed(layer, x, sources, length), _mixed(layer, made_x, made, length)
     after = before + o(mixed)
@@ -116,61 +70,6 @@ def _mixed(layer: Layer, x: torch.Tensor, qkv: Sequence[Linear], length: int) ->
         windows = chunk.unflatten(0, (-1, length))
         parts.append(attend(*(linear(windows) for linear in qkv), layer.model.geometry.attention).flatten(0, 1))
     return torch.cat(parts)
-
-
-def inputs_seen(
-    layer: Layer, places: Sequence[str], x: torch.Tensor, made: torch.Tensor, weight: torch.Tensor
-) -> tuple[Seen, torch.Tensor | None]:  # fmt: skip
-    """Statistics of the inputs of some projections, and B [in, in] of the fit of x - made on made."""
-    corrects = layer.asks(layer.tuner.corrects, *places) and x is not made
-    seen = Seen.nothing(x.shape[1], x.shape[1] if corrects else 0)
-    for c in chunks(len(x)):
-        seen.add(made[c], x[c] - made[c] if corrects else None, weight[c], layer.judged[c])
-    return seen, fitted(seen) if corrects else None
-
-
-def _turned(sources: Sequence[Linear], change: torch.Tensor | None) -> list[torch.Tensor] | None:
-    return None if change is None else [source.weight @ change for source in sources]
-
-
-@dataclass
-class Member:
-    """A projection whose output is added to the residual of the tokens `rows`: its inputs in the quantized stream, times
-    the routing weights that they are heard with. `shown`: inputs of other tokens, where those are too few, and these tokens."""
-
-    place: str
-    rows: torch.Tensor
-    inputs: torch.Tensor
-    shown: tuple[torch.Tensor, torch.Tensor] | None = None
-
-
-def corrected(
-    layer: Layer, member: Member, source: Linear, after: torch.Tensor, made: torch.Tensor, weight: torch.Tensor
-) -> None:  # fmt: skip
-    """Tune a projection to what `after` has and `made` lacks; `made` [tokens, H] is what it then is."""
-    if not layer.asks(layer.tuner.changes, member.place):
-        return
-    seen = _outputs_seen(layer, member, after, made, weight)
-    change = fitted(seen) if seen.cross is not None else None
-    (new,) = layer.tuned([member.place], [source], seen, None if change is None else [change])
-    difference = (new.weight - source.weight).T
-    for c in chunks(len(member.rows)):
-        made.index_add_(0, member.rows[c], member.inputs[c] @ difference)
-
-
-def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch.Tensor, weight: torch.Tensor) -> Seen:
-    width = member.inputs.shape[1]
-    if member.shown is not None:  # nothing is known of what its output should make up for
-        inputs, rows = member.shown
-        seen = Seen.nothing(width)
-        seen.add(inputs, None, weight[rows], layer.judged[rows])
-        return seen
-    corrects = layer.asks(layer.tuner.corrects, member.place)
-    seen = Seen.nothing(width, after.shape[1] if corrects else 0)
-    for c in chunks(len(member.rows)):
-        rows = member.rows[c]
-        seen.add(member.inputs[c], after[rows] - made[rows] if corrects else None, weight[rows], layer.judged[rows])
-    return seen
 
 
 def ffn(layer: Layer, after: torch.Tensor, made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +129,7 @@ def _first_half(
     gate, up, down = (layer.linear(place) for place in places)
     _say(after, part.rows, _inner(y, part.rows, part.heard, gate, up), part.heard, down)
     if seen is not None:
-        gate, up = layer.tuned(places[:2], (gate, up), seen, _turned((gate, up), change))
+        gate, up = layer.tuned(places[:2], (gate, up), seen, turned((gate, up), change))
     inputs = _inner(made_y, part.made_rows, part.made_heard, gate, up)
     _say(made, part.made_rows, inputs, part.made_heard, down)
     if not layer.asks(layer.tuner.changes, places[2]):
@@ -256,9 +155,3 @@ def _say(out: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, heard: torc
     for c in chunks(len(rows)):
         said = inner[c] @ down.weight.T
         out.index_add_(0, rows[c], said if down.bias is None else said + heard[c, None] * down.bias)
-
-
-def chunks(tokens: int) -> Iterator[slice]:
-    """So many at a time."""
-    for first in range(0, tokens, TOKENS_AT_ONCE):
-        yield slice(first, first + TOKENS_AT_ONCE)

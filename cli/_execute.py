@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from ernie_quant.cli._progress import progress_bar
+from ernie_quant.cli._progress import layers_bar, progress_bar
 from ernie_quant.cli._show import show_plan, show_result
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ def run(
     if not no_space_check and (note := unknown_space(out)):
         click.echo(f"note: {note}; --no-space-check leaves this out", err=True)
     return_freed_memory()
-    with progress_bar(shared_bytes(plan, tp), quiet) as progress:
+    with layers_bar(plan.calibration is not None, quiet) as watch, progress_bar(shared_bytes(plan, tp), quiet) as progress:
         how: dict[str, Any] = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget}
-        how |= {"progress": progress, "space_check": not no_space_check}
+        how |= {"progress": progress, "space_check": not no_space_check, "watch": watch}
         result = run_shared(plan, out, tp, **how) if tp > 1 else run_plan(plan, out, **how)
     show_result(result, out, quiet, as_json)
 

@@ -165,3 +165,17 @@ def wint4_layers(text: str) -> Callable[[F], F]:
 unsupported = click.option(
     "--unsupported", is_flag=True, help="Write a checkpoint that no program loads (FastDeploy, VL) all the same."
 )
+
+texts = click.option(
+    "--text", "texts", multiple=True, default=("auto",), show_default="auto", metavar="auto|FILE",
+    help="What the model reads: the texts that come along, or files, UTF-8 or .jsonl of texts or messages.",
+)  # fmt: skip
+
+
+def chosen_texts(texts: tuple[str, ...]) -> list[Path] | str:
+    """`auto`, or files. Raises UsageError for both."""
+    if "auto" not in texts:
+        return [Path(text) for text in texts]
+    if len(texts) > 1:
+        raise click.UsageError("--text auto goes alone; a file of that name is ./auto")
+    return "auto"

@@ -16,7 +16,7 @@ from ernie_quant.errors import ErnieQuantError, RetryError
 
 COMMANDS = (
     "inspect", "plan", "convert", "wint4", "wint8", "fp8", "wint2", "quantize", "dequantize", "reshard", "verify", "eval",
-    "report", "publish", "nightly",
+    "calibrate", "report", "publish", "nightly",
 )  # fmt: skip
 INTERRUPTED, TERMINATED = 130, 143
 

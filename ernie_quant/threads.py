@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 Progress = Callable[[int], None]  # is told the bytes of source data that are done
+Watch = Callable[[float, str], None]  # is told what part of something long is done, and what is being done
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 TICK = 1.0  # seconds

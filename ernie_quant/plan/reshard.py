@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ernie_quant import names, plugins
 from ernie_quant.archs._config import whole
@@ -56,7 +57,7 @@ def make_reshard_plan(
     along = carried(source, copy, copy_code)
     copies = tuple(path for path in along.files if source.name_of(path) != README)
     config = without_missing(config, modules_of(copies))
-    recipe, notes, reports = _reports(source)
+    recipe, notes, reports, calibrated = _reports(source)
     runtime = plugins.name_of(target)
     fits = _sharing.tp_sizes(target, linears_of(entries), dims, heads)
     rules = replace(KEEP_ALL, name=recipe or f"reshard to {tp}")
@@ -69,6 +70,7 @@ def make_reshard_plan(
         source, runtime, LAYOUTS[target.LAYOUT], rules, tuple(shards), dims, config, copies, fits,
         (*today, *(note for note in notes if note not in today)),
         known, shard_bytes, weights=sum(e.spec.numel for e in entries), reports=reports,
+        calibrated=calibrated if isinstance(calibrated, dict) else None,
     )  # fmt: skip
 
 
@@ -97,11 +99,12 @@ def _steps(entry: Stored, rank: int, tp: int, dims: ranks.Dims) -> list[Step]:
     return steps
 
 
-def _reports(source: Checkpoint) -> tuple[str, tuple[str, ...], tuple[TensorReport, ...]]:
-    """Recipe, notes and what was measured when the checkpoint was made; nothing for one that others published."""
+def _reports(source: Checkpoint) -> tuple[str, tuple[str, ...], tuple[TensorReport, ...], Any]:
+    """Recipe, notes, what was measured when the checkpoint was made, and what it was calibrated on; nothing for one that
+    others published."""
     try:
         table = read_object(source.folder / FILENAME)
         rows = tuple(TensorReport.from_json(row) for row in table["tensors"])
-        return str(table["recipe"]), tuple(table["notes"]), rows
+        return str(table["recipe"]), tuple(table["notes"]), rows, table.get("calibration")
     except (CheckpointError, KeyError, TypeError):
-        return "", (), ()
+        return "", (), (), None

@@ -11,12 +11,12 @@ from ernie_quant.plan.steps import Plan
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.whole import RunResult, finished_before, run_plan, write_all
 from ernie_quant.sources import open_source
-from ernie_quant.threads import Progress, in_proportion
+from ernie_quant.threads import Progress, Watch, in_proportion
 
 
 def run_shared(
     plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress, disk_budget: int | None = None,
-    space_check: bool = True,
+    space_check: bool = True, watch: Watch = lambda *_: None,
 ) -> RunResult:  # fmt: skip
     """Quantize once and unsplit, in the private state of `out`, then share among `tp` ranks as `reshard` would.
 
@@ -28,7 +28,7 @@ def run_shared(
     with folder.begin(replace(plan, identity=known), restart=restart, copies=2, space_check=space_check) as complete:
         if complete:
             return finished_before(plan, folder)
-        how: dict[str, Any] = {"workers": workers, "disk_budget": disk_budget, "space_check": space_check}
+        how: dict[str, Any] = {"workers": workers, "disk_budget": disk_budget, "space_check": space_check, "watch": watch}
         unsplit = replace(plan, copies=())  # they are copied once, at the end
         quantized = run_plan(unsplit, folder.unsplit, progress=progress, **how)
         if quantized.complete_before:

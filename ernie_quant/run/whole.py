@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +14,7 @@ from ernie_quant.result.carry import changed_since
 from ernie_quant.result.finish import finish
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.shard import run_shard
-from ernie_quant.threads import Progress, default_workers
-
-Watch = Callable[[str], None]
+from ernie_quant.threads import Progress, Watch, default_workers
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class RunResult:
 
 def run_plan(
     plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, disk_budget: int | None = None,
-    progress: Progress = lambda _: None, runner: str = "local", space_check: bool = True, watch: Watch = lambda _: None,
+    progress: Progress = lambda _: None, runner: str = "local", space_check: bool = True, watch: Watch = lambda *_: None,
 ) -> RunResult:  # fmt: skip
     """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError.
 

@@ -173,7 +173,7 @@ def test_inputs_of_every_projection_are_shown(monkeypatch: pytest.MonkeyPatch) -
         shape, routing = found.model.geometry.attention, found.model.geometry.routing
         assert routing
         experts = [f"mlp.experts.{i}" for i in range(routing.experts) if f"mlp.experts.{i}.gate_up" in log.shown]
-        places = ["self_attn.qkv", "self_attn.k", "self_attn.v", "self_attn.o_proj"]
+        places = ["mlp.gate", "self_attn.qkv", "self_attn.k", "self_attn.v", "self_attn.o_proj"]
         places += [f"{place}.{point}" for place in ("mlp.shared_experts", *experts) for point in ("gate_up", "down_proj")]
         assert sorted(log.shown) == sorted(places)
         assert len(log.shown["self_attn.qkv"]) == 2  # chunks
@@ -185,6 +185,7 @@ def test_inputs_of_every_projection_are_shown(monkeypatch: pytest.MonkeyPatch) -
         added = after - forward.attention(found.model, 1, before)
         said = torch.zeros(48, before.shape[-1])
         x = log.inputs("mlp.shared_experts.gate_up")
+        assert torch.equal(x, log.inputs("mlp.gate"))
         said += found.model.linear("model.layers.1.mlp.shared_experts.down_proj")(log.inputs("mlp.shared_experts.down_proj"))
         for expert in experts:
             rows = [int((x == row).all(1).nonzero()[0]) for row in log.inputs(f"{expert}.gate_up")]

@@ -1,0 +1,121 @@
+"""What a projection is tuned to: statistics of its inputs in the quantized stream, and what its output should make up for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ernie_quant.calibration.forward import TOKENS_AT_ONCE
+from ernie_quant.calibration.layer import Linear
+from ernie_quant.calibration.model import Model
+from ernie_quant.calibration.ridge import Seen, fitted
+from ernie_quant.calibration.tune import Tuner
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Layer:
+    """A layer on its way. `judged`: bool [tokens], those for judging."""
+
+    model: Model
+    number: int
+    tuner: Tuner
+    judged: torch.Tensor
+    watch: Callable[[str], None]  # is told of the projections that it comes to
+    tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens of the quantized stream that are routed to it
+
+    def name(self, place: str) -> str:
+        """`model.layers.1.mlp.gate`."""
+        return f"model.layers.{self.number}.{place}"
+
+    def linear(self, place: str) -> Linear:
+        """A projection as it is in the source."""
+        return self.model.linear(self.name(place))
+
+    def gains(self, norm: str) -> torch.Tensor:
+        """Of a norm."""
+        return self.model.norm(self.name(norm))
+
+    def asks(self, question: Callable[[str], bool], *places: str) -> bool:
+        """`Tuner.changes` or `Tuner.corrects` of any of these projections."""
+        return any(question(f"{self.name(place)}.weight") for place in places)
+
+    def tuned(
+        self, places: Sequence[str], sources: Sequence[Linear], seen: Seen, changes: Sequence[torch.Tensor] | None
+    ) -> list[Linear]:  # fmt: skip
+        """The projections as they will be read. `changes`: the weights that are aimed at, less those of the source."""
+        names = [f"{self.name(place)}.weight" for place in places]
+        todo = [i for i, name in enumerate(names) if self.tuner.changes(name)]
+        if not todo:
+            return list(sources)
+        wanted = [sources[i].weight if changes is None else sources[i].weight + changes[i] for i in todo]
+        stored = self.tuner.tune([names[i] for i in todo], wanted, seen, changes is not None)
+        made = list(sources)
+        for i, weight in zip(todo, stored, strict=True):
+            made[i] = Linear(weight, sources[i].bias)
+        return made
+
+
+def inputs_seen(
+    layer: Layer, places: Sequence[str], x: torch.Tensor, made: torch.Tensor, weight: torch.Tensor
+) -> tuple[Seen, torch.Tensor | None]:  # fmt: skip
+    """Statistics of the inputs of some projections, and B [in, in] of the fit of x - made on made."""
+    corrects = layer.asks(layer.tuner.corrects, *places) and x is not made
+    seen = Seen.nothing(x.shape[1], x.shape[1] if corrects else 0)
+    for c in chunks(len(x)):
+        seen.add(made[c], x[c] - made[c] if corrects else None, weight[c], layer.judged[c])
+    return seen, fitted(seen) if corrects else None
+
+
+def turned(sources: Sequence[Linear], change: torch.Tensor | None) -> list[torch.Tensor] | None:
+    """What the fit of their inputs makes of projections: W B for each."""
+    return None if change is None else [source.weight @ change for source in sources]
+
+
+@dataclass
+class Member:
+    """A projection whose output is added to the residual of the tokens `rows`: its inputs in the quantized stream, times
+    the routing weights that they are heard with. `shown`: inputs of other tokens, where those are too few, and these tokens."""
+
+    place: str
+    rows: torch.Tensor
+    inputs: torch.Tensor
+    shown: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def corrected(
+    layer: Layer, member: Member, source: Linear, after: torch.Tensor, made: torch.Tensor, weight: torch.Tensor
+) -> None:  # fmt: skip
+    """Tune a projection to what `after` has and `made` lacks; `made` [tokens, H] is what it then is."""
+    if not layer.asks(layer.tuner.changes, member.place):
+        return
+    seen = _outputs_seen(layer, member, after, made, weight)
+    change = fitted(seen) if seen.cross is not None else None
+    (new,) = layer.tuned([member.place], [source], seen, None if change is None else [change])
+    difference = (new.weight - source.weight).T
+    for c in chunks(len(member.rows)):
+        made.index_add_(0, member.rows[c], member.inputs[c] @ difference)
+
+
+def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch.Tensor, weight: torch.Tensor) -> Seen:
+    width = member.inputs.shape[1]
+    if member.shown is not None:  # nothing is known of what its output should make up for
+        inputs, rows = member.shown
+        seen = Seen.nothing(width)
+        seen.add(inputs, None, weight[rows], layer.judged[rows])
+        return seen
+    corrects = layer.asks(layer.tuner.corrects, member.place)
+    seen = Seen.nothing(width, after.shape[1] if corrects else 0)
+    for c in chunks(len(member.rows)):
+        rows = member.rows[c]
+        seen.add(member.inputs[c], after[rows] - made[rows] if corrects else None, weight[rows], layer.judged[rows])
+    return seen
+
+
+def chunks(tokens: int) -> Iterator[slice]:
+    """So many at a time."""
+    for first in range(0, tokens, TOKENS_AT_ONCE):
+        yield slice(first, first + TOKENS_AT_ONCE)
