@@ -42,7 +42,7 @@ def command(
 
     Every file is hashed; a changed byte is reported with the name of its weight. Of a sample, or of all with --full,
     the codes must decode to finite weights with the same codes; with --against, kept tensors must have the source's
-    bytes and quantized ones the reported error, which is computed again. What has no report (ranks of files that others
+    bytes, quantized ones the reported error, which is computed again, and so those that calibration has fitted. What has no report (ranks of files that others
     published) must have an error that its codec makes; beside the quantized checkpoint that was resharded, its codes
     and scales. What was compared with what is said line by line, and so is what was not.
 
@@ -94,6 +94,8 @@ def _lines(result: Verified, source: str) -> Iterator[str]:
         yield f"{found.rounded} kept, rounded to bfloat16: the nearest to those of {source}"
     if found.decoded:
         yield f"{found.decoded} kept: bit for bit what {source} decodes to"
+    if found.fitted:
+        yield f"{found.fitted} kept, fitted by calibration: change recomputed from {source}, it is the reported one"
     if found.stored:
         yield f"{found.stored} quantized: codes and scales are those of {source}"
     if found.reported:

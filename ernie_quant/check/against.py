@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ernie_quant.check import unreported
-from ernie_quant.check.compared import DECODED, KEPT, MEASURED, REPORTED, ROUNDED, STORED, Outcome
+from ernie_quant.check.compared import DECODED, FITTED, KEPT, MEASURED, REPORTED, ROUNDED, STORED, Outcome
+from ernie_quant.check.integrity import altered
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs._rounded import DTYPE
 from ernie_quant.codecs.keep import Keep
@@ -88,6 +89,8 @@ def kind_of(pair: Pair) -> str:
     if isinstance(pair.entry.codec, Keep):
         if build.decodes(pair.view):
             return DECODED
+        if pair.row is not None and pair.row.changed and pair.entry.rule.linear:
+            return FITTED
         entry = pair.entry
         rounded = entry.spec.dtype == DTYPE and to_round(entry.rule.role, entry.codec, spec_of(pair.view), entry.target)
         return ROUNDED if rounded else KEPT
@@ -115,6 +118,8 @@ def _compared(pair: Pair, kind: str, files: Files, originals: Files) -> Outcome:
         return Outcome(entry.name, kind, f"{entry.name}: the report says it comes from {said}, it comes from {is_}")
     if kind in (KEPT, ROUNDED, DECODED):
         return _kept(pair, kind, files, originals)
+    if kind == FITTED and row is not None:
+        return _fitted(pair, row, files, originals)
     if kind == STORED:
         return Outcome(entry.name, kind, _stored_problem(pair, files, originals))
     if row is not None:
@@ -141,6 +146,18 @@ def _kept(pair: Pair, kind: str, files: Files, originals: Files) -> Outcome:
             difference += compare(name, original, there)
     problem = next(_misreported(name, difference, pair.row), "") if pair.row else ""
     return Outcome(name, kind, problem, values=values)
+
+
+def _fitted(pair: Pair, row: TensorReport, files: Files, originals: Files) -> Outcome:
+    """A kept weight that text has changed: the bytes that were written, as far from the source as the report says."""
+    name, values, difference = pair.entry.name, Values(), Difference()
+    for original, there in _slabs(pair, files, originals):
+        values += values_of(there)
+        if values.not_finite:
+            return Outcome(name, FITTED, f"{name}: was fitted to text, and holds NaN or infinity")
+        difference += compare(name, original, there)
+    problems = [*_misreported(name, difference, row, least=0.0), *altered(pair.entry, row, files)]
+    return Outcome(name, FITTED, next(iter(problems), ""), difference, values=values)
 
 
 def _stored_problem(pair: Pair, files: Files, originals: Files) -> str:
@@ -172,8 +189,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (one, other)))
 
 
-def _misreported(name: str, total: Difference, row: TensorReport) -> Iterator[str]:
-    """The first figure of the report that is not what the files give."""
+def _misreported(name: str, total: Difference, row: TensorReport, least: float = 1.0) -> Iterator[str]:
+    """The first figure of the report that is not what the files give, to `TOLERANCE` of it or of `least`."""
     for what, is_, said in (
         ("relative error", total.rel_error, row.rel_error),
         ("largest error", total.largest, row.max_abs_error),
@@ -181,6 +198,6 @@ def _misreported(name: str, total: Difference, row: TensorReport) -> Iterator[st
         ("squared norm", total.total, row.squared_norm),
         ("SQNR in dB", total.sqnr_db or 0.0, row.sqnr_db or 0.0),
     ):
-        if abs(is_ - said) > TOLERANCE * max(1.0, abs(said)) or not math.isfinite(is_):
+        if abs(is_ - said) > TOLERANCE * max(least, abs(said)) or not math.isfinite(is_):
             yield f"{name}: its {what} is {is_:.6g}, the report says {said:.6g}"
             return

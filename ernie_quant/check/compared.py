@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from ernie_quant.measure import Difference, Values
 
-KEPT, ROUNDED, DECODED = "kept", "rounded", "decoded"
+KEPT, ROUNDED, DECODED, FITTED = "kept", "rounded", "decoded", "fitted"
 STORED, REPORTED, MEASURED = "stored", "reported", "measured"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A tensor of the result beside the source: one of the six kinds, and what is wrong with it."""
+    """A tensor of the result beside the source: one of the seven kinds, and what is wrong with it."""
 
     name: str
     kind: str
@@ -31,6 +31,7 @@ class Compared:
     kept: int = 0  # has the bytes of the source
     rounded: int = 0  # kept, in bfloat16: the nearest to what the source has
     decoded: int = 0  # kept here, quantized there: has the bytes that the source decodes to
+    fitted: int = 0  # kept, and changed by calibration: the change, recomputed from the source, is that of the report
     stored: int = 0  # quantized on both sides: codes and scales are the same
     reported: int = 0  # quantized: the error, recomputed from the source, is that of the report
     measured: int = 0  # quantized, without a report: the error against the source is one that its codec makes
@@ -42,7 +43,7 @@ class Compared:
     @property
     def total(self) -> int:
         """Tensors that were compared with anything."""
-        return self.kept + self.rounded + self.decoded + self.stored + self.reported + self.measured
+        return self.kept + self.rounded + self.decoded + self.fitted + self.stored + self.reported + self.measured
 
 
 def tally(outcomes: Sequence[Outcome]) -> Compared:
@@ -55,6 +56,7 @@ def tally(outcomes: Sequence[Outcome]) -> Compared:
         kept=kinds[KEPT],
         rounded=kinds[ROUNDED],
         decoded=kinds[DECODED],
+        fitted=kinds[FITTED],
         stored=kinds[STORED],
         reported=kinds[REPORTED],
         measured=kinds[MEASURED],

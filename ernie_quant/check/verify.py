@@ -162,7 +162,7 @@ def _reports(out: Path, stored: list[Stored]) -> tuple[dict[str, TensorReport], 
         if row is None:
             problems.append(f"{entry.name}: is in the files, not in the report")
             continue
-        said = (row.role, not row.changed, row.shape, row.bytes, row.bits_per_weight)
+        said = (row.role, row.plain, row.shape, row.bytes, row.bits_per_weight)
         bits = entry.codec.bits_per_weight(entry.spec)
         if said != (entry.rule.role, isinstance(entry.codec, Keep), entry.shape, nbytes, bits):
             problems.append(

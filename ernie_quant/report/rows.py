@@ -47,8 +47,13 @@ class TensorReport:
 
     @property
     def changed(self) -> bool:
-        """Was it quantized?"""
+        """Was it quantized, or fitted?"""
         return self.codec not in (KEPT, ROUNDED)
+
+    @property
+    def plain(self) -> bool:
+        """Is it stored as a plain tensor?"""
+        return self.codec in (KEPT, ROUNDED, FITTED)
 
     @property
     def rounded(self) -> bool:

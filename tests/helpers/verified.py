@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.weights import layouts
+from helpers.calibrated import calibrated, worded
 from helpers.models import copy, invoke, random_model, write
 from helpers.ranks import WIDTHS
 from helpers.results import edit, sealed
@@ -25,7 +26,7 @@ BOTH = ("rank0/model.safetensors", *RANK)
 
 
 def make(folder: Path) -> None:
-    """One folder of each kind, all of the model in `src`."""
+    """One folder of each kind, all of the model in `src`; `fitted` is of `worded`, which has a tokenizer."""
     random_model(folder / "src", layouts.PADDLE, "moe_mtp", **WIDTHS | NARROW)
     write(folder / "src", folder / "pt")
     write(folder / "src", folder / "int4", recipe=everything(RoundToNearest(4, 64)))
@@ -37,6 +38,7 @@ def make(folder: Path) -> None:
         (published / name).unlink()
     invoke("reshard", published, folder / "bare", "--tp", 2, "--quiet")
     invoke("dequantize", folder / "wint2", folder / "plain", "--to", "paddle", "--quiet")
+    calibrated(worded(folder / "worded"), folder / "fitted")
     for name in ("int4", "fp8"):
         unmeasured(copy(folder / name, folder / f"{name}-unmeasured"))
 

@@ -25,6 +25,7 @@ PT_EXPERT, EXPERT = "model.layers.2.mlp.experts.1.down_proj", "ernie.layers.2.ml
 NEIGHBOUR = "ernie.layers.2.mlp.experts.0.down_proj"
 WINT4, WINT8 = "ernie.layers.1.mlp.experts.0.down_proj", "ernie.layers.0.mlp.down_proj"
 NORM, PT_NORM, HEAD = "ernie.norm", "model.norm", "ernie.embed_tokens"
+DOWN, MLP_DOWN = "model.layers.1.mlp.shared_experts.down_proj", "model.layers.0.mlp.down_proj"
 ATTENTION = "model.layers.0.self_attn.o_proj"
 
 
@@ -42,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LINES = {
     "recoded": "quantized: decode to finite weights, and these to the same codes",
     "kept": "kept: bit for bit those of SRC",
+    "fitted": "kept, fitted by calibration: change recomputed from SRC, it is the reported one",
     "decoded": "kept: bit for bit what SRC decodes to",
     "stored": "quantized: codes and scales are those of SRC",
     "reported": "quantized: error recomputed from SRC, it is the reported one",
@@ -69,6 +71,8 @@ PRINTED: list[tuple[str, str, tuple[Any, ...], str, str]] = [
     ("wint2", "ranks",     ("--full",),      "6 files, 43 tensors, 24 quantized", "24 recoded; 19 kept; 24 stored"),
     ("bare",  "",          ("--full",),      "7 files, 43 tensors, 24 quantized", "24 recoded; 43 no source"),
     ("bare",  "published", ("--full",),      "7 files, 43 tensors, 24 quantized", "24 recoded; 19 kept; 24 stored"),
+    ("fitted", "worded",  ("--full",),      "7 files, 82 tensors, 48 quantized", "48 recoded; 32 kept; 2 fitted; 48 reported"),
+    ("fitted", "",        ("--full",),      "7 files, 82 tensors, 48 quantized", "48 recoded; 82 no source"),
     ("plain", "wint2",     ("--full",),      "5 files, 43 tensors, 0 quantized",  "19 kept; 24 decoded"),
 ]
 UNREPORTED = [
@@ -151,6 +155,7 @@ LIMIT, ROWS = (
 )
 OTHER = r"in \d+ of 2048 blocks of 64 weights the codes are not the nearest to the source at their scales, in all others .*"
 DIFFER = r"its (relative|squared|largest) error is [\d.e-]+, the report says [\d.e-]+"
+FIT_NAN = "was fitted to text, and holds NaN or infinity"
 FIELD = "rows 0 to 512 have not the source's {}; resharding changes none"
 OTHER_FORM = "is (int4|fp8), .*, in the source (int8|fp8|wint2).*; compare it with what it was made from"
 
@@ -167,6 +172,10 @@ WRONG: list[tuple[str, str, str, str, str, str, tuple[str, ...], str]] = [
     ("kept",     "wint2",           "src",       "one bit",  NORM,      "weight",        WHOLE, BYTES),
     ("kept",     "bare",            "published", "one bit",  HEAD,      "weight",        RANK,  BYTES),
     ("kept",     "pt",              "src",       "report",   PT_NORM,   "weight",        WHOLE, LIE.format("0")),
+    ("kept",     "fitted",          "worded",    "one bit",  MLP_DOWN,  "weight",        WHOLE, BYTES),
+    ("fitted",   "fitted",          "worded",    "one bit",  DOWN,      "weight",        WHOLE, DIFFER),
+    ("fitted",   "fitted",          "worded",    "reversed", DOWN,      "weight",        WHOLE, FIT_NAN),
+    ("fitted",   "fitted",          "worded",    "report",   DOWN,      "weight",        WHOLE, LIE.format(r"0\.00\d+")),
     ("decoded",  "plain",           "wint2",     "one bit",  EXPERT,    "weight",        WHOLE, DECODES),
     ("recoded",  "int4",            "",          "doubled",  PT_EXPERT, "weight_shape",  WHOLE, PACKING),
     ("recoded",  "fp8",             "",          "infinite", PT_EXPERT, "weight_scale",  WHOLE, INFINITE),
