@@ -42,11 +42,12 @@ def calibrated(plan: Plan, place: Path, workers: int, watch: Watch) -> Plan:
     todo = by_layer(plan, plan.calibration.fit)
     state, last = State(place), max(todo)
     text = windows(tokenizer_of(plan.source.folder), plan.calibration.source, plan.calibration.tokens, seed=plan.calibration.seed)
-    state.begin(text.ids, text.judged)
+    ids, fit = torch.cat([text.ids[~text.judged], text.ids[text.judged]]), int((~text.judged).sum())
+    state.begin(ids, fit)
     first = state.next(last)
     if first <= last:
         with one_torch_thread(), torch.no_grad(), source.read(range(first + 1 if first else 0, last + 2)) as opened:
-            streams = state.load(first, text.judged) if first else _start(opened.model, text.ids, text.judged)
+            streams = state.load(first, fit) if first else _start(opened.model, ids, fit)
             for layer in range(first, last + 1):
                 where = Where(watch, layer, last + 1, opened.model)
                 streams = _through(opened.model, layer, streams, todo.get(layer, []), plan, state, workers, where, layer < last)
@@ -82,9 +83,9 @@ def readable(plan: Plan) -> Readable:
     return Readable(plan.source, table, geometry_of(table))
 
 
-def _start(model: Model, ids: torch.Tensor, judged: torch.Tensor) -> Streams:
+def _start(model: Model, ids: torch.Tensor, fit: int) -> Streams:
     hidden = forward.start(model, ids)
-    return Streams(hidden, hidden, judged)
+    return Streams(hidden, hidden, fit)
 
 
 def _through(
@@ -95,14 +96,14 @@ def _through(
     if not steps:
         after = forward.through(model, layer, streams.original)
         made = after if streams.same else forward.through(model, layer, streams.made)
-        streams = Streams(after, made, streams.judged)
+        streams = Streams(after, made, streams.fit)
         state.finish(layer, streams, said_of(layer, streams, [], {}), more)
         return streams
     assert plan.calibration is not None
     by_name = {name: step for step in steps for name in step.holds}
     with state.writer(layer, steps) as writer:
         tuner = Tuner(by_name, plan.runtime, writer, workers, plan.calibration.fit)
-        now = Layer(model, layer, tuner, streams.judged_tokens, where.moved)
+        now = Layer(model, layer, tuner, streams.fit_tokens, where.moved)
         streams = walk.through(now, streams)
         writer.close()
     state.finish(layer, streams, said_of(layer, streams, tuner.tuned, now.tokens), more)

@@ -7,7 +7,7 @@ over tokens, which takes them for independent, and over windows, which does not 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import ernie_quant
 from ernie_quant.errors import PlanError, TextError
 from ernie_quant.jsonio import read_object
 from ernie_quant.paths import MANIFEST
-from ernie_quant.report.tables import table
+from ernie_quant.report.evaluation import EVALUATED
 from ernie_quant.threads import Progress
 
 if TYPE_CHECKING:
@@ -41,11 +41,6 @@ class Estimate:
     value: float
     token_error: float | None
     window_error: float | None
-
-    @property
-    def error(self) -> float | None:
-        """The one that claims less."""
-        return self.token_error if self.window_error is None else self.window_error
 
 
 @dataclass(frozen=True)
@@ -204,29 +199,5 @@ def _facts(side: Readable) -> dict[str, str]:
 
 
 def as_json(found: Evaluation) -> dict[str, Any]:
-    """For --json, --save and the card."""
-    return {"status": "evaluated", "version": ernie_quant.__version__, "window": LENGTH, **asdict(found)}
-
-
-def as_text(found: Evaluation) -> str:
-    """For people."""
-    columns: list[tuple[str, Callable[[Row], str]]] = [("perplexity", lambda row: _number(row.perplexity))]
-    if found.source is not None:
-        columns = [
-            ("perplexity of the source", lambda row: _number(row.source_perplexity)), ("of this", columns[0][1]),
-            ("KL", lambda row: _number(row.kl)), ("99% of KL below", lambda row: _number(row.kl_99)),
-            ("same top token", lambda row: _number(row.same_top)),
-        ]  # fmt: skip
-    rows = [*found.rows, *([found.together] if len(found.rows) > 1 else [])]
-    lines = [(row.name, str(row.tokens), *(cell(row) for _, cell in columns)) for row in rows]
-    windows = found.rows[0].windows
-    over = f"{windows} windows of {LENGTH} tokens a text" if windows > 1 else "tokens, which are correlated (one window)"
-    return f"{table(('text', 'tokens', *(head for head, _ in columns)), lines)}\n\n± one standard error, over {over}"
-
-
-def _number(estimate: Estimate | None) -> str:
-    """`24.98 ± 1.74`: the error in two digits, and the value in four or as many as it has."""
-    if estimate is None or not estimate.error:
-        return "-" if estimate is None else f"{estimate.value:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(estimate.error)), 3 - math.floor(math.log10(abs(estimate.value) or 1)))
-    return f"{estimate.value:.{digits}f} ± {estimate.error:.{digits}f}"
+    """For --json, --save and the card; report/evaluation.py makes a table of it."""
+    return {"status": EVALUATED, "version": ernie_quant.__version__, "window": LENGTH, **asdict(found)}

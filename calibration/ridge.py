@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-ROWS_JUDGED = 1024  # outputs that strengths are judged on; every so many-th where there are more
+ROWS_JUDGED = 256  # outputs that strengths are judged on; every so many-th where there are more
 
 
 @dataclass
@@ -50,24 +50,26 @@ class Seen:
 
         return Seen(torch.zeros(width, width), torch.zeros(out, width) if out else None)
 
-    def add(self, inputs: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, judged: torch.Tensor) -> None:
-        """More tokens: inputs [n, in], residuals [n, out], weights [n], and which of them are for judging, bool [n]."""
+    def add(self, inputs: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, fit: int) -> None:
+        """More tokens: inputs [n, in], residuals [n, out], weights [n]. The first `fit` are to fit to, the others to judge by."""
         import torch
 
-        fit = ~judged
-        heavy = inputs[fit] * weight[fit, None]
-        self.hessian.addmm_(inputs[fit].T, heavy)
+        heavy = inputs[:fit] * weight[:fit, None]
+        self.hessian.addmm_(inputs[:fit].T, heavy)
         if self.cross is not None and residual is not None:
-            self.cross.addmm_(residual[fit].T, heavy)
-        self.tokens += int(fit.sum())
-        left = torch.zeros(int(judged.sum()), 0) if residual is None else residual[judged]
-        self.judged.append(Sample(inputs[judged], left, weight[judged]))
+            self.cross.addmm_(residual[:fit].T, heavy)
+        self.tokens += fit
+        if fit < len(inputs):
+            left = torch.zeros(len(inputs) - fit, 0) if residual is None else residual[fit:]
+            self.judged.append(Sample(inputs[fit:].clone(), left, weight[fit:]))
 
     @property
     def sample(self) -> Sample:
         """All tokens for judging."""
         import torch
 
+        if not self.judged:
+            return Sample(torch.zeros(0, len(self.hessian)), torch.zeros(0, 0), torch.zeros(0))
         if len(self.judged) > 1:
             fields = ("inputs", "residual", "weight")
             self.judged = [Sample(*(torch.cat([getattr(part, key) for part in self.judged]) for key in fields))]

@@ -40,10 +40,10 @@ class State:
 
     path: Path
 
-    def begin(self, ids: torch.Tensor, judged: torch.Tensor) -> None:
+    def begin(self, ids: torch.Tensor, fit: int) -> None:
         """Is what was begun here calibration on the same tokens? Raises AnotherPlanError."""
         self.path.mkdir(exist_ok=True)
-        digest = hashlib.sha256(ids.numpy().tobytes() + judged.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(ids.numpy().tobytes() + str(fit).encode()).hexdigest()
         place = self.path / IDS
         if not place.is_file():
             write_file(place, dumps({"sha256": digest}).encode())
@@ -100,7 +100,7 @@ class State:
         os.replace(partial, place)
         fsync_folder(self.path)
 
-    def load(self, layer: int, judged: torch.Tensor) -> Streams:
+    def load(self, layer: int, fit: int) -> Streams:
         """The hidden states before a layer. Raises CheckpointError."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -109,7 +109,7 @@ class State:
             tensors = load_file(self._streams(layer))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._streams(layer)}: cannot be read: {error}; --restart begins anew") from None
-        return Streams(tensors["original"], tensors.get("made", tensors["original"]), judged)
+        return Streams(tensors["original"], tensors.get("made", tensors["original"]), fit)
 
     def made(self, layer: int, steps: Sequence[Step], runtime: str) -> dict[str, Made]:
         """The weights of a finished layer; fitted ones that stayed as they were are left out. Raises CheckpointError."""

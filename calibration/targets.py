@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Layer:
-    """A layer on its way. `judged`: bool [tokens], those for judging."""
+    """A layer on its way. The first `fit` tokens are to fit to, the others to judge by."""
 
     model: Model
     number: int
     tuner: Tuner
-    judged: torch.Tensor
+    fit: int
     watch: Callable[[str], None]  # is told of the projections that it comes to
     tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens of the quantized stream that are routed to it
 
@@ -38,6 +38,10 @@ class Layer:
     def gains(self, norm: str) -> torch.Tensor:
         """Of a norm."""
         return self.model.norm(self.name(norm))
+
+    def of(self, rows: torch.Tensor) -> int:
+        """How many of some tokens (their numbers, rising) are to fit to."""
+        return int((rows < self.fit).sum())
 
     def asks(self, question: Callable[[str], bool], *places: str) -> bool:
         """`Tuner.changes` or `Tuner.corrects` of any of these projections."""
@@ -65,7 +69,7 @@ def inputs_seen(
     corrects = layer.asks(layer.tuner.corrects, *places) and x is not made
     seen = Seen.nothing(x.shape[1], x.shape[1] if corrects else 0)
     for c in chunks(len(x)):
-        seen.add(made[c], x[c] - made[c] if corrects else None, weight[c], layer.judged[c])
+        seen.add(made[c], x[c] - made[c] if corrects else None, weight[c], min(max(layer.fit - c.start, 0), len(weight[c])))
     return seen, fitted(seen) if corrects else None
 
 
@@ -83,6 +87,11 @@ class Member:
     rows: torch.Tensor
     inputs: torch.Tensor
     shown: tuple[torch.Tensor, torch.Tensor] | None = None
+    everyone: bool = False  # rows are all tokens
+
+    def some(self, chunk: slice) -> torch.Tensor | slice:
+        """Of the rows."""
+        return chunk if self.everyone else self.rows[chunk]
 
 
 def corrected(
@@ -96,7 +105,7 @@ def corrected(
     (new,) = layer.tuned([member.place], [source], seen, None if change is None else [change])
     difference = (new.weight - source.weight).T
     for c in chunks(len(member.rows)):
-        made.index_add_(0, member.rows[c], member.inputs[c] @ difference)
+        add(made, member.some(c), member.inputs[c] @ difference)
 
 
 def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch.Tensor, weight: torch.Tensor) -> Seen:
@@ -104,14 +113,22 @@ def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch
     if member.shown is not None:  # nothing is known of what its output should make up for
         inputs, rows = member.shown
         seen = Seen.nothing(width)
-        seen.add(inputs, None, weight[rows], layer.judged[rows])
+        seen.add(inputs, None, weight[rows], layer.of(rows))
         return seen
     corrects = layer.asks(layer.tuner.corrects, member.place)
     seen = Seen.nothing(width, after.shape[1] if corrects else 0)
     for c in chunks(len(member.rows)):
-        rows = member.rows[c]
-        seen.add(member.inputs[c], after[rows] - made[rows] if corrects else None, weight[rows], layer.judged[rows])
+        rows = member.some(c)
+        seen.add(member.inputs[c], after[rows] - made[rows] if corrects else None, weight[rows], layer.of(member.rows[c]))
     return seen
+
+
+def add(out: torch.Tensor, rows: torch.Tensor | slice, more: torch.Tensor) -> None:
+    """To some rows."""
+    if isinstance(rows, slice):
+        out[rows] += more
+    else:
+        out.index_add_(0, rows, more)
 
 
 def chunks(tokens: int) -> Iterator[slice]:

@@ -22,7 +22,7 @@ from ernie_quant.calibration.forward import DENSE, SHARED, TOKENS_AT_ONCE, exper
 from ernie_quant.calibration.layer import Linear, attend, gated, rms_norm
 from ernie_quant.calibration.ridge import Seen
 from ernie_quant.calibration.streams import Streams, weights_of
-from ernie_quant.calibration.targets import Layer, Member, chunks, corrected, inputs_seen, turned
+from ernie_quant.calibration.targets import Layer, Member, add, chunks, corrected, inputs_seen, turned
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def through(layer: Layer, streams: Streams) -> Streams:
     """The streams after the layer; its tuned weights have been stored."""
     shape = streams.original.shape
     original, made = ffn(layer, *attention(layer, streams))
-    return Streams(original.view(shape), made.view(shape), streams.judged)
+    return Streams(original.view(shape), made.view(shape), streams.fit)
 
 
 def attention(layer: Layer, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +56,9 @@ def attention(layer: Layer, streams: Streams) -> tuple[torch.Tensor, torch.Tenso
     after = before + o(mixed)
     del x, made_x, mixed
     weight, made_after = weights_of(after), made_before + o(made_mixed)
-    corrected(layer, Member("self_attn.o_proj", torch.arange(len(after)), made_mixed), o, after, made_after, weight)
+    corrected(
+        layer, Member("self_attn.o_proj", torch.arange(len(after)), made_mixed, everyone=True), o, after, made_after, weight
+    )
     return after, made_after
 
 
@@ -134,8 +136,8 @@ def _first_half(
     _say(made, part.made_rows, inputs, part.made_heard, down)
     if not layer.asks(layer.tuner.changes, places[2]):
         return None
-    member = Member(places[2], part.made_rows, inputs)
-    if int((~layer.judged[part.made_rows]).sum()) < FEW_TOKENS:
+    member = Member(places[2], part.made_rows, inputs, everyone=len(part.made_rows) == len(made_y))
+    if layer.of(part.made_rows) < FEW_TOKENS:
         rows = torch.arange(0, len(made_y), -(-len(made_y) // SHOWN))
         member.shown = (_inner(made_y, rows, torch.ones(len(rows)), gate, up), rows)
     return member
@@ -146,12 +148,14 @@ def _inner(y: torch.Tensor, rows: torch.Tensor, heard: torch.Tensor, gate: Linea
     import torch
 
     inner = torch.empty(len(rows), len(gate.weight))
+    everyone = len(rows) == len(y)
     for c in chunks(len(rows)):
-        inner[c] = gated(y[rows[c]], gate, up) * heard[c, None]
+        inner[c] = gated(y[c if everyone else rows[c]], gate, up) * heard[c, None]
     return inner
 
 
 def _say(out: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, heard: torch.Tensor, down: Linear) -> None:
+    everyone = len(rows) == len(out)
     for c in chunks(len(rows)):
         said = inner[c] @ down.weight.T
-        out.index_add_(0, rows[c], said if down.bias is None else said + heard[c, None] * down.bias)
+        add(out, c if everyone else rows[c], said if down.bias is None else said + heard[c, None] * down.bias)

@@ -39,6 +39,7 @@ def command(
 
     from ernie_quant.disk import write_file
     from ernie_quant.jsonio import dumps
+    from ernie_quant.report import evaluation
 
     if save is not None and not save.parent.is_dir():
         raise click.UsageError(f"--save {save}: there is no folder {save.parent}")
@@ -46,9 +47,10 @@ def command(
     two = evaluate.pair(out, against, links=follow_links)
     with progress_bar(two.nbytes, quiet) as progress:
         found = evaluate.evaluate(two, texts, tokens, progress)
+    value = evaluate.as_json(found)
     if save is not None:
-        write_file(save, dumps(evaluate.as_json(found)).encode())
+        write_file(save, dumps(value).encode())
     if as_json:
-        print_json(evaluate.as_json(found))
+        print_json(value)
     else:
-        click.echo(evaluate.as_text(found))
+        click.echo(evaluation.text(value))

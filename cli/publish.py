@@ -17,13 +17,15 @@ from ernie_quant.cli._show import print_json
 @click.option("--revision", default="", help="Branch; made if there is none.  [default: the hub's]")
 @click.option("--pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
 @click.option("--tag", default="", help="Name the commit so.")
+@click.option("--eval", "evaluated", type=_options.FOLDER, metavar="FILE",
+              help="What eval --save has kept of this result: a table in its card.")  # fmt: skip
 @click.option("--delete-as-published", is_flag=True, help="Delete each weight file here as soon as it is uploaded.")
 @click.option("--allow-odd-values", is_flag=True, help="Publish a result whose weights hold NaN or infinity, too.")
 @_options.quiet
 @_options.json_option
 def command(
-    out: Path, repo: str, private: bool | None, revision: str, pr: bool, tag: str, delete_as_published: bool,
-    allow_odd_values: bool, quiet: bool, as_json: bool,
+    out: Path, repo: str, private: bool | None, revision: str, pr: bool, tag: str, evaluated: Path | None,
+    delete_as_published: bool, allow_odd_values: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Publish a finished result to a hub repository: ORG/NAME on Hugging Face, modelscope://ORG/NAME or aistudio://ORG/NAME.
 
@@ -41,7 +43,7 @@ def command(
     destination = publish.Destination(name, revision, private, pr, tag, delete_as_published, allow_odd_values)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
     with progress_bar(size, quiet) as progress:
-        result = publish.publish(out, hubs.publisher(scheme or "hf"), destination, progress)
+        result = publish.publish(out, hubs.publisher(scheme or "hf"), destination, progress, evaluated)
     if as_json:
         print_json(publish.as_json(result))
         return

@@ -42,10 +42,9 @@ def command(
 
     Every file is hashed; a changed byte is reported with the name of its weight. Of a sample, or of all with --full,
     the codes must decode to finite weights with the same codes; with --against, kept tensors must have the source's
-    bytes, and quantized ones the reported error, which is computed again; so must kept ones that calibration has
-    fitted. What has no report (ranks of files that others published) must have an error that its codec makes; beside
-    the quantized checkpoint that was resharded, its codes and scales. What was compared with what is said line by line,
-    and so is what was not.
+    bytes, quantized ones and those that calibration has fitted the reported error, which is computed again. What has no
+    report (ranks of files that others published) must have an error that its codec makes; beside the quantized checkpoint
+    that was resharded, its codes and scales. What was compared with what is said line by line, and so is what was not.
 
     \b
     ernie-quant verify out --against ERNIE-4.5-21B-A3B-Paddle

