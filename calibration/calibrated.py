@@ -6,14 +6,12 @@ stopped. What is left then is to write the files of the result, which takes thes
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_quant.calibration import forward, walk
-from ernie_quant.calibration.forward import SHARED
 from ernie_quant.calibration.model import Model
 from ernie_quant.calibration.opened import Readable, geometry_of
 from ernie_quant.calibration.state import State, said_of
@@ -23,17 +21,13 @@ from ernie_quant.calibration.tokenizer import tokenizer_of
 from ernie_quant.calibration.tune import Tuner
 from ernie_quant.calibration.windows import windows
 
-from ernie_quant.names import ATTENTION, VISION_EXPERT
-from ernie_quant.names import SHARED as SHARED_ROLE
+from ernie_quant.plan.fitting import by_layer
 from ernie_quant.plan.steps import Plan, Step, with_made
 from ernie_quant.threads import Watch, one_torch_thread
 from ernie_quant.weights.plain import FIXES, resolve
 
 if TYPE_CHECKING:
     import torch
-
-LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)\.weight$")
-FITTED = ("self_attn.o_proj", f"{SHARED}.down_proj")
 
 
 def calibrated(plan: Plan, place: Path, workers: int, watch: Watch) -> Plan:
@@ -59,7 +53,8 @@ def calibrated(plan: Plan, place: Path, workers: int, watch: Watch) -> Plan:
                 streams = _through(opened.model, layer, streams, todo.get(layer, []), plan, state, workers, where, layer < last)
                 opened.done(layer + 1)
     made = {name: of for layer, steps in todo.items() for name, of in state.made(layer, steps, plan.runtime).items()}
-    said = {**text.description, "fit": plan.calibration.fit, "layers": [_shown(state.said(layer)) for layer in range(last + 1)]}
+    how = {"method": plan.calibration.method, "fit": plan.calibration.fit}
+    said = {**text.description, **how, "layers": [_shown(state.said(layer)) for layer in range(last + 1)]}
     return replace(with_made(plan, made), calibrated=said)
 
 
@@ -86,25 +81,6 @@ def readable(plan: Plan) -> Readable:
     """The source as a model. Raises ConfigError."""
     table = resolve(plan.source, frozenset(FIXES))
     return Readable(plan.source, table, geometry_of(table))
-
-
-def by_layer(plan: Plan, fit: bool) -> dict[int, list[Step]]:
-    """Layer -> steps of the text path that are made by calibration: quantized ones, and with `fit` what may be fitted there."""
-    found: dict[int, list[Step]] = {}
-    for step in plan.steps:
-        if (at := LAYER.match(step.holds[0])) and step.role != VISION_EXPERT:
-            found.setdefault(int(at[1]), []).append(step)
-    return {
-        layer: chosen
-        for layer, steps in sorted(found.items())
-        if not all(step.kept for step in steps)
-        and (chosen := [step for step in steps if not step.kept or (fit and _may_be_fitted(step))])
-    }
-
-
-def _may_be_fitted(step: Step) -> bool:
-    at = LAYER.match(step.holds[0])
-    return step.role in (ATTENTION, SHARED_ROLE) and at is not None and at[2] in FITTED
 
 
 def _start(model: Model, ids: torch.Tensor, fit: int) -> Streams:

@@ -52,14 +52,13 @@ class Layer:
     ) -> list[Linear]:  # fmt: skip
         """The projections as they will be read. `changes`: the weights that are aimed at, less those of the source."""
         names = [f"{self.name(place)}.weight" for place in places]
-        todo = [i for i, name in enumerate(names) if self.tuner.changes(name)]
-        if not todo:
-            return list(sources)
-        wanted = [sources[i].weight if changes is None else sources[i].weight + changes[i] for i in todo]
-        stored = self.tuner.tune([names[i] for i in todo], wanted, seen, changes is not None)
         made = list(sources)
-        for i, weight in zip(todo, stored, strict=True):
-            made[i] = Linear(weight, sources[i].bias)
+        for free, aims in ((True, None), (False, changes)):
+            todo = [i for i, name in enumerate(names) if self.tuner.changes(name) and self.tuner.data_free(name) is free]
+            wanted = [sources[i].weight if aims is None else sources[i].weight + aims[i] for i in todo]
+            stored = self.tuner.tune([names[i] for i in todo], wanted, seen, aims is not None)
+            for i, weight in zip(todo, stored, strict=True):
+                made[i] = Linear(weight, sources[i].bias)
         return made
 
 

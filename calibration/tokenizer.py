@@ -78,13 +78,18 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in VOCABULARIES)
 
 
-def tokenizer_of(folder: Path) -> Tokenizer:
-    """The tokenizer in a checkpoint's folder. Raises TextError, which names the files that were looked for."""
+def check_tokenizer(folder: Path) -> None:
+    """Is there one, and what it is loaded with? Raises TextError, which names the files that were looked for."""
     if not has_tokenizer(folder):
         raise TextError(f"{folder}: has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy it there from the source")
     needed = ("transformers", *(() if (folder / VOCABULARIES[0]).is_file() else OF_SENTENCEPIECE))
     if missing := [name for name in needed if not _installed(name)]:
         raise TextError(f"{folder}: its tokenizer needs {' and '.join(missing)}: {EXTRA}")
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder. Raises TextError."""
+    check_tokenizer(folder)
     import transformers
 
     with tempfile.TemporaryDirectory() as place, _Quiet(transformers):

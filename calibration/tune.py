@@ -12,6 +12,7 @@ from ernie_quant.calibration.ridge import Seen
 from ernie_quant import runtimes
 from ernie_quant.codecs import Codec, Encoder
 from ernie_quant.dtypes import torch_dtype
+from ernie_quant.plan.recipe import takes_method
 from ernie_quant.plan.steps import Step
 from ernie_quant.threads import ordered
 from ernie_quant.writers import ShardWriter
@@ -56,7 +57,12 @@ class Tuner:
     def corrects(self, name: str) -> bool:
         """May it aim at more than its own rounding?"""
         step = self.steps.get(name)
-        return step is not None and (self.fit or step.codec.bits_per_weight(step.spec) < FEW_BITS)
+        return step is not None and not self.data_free(name) and (self.fit or step.codec.bits_per_weight(step.spec) < FEW_BITS)
+
+    def data_free(self, name: str) -> bool:
+        """Does its codec look at no inputs? It is what it would be without text, and what comes after it is made up for that."""
+        step = self.steps[name]
+        return not step.kept and not takes_method(step.codec)
 
     def tune(self, names: Sequence[str], wanted: Sequence[torch.Tensor], seen: Seen, fitted: bool) -> list[torch.Tensor]:
         """Store weights [out, in] with the same inputs, as near to `wanted` as their codecs can; f32, as they will be read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from ernie_quant.cli._progress import layers_bar, progress_bar
 from ernie_quant.cli._show import show_plan, show_result
 
 if TYPE_CHECKING:
-    from ernie_quant.plan.calibration import Calibration
+    from ernie_quant.plan.calibration import Asked
     from ernie_quant.plan.recipe import Recipe
     from ernie_quant.plan.steps import Plan
 
@@ -37,7 +38,8 @@ def refuse_experts_only(options: dict[str, Any]) -> None:
 def execute(
     src: Path | str, out: Path, rules: Recipe, runtime: str, *, max_shard_size: int, vl_config: str, copy: tuple[str, ...],
     copy_code: bool, fixes: tuple[str, ...], follow_links: bool = False, unsupported: bool = False, dequantize: bool = False,
-    tp: int = 1, calibration: tuple[str, ...] = (), calibration_tokens: int = 0, method: str = "", fit: bool = False,
+    tp: int = 1, calibration: tuple[str, ...] = (), calibration_tokens: int | None = None, method: str | None = None,
+    fit: bool | None = None,
     **options: Any,
 ) -> None:  # fmt: skip
     """Plan, then run, then say what happened."""
@@ -45,31 +47,53 @@ def execute(
     from ernie_quant.plan.recipe import with_method
     from ernie_quant.sources import open_source
 
-    text = of_calibration(calibration, calibration_tokens, fit)
+    asked, text = asked_for(rules.calibration, calibration, calibration_tokens, method, fit), None
+    if asked is not None:
+        from ernie_quant.calibration.asked import calibration_of, check_source
+
+        refuse_two_methods(rules, method)
+        rules, text = with_method(rules, asked.method), calibration_of(asked)
+    source = open_source(src, links=follow_links)
     if text is not None:
-        rules = with_method(rules, method)
+        check_source(source)
     plan = make_plan(
-        open_source(src, links=follow_links), runtime=runtime, recipe=rules, vl_config=vl_config, fixes=frozenset(fixes),
+        source, runtime=runtime, recipe=rules, vl_config=vl_config, fixes=frozenset(fixes),
         copy=copy, copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported, dequantize=dequantize,
         calibration=text,
     )  # fmt: skip
     run(plan, out, tp=tp, **options)
 
 
-def of_calibration(texts: tuple[str, ...], tokens: int, fit: bool) -> Calibration | None:
-    """What is asked for; None where nothing is. Raises TextError."""
-    if not texts:
-        if fit:
-            raise click.UsageError("--fit fits weights to text: name some with --calibration auto or --calibration FILE")
-        return None
-    from ernie_quant.calibration.calibrated import texts_of
-
-    from ernie_quant.plan.calibration import AUTO, Calibration
+def asked_for(
+    table: Asked | None, texts: tuple[str, ...], tokens: int | None, method: str | None, fit: bool | None
+) -> Asked | None:  # fmt: skip
+    """The [calibration] of a recipe with what the options say instead of it; None where nobody asks for any."""
+    from ernie_quant.plan.calibration import AUTO, Asked
 
     if AUTO in texts and len(texts) > 1:
         raise click.UsageError(f"--calibration {AUTO} stands alone; with files of your own leave it out")
-    source = AUTO if texts == (AUTO,) else tuple(map(Path, texts))
-    return Calibration(source, texts_of(source), tokens, fit=fit)
+    given: dict[str, Any] = {"tokens": tokens, "method": method, "fit": fit}
+    said = {key: value for key, value in given.items() if value is not None}
+    if texts:
+        said["text"] = AUTO if texts == (AUTO,) else tuple(map(Path, texts))
+    elif table is None:
+        if said and said != {"fit": False}:
+            option = {"tokens": "--calibration-tokens", "method": "--method", "fit": "--fit"}[next(iter(said))]
+            does = {"tokens": "counts tokens of a text", "method": "makes codes of a text", "fit": "fits weights to text"}
+            raise click.UsageError(
+                f"{option} {does[next(iter(said))]}: name some with --calibration {AUTO} or --calibration FILE"
+            )
+        return None
+    return replace(table, **said) if table is not None else Asked(**said)
+
+
+def refuse_two_methods(rules: Recipe, method: str | None) -> None:
+    """The option, and another method in a rule: which one is meant?"""
+    from ernie_quant.plan.recipe import own_method
+
+    if other := next((rule for rule in rules.rules if method and own_method(rule.codec) not in ("", method)), None):
+        rule = f"the recipe's rule for {other.describe()} says method = {own_method(other.codec)!r}"
+        raise click.UsageError(f"--method {method}: {rule}; leave one out")
 
 
 def run(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from ernie_quant.plan import built_in
-from ernie_quant.plan.calibration import TOKENS
+from ernie_quant.plan.calibration import LEAST_TOKENS, METHOD, METHODS, MOST_TOKENS, TOKENS
 from ernie_quant.settings import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -144,12 +144,12 @@ def calibration(command: F) -> F:
         [
             click.option("--calibration", multiple=True, metavar="auto|FILE",
                          help="Fit quantized weights to this text: the one that comes with ernie-quant, or files."),
-            click.option("--calibration-tokens", type=click.IntRange(512, 1 << 24), default=TOKENS, show_default=True,
-                         help="Tokens of it to fit to; an eighth more is for judging."),
-            click.option("--method", type=click.Choice(["nearest", "feedback", "descent"]), default="descent",
-                         show_default=True, help="What codes make of --calibration."),
-            click.option("--fit", is_flag=True, help="With --calibration: fit o_proj and the shared experts' down_proj too,"
-                         " which else stay as they are."),
+            click.option("--calibration-tokens", type=click.IntRange(LEAST_TOKENS, MOST_TOKENS),
+                         help=f"Tokens of it to fit to; a seventh more is for judging.  [default: {TOKENS}]"),
+            click.option("--method", type=click.Choice(METHODS),
+                         help=f"What codes make of --calibration.  [default: {METHOD}]"),
+            click.option("--fit/--no-fit", default=None, help="With --calibration: fit o_proj and the shared experts'"
+                         " down_proj too, which else stay as they are.  [default: no-fit]"),
         ]
     ):  # fmt: skip
         command = option(command)

@@ -27,11 +27,12 @@ def _facts(plan: Plan) -> dict[str, Any]:
     return {
         "bytes_in": plan.origin.nbytes,
         "bytes_out": plan.nbytes,
-        "disk_bytes": plan.disk_bytes,
+        "disk_bytes": plan.disk_bytes * (2 if plan.calibration else 1),  # calibrated weights lie there twice
         "bits_per_weight": round(bits_per_weight(plan), 4),
         "files": len(plan.shards),
         "tp_sizes": list(plan.tp_sizes),
         "notes": list(plan.notes),
+        **({"calibration": plan.calibration.shown()} if plan.calibration else {}),
     }
 
 
@@ -52,6 +53,10 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         f"\n{facts['bytes_in'] / 1e9:.2f} GB -> {facts['bytes_out']} bytes ({facts['bytes_out'] / 1e9:.2f} GB) of tensors,"
         f" {facts['bits_per_weight']:.3f} bits per weight, in {facts['files']} file(s); disk needed: {facts['disk_bytes']} bytes"
     )
+    if plan.calibration is not None:
+        said = plan.calibration
+        fit = "; o_proj and the shared experts' down_proj are fitted too" if said.fit else ""
+        click.echo(f"calibrated on {said.name}: {said.tokens} tokens, method {said.method}{fit}")
     _show_notes(plan)
 
 

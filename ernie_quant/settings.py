@@ -45,6 +45,10 @@ class Settings:
         """A value of whatever type."""
         return self._left.pop(key, default)
 
+    def inner(self, key: str) -> Settings | None:
+        """A table in the table, if there is one."""
+        return Settings(f"{self._where} [{key}]", self._left.pop(key), self._problems) if key in self._left else None
+
     def attempt(self, make: Callable[[], Value], otherwise: Value, key: str = "") -> Value:
         """What `make` returns; what it refuses is a mistake (in `key`)."""
         try:

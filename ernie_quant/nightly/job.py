@@ -8,6 +8,8 @@ revision = "main"
 repo = "my-org/ERNIE-4.5-21B-A3B-WINT4"
 recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, wint2; or [[target.rule]] tables
 experts_only = true
+[target.calibration]                            # as in a recipe file
+text = "auto"
 
 [limits]
 disk_budget = "60GB"
@@ -17,13 +19,13 @@ max_hours = 8
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ernie_quant import hubs, runtimes, settings
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import built_in, recipe
+from ernie_quant.plan import built_in, calibration, recipe
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
 from ernie_quant.plan.steps import SHARD_BYTES
 from ernie_quant.settings import Settings, parse_size
@@ -77,7 +79,7 @@ def read_job(path: Path) -> Job:
     if not isinstance(entries, list) or not entries:
         problems.append("has no [[target]]")
         entries = []
-    targets = [_target(Settings(f"[[target]] {number}", entry, problems)) for number, entry in enumerate(entries, 1)]
+    targets = [_target(Settings(f"[[target]] {number}", entry, problems), path.parent) for number, entry in enumerate(entries, 1)]
     budget, hours, space_check = _limits(Settings("[limits]", table.pop("limits", {}), problems), source)
     problems += [f"{key}: unknown; a job has [source], [[target]] and [limits]" for key in table]
     places = [target.folder for target in targets if target.repo]
@@ -123,7 +125,7 @@ def _limits(table: Settings, source: str) -> tuple[int | None, float | None, boo
     return nbytes, None if hours == float("inf") else hours, not unasked
 
 
-def _target(table: Settings) -> JobTarget:
+def _target(table: Settings, beside: Path) -> JobTarget:
     repo, revision = table.take("repo", str), table.take("revision", str, "")
     found = REPO.fullmatch(repo)
     scheme, name = (found["scheme"] or "hf", found["repo"]) if found else ("", repo)
@@ -143,6 +145,8 @@ def _target(table: Settings) -> JobTarget:
     shard_bytes = table.attempt(lambda: parse_size(size), SHARD_BYTES, "max_shard_size")
     copy, odd = _patterns(table), table.take("allow_odd_values", bool, False)
     rules, runtime = _recipe(table)
+    if (asked := table.inner("calibration")) is not None:
+        rules = replace(rules, calibration=calibration.read(asked, beside))
     table.end()
     if tp not in (1, 2, 4, 8, 16) or (tp > 1 and not runtimes.find(runtime).PER_RANK):
         table.wrong(f"tp is {tp}, not 1, or 2, 4, 8 or 16 with runtime fastdeploy")

@@ -17,16 +17,15 @@ from typing import Any
 
 from ernie_quant import hubs
 from ernie_quant.check.verify import verify
-from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.disk import FULL, hold
 from ernie_quant.errors import AnotherPlanError, ErnieQuantError, RetryError
 from ernie_quant.hubs import Publisher
 from ernie_quant.jsonio import read_object
 from ernie_quant.nightly.job import Job, JobTarget
+from ernie_quant.nightly.planned import plan_of, text_of
 from ernie_quant.paths import MANIFEST
 from ernie_quant.plan.identity import fingerprint
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.reshard import check_size, shared_identity
+from ernie_quant.plan.reshard import shared_identity
 from ernie_quant.plan.steps import Plan
 from ernie_quant.publish import Destination, publish
 from ernie_quant.publish.files import refuse_odd, repair
@@ -76,9 +75,12 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
     deadline = time.monotonic() + 3600 * hours if hours else None
     with _logged(log), hold(work / "lock", f"{work}: another run of a job is at work here"):
         shutil.rmtree(work / DROPPED, ignore_errors=True)
+        texts = [text_of(target) for target in job.targets]
         source = open_source(job.source, links=job.follow_links)
         log(event="source", source=job.source, commit=source.revision, bytes=source.nbytes)
-        plans = [_plan(source, target, job.disk_budget) for target in job.targets]  # every refusal comes before any work
+        plans = [  # every refusal comes before any work
+            plan_of(source, target, text, job.disk_budget) for target, text in zip(job.targets, texts, strict=True)
+        ]
         publishers = {t.scheme: hubs.publisher(t.scheme) for t in job.targets}
         results = tuple(
             _attempt(target, plan, job, work, publishers[target.scheme], deadline, log)
@@ -86,15 +88,6 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
         )
         log(event="end", status=_worst(results))
     return JobResult(_worst(results), job.source, source.revision, results)
-
-
-def _plan(source: Checkpoint, target: JobTarget, disk_budget: int | None) -> Plan:
-    plan = make_plan(source, runtime=target.runtime, recipe=target.recipe, shard_bytes=target.shard_bytes, copy=target.copy)
-    if target.tp > 1:
-        check_size(plan, target.tp)
-    if disk_budget is not None and source.downloader is not None:
-        source.downloader.check_budget([shard.needs for shard in plan.shards], disk_budget)
-    return plan
 
 
 def _attempt(
@@ -168,6 +161,7 @@ def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | 
     if job.space_check and (note := unknown_space(out)):
         log(event="note", repo=target.repo, note=note)
     how: dict[str, Any] = {"disk_budget": job.disk_budget, "progress": progress, "workers": 0, "space_check": job.space_check}
+    how["watch"] = lambda *_: progress(0)
 
     def run(restart: bool) -> Any:
         if target.tp > 1:

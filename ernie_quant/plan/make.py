@@ -15,6 +15,7 @@ from ernie_quant.codecs.keep import Keep
 from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.names import EMBED
+from ernie_quant.plan import fitting
 from ernie_quant.plan.calibration import Calibration
 from ernie_quant.plan.capacity import Model, gpus_needed
 from ernie_quant.plan.carried import carried
@@ -86,12 +87,13 @@ def make_plan(
         **({"calibration": calibration.as_dict()} if calibration else {}),
         **({"kept": ROUNDED} if any(isinstance(step.codec, Rounded) for step in steps) else {}),
     }  # fmt: skip
-    return Plan(
+    plan = Plan(
         source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, along.files, tp_sizes,
         (*notes_of(source), *table.notes, *positions, *along.notes, *choices.notes, *refused, *target.notes(linears)),
         identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, tp_sizes, model),
         calibration=calibration,
     )  # fmt: skip
+    return fitting.judged(plan) if calibration else plan
 
 
 def _unscaled(positions: Sequence[str], choices: Choices) -> list[str]:

@@ -11,6 +11,9 @@ role = "experts"
 codec = "rtn"
 bits = 4
 group_size = 128
+
+[calibration]
+text = "auto"                                 # plan/calibration.py
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import PlanError
 from ernie_quant.names import QUANTIZABLE, ROLES, Weight
-from ernie_quant.settings import read_toml
+from ernie_quant.plan import calibration
+from ernie_quant.plan.calibration import Asked
+from ernie_quant.settings import Settings, read_toml
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -77,6 +82,7 @@ class Recipe:
     name: str
     rules: tuple[RecipeRule, ...] = ()
     keep_unfit: bool = False
+    calibration: Asked | None = None  # what a file of rules says of it
 
     def codec_for(self, weight: Weight) -> Codec:
         """The codec for a tensor; only linears of quantizable roles are ever changed."""
@@ -108,18 +114,31 @@ def with_method(rules: Recipe, method: str) -> Recipe:
 
 
 def _with_method(codec: Codec, method: str) -> Codec:
-    named = {f.name: f.default for f in fields(codec)}  # type: ignore[arg-type]
-    if "method" not in named or getattr(codec, "method") != named["method"]:  # noqa: B009 - a protocol has no such field
-        return codec
-    return replace(codec, method=method)  # type: ignore[type-var]
+    return codec if not takes_method(codec) or own_method(codec) else replace(codec, method=method)  # type: ignore[type-var]
+
+
+def takes_method(codec: Codec) -> bool:
+    """Can it look at inputs?"""
+    return any(f.name == "method" for f in fields(codec))  # type: ignore[arg-type]
+
+
+def own_method(codec: Codec) -> str:
+    """The method that its rule names, if it names one."""
+    usual = next((f.default for f in fields(codec) if f.name == "method"), None)  # type: ignore[arg-type]
+    mine = getattr(codec, "method", usual)
+    return "" if mine == usual else str(mine)
 
 
 def read(path: Path, *, keep_unfit: bool = False) -> Recipe:
     """The recipe in a TOML file. Raises PlanError with every mistake in it."""
     table = read_toml(path)
     entries = table.pop("rule", [])
-    unknown = [f"{key}: unknown; a recipe has [[rule]] tables only" for key in table]
-    return of_rules(path.stem, entries, keep_unfit=keep_unfit, where=str(path), problems=unknown)
+    problems: list[str] = []
+    asked = None
+    if "calibration" in table:
+        asked = calibration.read(Settings("[calibration]", table.pop("calibration"), problems), path.parent)
+    problems += [f"{key}: unknown; a recipe has [[rule]] tables and [calibration]" for key in table]
+    return replace(of_rules(path.stem, entries, keep_unfit=keep_unfit, where=str(path), problems=problems), calibration=asked)
 
 
 def of_rules(
