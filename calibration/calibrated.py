@@ -17,7 +17,7 @@ from ernie_quant.calibration.opened import Readable, geometry_of
 from ernie_quant.calibration.state import State, said_of
 from ernie_quant.calibration.streams import Streams
 from ernie_quant.calibration.targets import Layer
-from ernie_quant.calibration.tokenizer import tokenizer_of
+from ernie_quant.calibration.tokenizer import BESIDE, VOCABULARIES, tokenizer_of
 from ernie_quant.calibration.tune import Tuner
 from ernie_quant.calibration.windows import windows
 
@@ -41,6 +41,7 @@ def calibrated(plan: Plan, place: Path, workers: int, watch: Watch) -> Plan:
     source = readable(plan)
     todo = by_layer(plan, plan.calibration.fit)
     state, last = State(place), max(todo)
+    plan.source.bring(path for path in plan.source.extra_files if path.name in (*VOCABULARIES, *BESIDE))
     text = windows(tokenizer_of(plan.source.folder), plan.calibration.source, plan.calibration.tokens, seed=plan.calibration.seed)
     ids, fit = torch.cat([text.ids[~text.judged], text.ids[text.judged]]), int((~text.judged).sum())
     state.begin(ids, fit)
