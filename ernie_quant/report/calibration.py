@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ernie_quant.errors import line_of
-from ernie_quant.names import folded
+from ernie_quant.report.place import Place
 from ernie_quant.report.rows import FITTED, TensorReport, output_error
 
 FEW = 64  # tokens of an expert that are worth saying
@@ -74,7 +74,7 @@ def section(made: Mapping[str, Any], rows: Sequence[TensorReport]) -> str:
             f"- {corrected} quantized weights also make up for errors before them: they are meant to differ from the source's,"
             " and their rel. error says by how much"
         )
-    if fitted := Counter(folded(row.name) for row in rows if row.codec == FITTED):
+    if fitted := Counter("*".join(Place.of(row.name).parts) for row in rows if row.codec == FITTED):
         names = ", ".join(f"{name} ({count})" for name, count in sorted(fitted.items()))
         lines.append(f"- {_weights(sum(fitted.values()))} fitted to the text, beside codes: {names}")
     first = next((i for i, line in enumerate(lines) if line.startswith("- ")), len(lines))
