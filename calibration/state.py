@@ -26,7 +26,7 @@ from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.plan.steps import Made, Step
 from ernie_quant.views.build import leaf
 from ernie_quant.weights.stored import Stored
-from ernie_quant.writers import ShardWriter, safetensors
+from ernie_quant.writers import ShardWriter
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +55,13 @@ class State:
 
     def weights(self, layer: int) -> Path:
         """Of a layer."""
-        return self.path / f"layer-{layer:05d}{safetensors.EXTENSION}"
+        return self.path / f"layer-{layer:05d}{_format().EXTENSION}"
 
     def _said(self, layer: int) -> Path:
         return self.path / f"layer-{layer:05d}.json"
 
     def _streams(self, layer: int) -> Path:
-        return self.path / f"streams-{layer:05d}{safetensors.EXTENSION}"
+        return self.path / f"streams-{layer:05d}{_format().EXTENSION}"
 
     def said(self, layer: int) -> dict[str, Any]:
         """What `finish` was given. Raises CheckpointError."""
@@ -77,7 +77,7 @@ class State:
     def writer(self, layer: int, steps: Sequence[Step]) -> AbstractContextManager[ShardWriter]:
         """Of the weights of these steps; whole ones, in this order."""
         specs = specs_of(steps)
-        return ShardWriter(self.weights(layer), specs, safetensors.lay_out(specs, {}))
+        return ShardWriter(self.weights(layer), specs, _format().lay_out(specs, {}))
 
     def finish(self, layer: int, streams: Streams, said: Mapping[str, Any], more: bool) -> None:
         """After this the layer is not done again. `more`: there are further layers."""
@@ -114,7 +114,7 @@ class State:
     def made(self, layer: int, steps: Sequence[Step], runtime: str) -> dict[str, Made]:
         """The weights of a finished layer; fitted ones that stayed as they were are left out. Raises CheckpointError."""
         specs, file = specs_of(steps), self.weights(layer)
-        starts = safetensors.lay_out(specs, {}).starts
+        starts = _format().lay_out(specs, {}).starts
         tuned = {row["name"]: Tuned(**row) for row in self.said(layer)["tuned"]}
         found = {}
         for step in steps:
@@ -128,14 +128,14 @@ class State:
         return found
 
 
+def _format() -> writers.Format:
+    """In which weights wait for the files of the result."""
+    return writers.find("safetensors")
+
+
 def specs_of(steps: Sequence[Step]) -> dict[str, TensorSpec]:
     """All that the steps store, in the order of a file."""
-    return safetensors.order({name: part.spec for step in steps for name, part in step.parts.items()})
-
-
-def nbytes_of(steps: Sequence[Step]) -> int:
-    """Of the file of a layer."""
-    return writers.find("safetensors").lay_out(specs_of(steps), {}).nbytes
+    return _format().order({name: part.spec for step in steps for name, part in step.parts.items()})
 
 
 def said_of(layer: int, streams: Streams, tuned: Sequence[Tuned], tokens: Mapping[int, int]) -> dict[str, Any]:

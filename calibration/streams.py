@@ -41,3 +41,14 @@ class Streams:
 def weights_of(residual: torch.Tensor) -> torch.Tensor:
     """How much a token counts: 1 / mean(a^2) of its residual [n, H], for what comes after divides by that (RMS norm)."""
     return 1 / residual.pow(2).mean(1).clamp(min=1e-30)
+
+
+def between(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Weights of tokens for what is added to a residual: those of the residual before it where it grows little.
+
+    Some layers make a window's first token a thousand times as large. By the weights before, that token would decide every
+    fit; by those after, it would be lost, and all others attend to it.
+    """
+    import torch
+
+    return torch.minimum(before, (before * after).sqrt())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ernie_quant.calibration.forward import DENSE, SHARED, TOKENS_AT_ONCE, expert_of, routing
 from ernie_quant.calibration.layer import Linear, attend, gated, rms_norm
 from ernie_quant.calibration.ridge import Seen
-from ernie_quant.calibration.streams import Streams, weights_of
+from ernie_quant.calibration.streams import Streams, between, weights_of
 from ernie_quant.calibration.targets import Layer, Member, add, chunks, corrected, inputs_seen, turned
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def attention(layer: Layer, streams: Streams) -> tuple[torch.Tensor, torch.Tenso
     mixed, made_mixed = _mixed(layer, x, sources, length), _mixed(layer, made_x, made, length)
     after = before + o(mixed)
     del x, made_x, mixed
-    weight, made_after = torch.minimum(weights_of(before), weights_of(after)), made_before + o(made_mixed)
+    weight, made_after = between(weights_of(before), weights_of(after)), made_before + o(made_mixed)
     corrected(
         layer, Member("self_attn.o_proj", torch.arange(len(after)), made_mixed, everyone=True), o, after, made_after, weight
     )
@@ -76,7 +76,6 @@ def _mixed(layer: Layer, x: torch.Tensor, qkv: Sequence[Linear], length: int) ->
 
 def ffn(layer: Layer, after: torch.Tensor, made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both residuals [tokens, H] after the layer, of those after attention (which are changed)."""
-    import torch
 
     gains, eps, weight = layer.gains("post_attention_layernorm"), layer.model.geometry.eps, weights_of(after)
     y, made_y = rms_norm(after, gains, eps), rms_norm(made, gains, eps)
@@ -86,7 +85,7 @@ def ffn(layer: Layer, after: torch.Tensor, made: torch.Tensor) -> tuple[torch.Te
     if layer.asks(layer.tuner.changes, *places):
         seen, change = inputs_seen(layer, places, y, made_y, weight)
     members = [member for part in parts if (member := _first_half(layer, part, after, made, y, made_y, seen, change))]
-    weight = torch.minimum(weight, weights_of(after))  # some layers give a window's first token a thousand times the size
+    weight = between(weight, weights_of(after))
     for member in members:
         layer.watch(member.place)
         corrected(layer, member, layer.linear(member.place), after, made, weight)
