@@ -29,7 +29,8 @@ def summary(said: Mapping[str, Any]) -> dict[str, Any]:
 def drift_of(said: Any) -> dict[int, float]:
     """Layer -> drift after it, of what a run says; what is no such number is left out."""
     found = {layer["layer"]: layer.get("drift") for layer in _layers(said)}
-    return {n: float(value) for n, value in found.items() if type(value) in (int, float) and math.isfinite(value) and value >= 0}
+    numbers = {n: value for n, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {n: float(value) for n, value in numbers.items() if math.isfinite(value) and value >= 0}
 
 
 def tokens_of_experts(said: Any) -> dict[int, list[int]]:

@@ -27,7 +27,7 @@ def columns(report: Report) -> dict[str, Any]:
     names = sorted(by_codec, key=lambda name: (name != KEPT, total(by_codec[name]).bits_per_weight, name))
     codecs, roles = {name: i for i, name in enumerate(names)}, {name: i for i, name in enumerate(by_role)}
     layers = grouped(report.rows, lambda r: layer_of(r.name))
-    found = {
+    found: dict[str, Any] = {
         "facts": _facts(report),
         "codecs": [line_of(name) for name in codecs],
         "roles": [line_of(name) for name in roles],
