@@ -69,7 +69,8 @@ def _show_notes(plan: Plan) -> None:
 
 def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> None:
     """What a run did and lost, and how to run what it made."""
-    from ernie_quant.report.rows import total
+    from ernie_quant.report.calibration import drift_of
+    from ernie_quant.report.rows import output_error, total
     from ernie_quant.report.tables import tables
     from ernie_quant.result.card import run_commands
 
@@ -77,6 +78,7 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
     if as_json:
         changed = total([r for r in reports if r.changed])
         errors: dict[str, Any] = {"rel_error": changed.rel_error, "worst_rel_error": changed.worst, "quantized": changed.tensors}
+        errors |= {} if (of_outputs := output_error(reports)) is None else {"output_error": of_outputs}
         errors["files_before"] = result.files_before
         print_json(
             {"status": "complete" if complete else "done", "out": str(out), **_facts(plan), **({} if complete else errors)}
@@ -88,7 +90,7 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
             click.echo(f"note: {note}")
         return
     if not quiet:
-        click.echo(tables(reports))
+        click.echo(tables(reports, drift_of(plan.calibrated)))
         _show_notes(plan)
         before = f" ({result.files_before} were finished before)" if result.files_before else ""
         click.echo(f"\n{out}: {plan.nbytes / 1e9:.3f} GB in {len(plan.shards)} file(s){before}. To run it:")

@@ -21,6 +21,7 @@ def test_the_job_of_the_documents_is_one(tmp_path: Path) -> None:
     assert [(t.recipe.name, t.runtime, t.tp) for t in job.targets] == [
         ("wint4", "vllm", 1),
         ("wint2", "fastdeploy", 2),
+        ("wint4", "vllm", 1),
         ("rules", "vllm", 1),
     ]
     assert (job.disk_budget, job.max_hours) == (30 * 10**9, 8)

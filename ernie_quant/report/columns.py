@@ -13,11 +13,12 @@ from typing import Any
 
 from ernie_quant.codecs.keep import KEPT
 from ernie_quant.errors import line_of
+from ernie_quant.report.calibration import drift_of, tokens_of_experts
 from ernie_quant.report.place import Place
-from ernie_quant.report.rows import TensorReport, grouped, layer_of, total
+from ernie_quant.report.rows import TensorReport, grouped, layer_of, output_error, total
 from ernie_quant.report.saved import Report
 
-DIGITS = 4  # significant ones
+DIGITS, OF_OUTPUTS = 4, 3  # significant ones, of errors of weights and of outputs
 
 
 def columns(report: Report) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def columns(report: Report) -> dict[str, Any]:
     names = sorted(by_codec, key=lambda name: (name != KEPT, total(by_codec[name]).bits_per_weight, name))
     codecs, roles = {name: i for i, name in enumerate(names)}, {name: i for i, name in enumerate(by_role)}
     layers = grouped(report.rows, lambda r: layer_of(r.name))
-    return {
+    found: dict[str, Any] = {
         "facts": _facts(report),
         "codecs": [line_of(name) for name in codecs],
         "roles": [line_of(name) for name in roles],
@@ -34,6 +35,30 @@ def columns(report: Report) -> dict[str, Any]:
         "by_layer": [{"name": line_of(name), **_sums(layers[name], codecs)} for name in sorted(layers, key=_layers_first)],
         "series": _series(report.rows, roles, codecs),
     }
+    if output_error(report.rows) is not None:
+        said = _object(report.header.get("calibration"))
+        found["calibration"] = _calibration(said)
+        of_layers = {f"layer {layer}": value for layer, value in drift_of(said).items()}
+        for line in found["by_layer"]:
+            line |= {"drift": _short(of_layers[line["name"]])} if line["name"] in of_layers else {}
+    return found
+
+
+def _calibration(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What was run through the model, and what is known of layers and experts."""
+    return {
+        "name": _text(said.get("name")),
+        "tokens": _whole(said.get("tokens")),
+        "judging": _whole(said.get("judging_tokens")),
+        "method": _text(said.get("method")),
+        "fit": said.get("fit") is True,
+        "drift": [[layer, _short(value)] for layer, value in drift_of(said).items()],
+        "experts": {str(layer): counts for layer, counts in tokens_of_experts(said).items()},
+    }
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < 2**53 else 0
 
 
 def _layers_first(name: str) -> tuple[bool, int]:
@@ -86,6 +111,7 @@ def _sums(group: Sequence[TensorReport], codecs: Mapping[str, int]) -> dict[str,
     weights: dict[str, int] = {}
     for row in changed:
         weights[row.codec] = weights.get(row.codec, 0) + math.prod(row.shape)
+    of_outputs = output_error(group)
     return {
         "tensors": everything.tensors,
         "changed": lossy.tensors,
@@ -95,6 +121,7 @@ def _sums(group: Sequence[TensorReport], codecs: Mapping[str, int]) -> dict[str,
         "error": _short(lossy.rel_error) if changed else None,
         "worst": _short(lossy.worst) if changed else None,
         "codecs": [codecs[codec] for codec in sorted(weights, key=lambda c: (-weights[c], c))],
+        **({} if of_outputs is None else {"output": _short(of_outputs)}),
     }
 
 
@@ -128,13 +155,23 @@ def _series(rows: Sequence[TensorReport], roles: Mapping[str, int], codecs: Mapp
                 "error": [_short(row.rel_error) for _, row in group],
                 "largest": [_short(row.max_abs_error) for _, row in group],
             }
+        if any(row.output_error is not None for _, row in group):
+            entry |= {
+                "output": [None if row.output_error is None else _short(row.output_error, OF_OUTPUTS) for _, row in group],
+                "tokens": _once([row.calibration_tokens for _, row in group]),
+            }
         series.append(entry)
     return series
 
 
-def _short(value: float) -> float | int | None:
-    """The number with `DIGITS` significant digits, or None for one that JSON has no word for."""
+def _once(values: list[int | None]) -> list[int | None] | int | None:
+    """The value that all have, if they have one."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _short(value: float, digits: int = DIGITS) -> float | int | None:
+    """The number with so many significant digits, or None for one that JSON has no word for."""
     if not math.isfinite(value):
         return None
-    short = float(f"{value:.{DIGITS}g}")
+    short = float(f"{value:.{digits}g}")
     return int(short) if short == int(short) and short < 1e15 else short

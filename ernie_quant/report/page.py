@@ -19,7 +19,8 @@ from ernie_quant.report.columns import columns
 from ernie_quant.report.saved import Report
 
 PAGES = Path(__file__).parent / "pages"
-SCRIPTS = ("data.js", "tables.js", "bars.js", "histogram.js", "heatmap.js", "main.js")
+OF_TEXT = "calibration.js"  # of calibrated results alone
+SCRIPTS = ("data.js", "tables.js", "bars.js", "histogram.js", "heatmap.js", OF_TEXT, "main.js")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ def put(path: Path, data: bytes) -> Written:
 def render(report: Report) -> bytes:
     """The page: the same report, the same bytes."""
     style = (PAGES / "report.css").read_text(encoding="utf-8")
-    script = "\n".join((PAGES / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    data = json.dumps(columns(report), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    shown = columns(report)
+    scripts = [name for name in SCRIPTS if name != OF_TEXT or "calibration" in shown]
+    script = "\n".join((PAGES / name).read_text(encoding="utf-8") for name in scripts)
+    data = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     values = {
         # no address is allowed but data:, which the empty icon has; browsers would ask a server for one
         "policy": f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)};"

@@ -116,12 +116,24 @@ def total(rows: Sequence[TensorReport]) -> Total:
     return Total(len(rows), weights, sum(r.bytes for r in rows), error / norm if norm else 0.0, worst)
 
 
+def output_error(rows: Sequence[TensorReport]) -> float | None:
+    """Mean of the tensors that calibration has measured, each counted by its weights; None where there are none."""
+    measured = [(row.output_error, math.prod(row.shape)) for row in rows if row.output_error is not None]
+    weights = sum(count for _, count in measured)
+    return sum(error * count for error, count in measured) / weights if weights else None
+
+
 def to_json(rows: Sequence[TensorReport], header: Mapping[str, Any]) -> str:
     """report.json: one tensor a line, so that two reports can be compared with diff."""
-    by_role = {role: asdict(total(group)) for role, group in grouped(rows, lambda r: r.role).items()}
+    by_role = {role: _sums(group) for role, group in grouped(rows, lambda r: r.role).items()}
     head = json.dumps({**header, "roles": by_role}, indent=2, ensure_ascii=False, allow_nan=False)
     lines = ",\n".join("    " + json.dumps(r.to_json(), ensure_ascii=False, allow_nan=False) for r in rows)
     return f'{head[:-2]},\n  "tensors": [\n{lines}\n  ]\n}}\n'
+
+
+def _sums(rows: Sequence[TensorReport]) -> dict[str, Any]:
+    of_outputs = output_error(rows)
+    return asdict(total(rows)) | ({} if of_outputs is None else {"output_error": of_outputs})
 
 
 def odd_values(rows: Sequence[TensorReport]) -> list[str]:

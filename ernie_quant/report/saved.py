@@ -58,4 +58,14 @@ def _believed(row: TensorReport) -> TensorReport:
         value = getattr(row, key)
         if type(value) not in (int, float) or not 0 <= value <= 1e100:
             raise ValueError(f"{key} is no such number")
+    if type(row.fitted) is not bool or not (row.output_error is None or _is_part(row.output_error)):
+        raise ValueError("fitted or output_error is no such value")
+    if row.calibration_tokens is not None and (
+        type(row.calibration_tokens) is not int or not 0 <= row.calibration_tokens <= MOST
+    ):
+        raise ValueError("calibration_tokens is no such number")
     return row
+
+
+def _is_part(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1e100

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
-from ernie_quant.report.rows import FILENAME, TensorReport, grouped, layer_of, total
+from ernie_quant.report.rows import FILENAME, TensorReport, grouped, layer_of, output_error, total
 
 WORST = 5
 LAYERS_SHOWN = 8
@@ -14,27 +15,54 @@ LAYERS_SHOWN = 8
 HEAD = ("tensors", "GB", "bits/weight", "rel. error", "worst")
 
 
-def tables(rows: Sequence[TensorReport]) -> str:
-    """By role, by layer (the worst ones) and the worst tensors, as text."""
-    text = [table(("role", *HEAD), [_line(role, group) for role, group in grouped(rows, lambda r: r.role).items()])]
+def tables(rows: Sequence[TensorReport], drift: Mapping[int, float] | None = None) -> str:
+    """By role, by layer (the worst ones) and the worst tensors, as text.
+
+    `drift`: that after each layer. Where text was run through the model, errors of outputs stand beside those of weights.
+    """
+    by_text = output_error(rows) is not None
+    head = (*HEAD, *(("output error",) if by_text else ()))
+    of_layers = {f"layer {layer}": value for layer, value in (drift or {}).items()}
+    by_role = grouped(rows, lambda r: r.role)
+    text = [table(("role", *head), [_line(role, group, by_text) for role, group in by_role.items()])]
     changed = [r for r in rows if r.changed]
     if not changed:
         return text[0]
     layers = sorted(grouped(changed, lambda r: layer_of(r.name)).items(), key=lambda item: -total(item[1]).rel_error)
     note = f" ({LAYERS_SHOWN} of {len(layers)}; all are in {FILENAME})" if len(layers) > LAYERS_SHOWN else ""
-    lines = [_line(layer, group) for layer, group in layers[:LAYERS_SHOWN]]
-    text += [f"\nLayers, worst first{note}:", table(("layer", *HEAD), lines)]
+    lines = [_line(layer, group, by_text, of_layers) for layer, group in layers[:LAYERS_SHOWN]]
+    text += [f"\nLayers, worst first{note}:", table(("layer", *head, *(("drift",) if of_layers else ())), lines)]
     worst = sorted(changed, key=lambda r: -r.rel_error)[:WORST]
-    lines = [(r.name, r.codec, _error(r.rel_error), _decibels(r.sqnr_db), f"{r.max_abs_error:.4g}") for r in worst]
-    text += ["\nWorst tensors:", table(("tensor", "codec", "rel. error", "SQNR dB", "max |error|"), lines)]
+    lines = [
+        (
+            r.name,
+            r.codec,
+            _error(r.rel_error),
+            _decibels(r.sqnr_db),
+            f"{r.max_abs_error:.4g}",
+            *([_part(r.output_error)] * by_text),
+        )
+        for r in worst
+    ]
+    text += ["\nWorst tensors:", table(("tensor", "codec", "rel. error", "SQNR dB", "max |error|", *head[len(HEAD) :]), lines)]
+    if of_layers:
+        each = ", ".join(f"{n}: {_error(value)}" for n, value in (drift or {}).items())
+        text.append("\n" + textwrap.fill(f"Drift of the hidden states after each layer: {each}", 110))
     return "\n".join(text)
 
 
-def _line(name: str, group: Sequence[TensorReport]) -> tuple[str, ...]:
+def _part(value: float | None) -> str:
+    return "-" if value is None else _error(value)
+
+
+def _line(
+    name: str, group: Sequence[TensorReport], by_text: bool = False, drift: Mapping[str, float] | None = None
+) -> tuple[str, ...]:  # fmt: skip
     t = total(group)
     lossy = any(r.changed or r.rounded for r in group)
     errors = (_error(t.rel_error), _error(t.worst)) if lossy else ("-", "-")
-    return (name, str(t.tensors), f"{t.bytes / 1e9:.3f}", f"{t.bits_per_weight:.3f}", *errors)
+    more = [_part(output_error(group))] * by_text + ([_part(drift.get(name))] if drift else [])
+    return (name, str(t.tensors), f"{t.bytes / 1e9:.3f}", f"{t.bits_per_weight:.3f}", *errors, *more)
 
 
 def _error(value: float) -> str:

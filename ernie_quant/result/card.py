@@ -12,7 +12,7 @@ from typing import Any
 
 from ernie_quant import runtimes
 from ernie_quant.plan.steps import Plan
-from ernie_quant.report import evaluation, tables
+from ernie_quant.report import calibration, evaluation, tables
 from ernie_quant.report.rows import TensorReport
 
 FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
@@ -43,6 +43,7 @@ def readme(
     `evaluated`: the JSON of an evaluation.
     """
     facts = made["summary"]
+    text = facts.get("calibration")
     parts = [_yaml(made), f"# {name.rpartition('/')[2]}\n\n{_headline(made, rows)}"]
     for runtime, command in runtimes.find(made["runtime"]).commands(Path(name), config, facts["tp_sizes"]):
         parts.append(f"## {runtime}\n\n```\n{command}\n```")
@@ -52,9 +53,10 @@ def readme(
         needed = ", ".join(f"{count} x {memory}" for memory, count in facts["gpus"].items())
         parts.append(f"GPUs for its weights and the KV cache of one sequence of 32768 tokens: {needed}.")
     if any(r.changed for r in rows):
-        parts.append(
-            f"## Error\n\nrel. error = ||W - W'||^2 / ||W||^2; every tensor is in report.json.\n\n```\n{tables.tables(rows)}\n```"
-        )
+        shown = tables.tables(rows, _drift(text))
+        parts.append(f"## Error\n\nrel. error = ||W - W'||^2 / ||W||^2; every tensor is in report.json.\n\n```\n{shown}\n```")
+    if text is not None:
+        parts.append(calibration.section(text, rows))
     if evaluated is not None:
         parts.append(_evaluation(evaluated))
     parts += [f"![{picture.rpartition('/')[2].removesuffix('.png').replace('-', ' ')}]({picture})" for picture in pictures]
@@ -62,6 +64,10 @@ def readme(
     if facts["notes"]:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in facts["notes"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _drift(text: Mapping[str, Any] | None) -> dict[int, float]:
+    return {} if text is None else {int(layer): value for layer, value in text["drift"].items()}
 
 
 def _evaluation(evaluated: Mapping[str, Any]) -> str:

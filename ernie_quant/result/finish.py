@@ -10,6 +10,7 @@ from ernie_quant.errors import line_of
 from ernie_quant.jsonio import dumps
 from ernie_quant.paths import CONFIG, MANIFEST, README, SUMS
 from ernie_quant.plan.steps import Plan
+from ernie_quant.report import calibration
 from ernie_quant.report import rows as report
 from ernie_quant.report.rows import ShardResult, TensorReport
 from ernie_quant.result import card
@@ -41,7 +42,7 @@ def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows
     for model in models(plan):
         put(f"{model}/{CONFIG}".lstrip("/"), dumps(plan.config).encode())
     odd = report.odd_values(rows or [row for shard in shards for row in shard.reports])
-    plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *odd])))
+    plan = replace(plan, notes=tuple(dict.fromkeys([*plan.notes, *odd, *calibration.notes(plan.calibrated)])))
     if rows:
         header: dict[str, object] = {"recipe": plan.recipe.name, "runtime": plan.runtime, "notes": list(plan.notes)}
         header |= {"calibration": plan.calibrated} if plan.calibrated else {}

@@ -13,6 +13,7 @@ from ernie_quant.paths import MANIFEST, README, STATE
 from ernie_quant.plan.identity import fingerprint, libraries
 from ernie_quant.plan.steps import Plan, Shard
 from ernie_quant.plan.summary import bits_per_weight
+from ernie_quant.report import calibration
 from ernie_quant.result import card
 
 
@@ -57,6 +58,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "gpus": dict(first.gpus),
             "front_matter": card.front_matter(source_card if source_card in plan.origin.extra_files else None),
             "notes": list(plan.notes),
+            **({"calibration": calibration.summary(plan.calibrated)} if plan.calibrated else {}),
         },
     }
 

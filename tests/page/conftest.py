@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from helpers.browser import CHROMIUM, Browser
+from helpers.calibrated import calibrated, worded
 from helpers.disk import no_waiting
 from helpers.models import random_model, write
-from helpers.pages import HOSTILE, folder_of, large, row
+from helpers.pages import HOSTILE, folder_of, large, measured, row
 from helpers.paths import GOLDEN
 
 from ernie_quant import codecs
@@ -33,10 +34,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             moe_num_experts=4,
         )  # fmt: skip
         write(base / "src", base / "container", "fastdeploy", recipe=built_in.fastdeploy_container("wint2", 2, effort=1))
+        calibrated(worded(base / "src-of-text"), base / "calibrated")
+        rows, said = measured(large())
+        folder_of(base / "large-calibrated", rows, calibration=said)
         folder_of(base / "large", large(), notes=["FD_USE_MACHETE=0 is needed"])
         rows = [row(name, name, name, (64, 64), 4.5, 0.01 + i / 1000) for i, name in enumerate(HOSTILE)]
         folder_of(base / "hostile", rows, recipe=HOSTILE[0], runtime=HOSTILE[1], notes=HOSTILE)
-        found = {p.name: p for p in base.iterdir() if p.name != "src"}
+        found = {p.name: p for p in base.iterdir() if not p.name.startswith(("src", "book"))}
         for out in found.values():
             page.write(saved.read(out), out / report.PAGE)
     return found

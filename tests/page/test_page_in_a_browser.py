@@ -30,7 +30,17 @@ def test_it_opens_without_a_word_and_asks_for_nothing(name: str, results: dict[s
     assert [r["request"]["url"] for r in browser.of("Network.requestWillBeSent")] == [(results[name] / report.PAGE).as_uri()]
     canvases = browser.js("document.querySelectorAll('.plot canvas').length")
     # gate, up and down of the experts (of VL models twice), or up_gate and down; and all other linears
-    expected = {"dense": 1, "moe": 4, "moe_mtp": 4, "vl": 7, "converted": 0, "container": 3, "large": 4, "hostile": 1}
+    expected = {
+        "dense": 1,
+        "moe": 4,
+        "moe_mtp": 4,
+        "vl": 7,
+        "converted": 0,
+        "container": 3,
+        "calibrated": 4,
+        "large": 4,
+        "hostile": 1,
+    }
     assert canvases == expected[name]
     for i in range(canvases):
         colours = browser.js(CELLS % i)
