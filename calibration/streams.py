@@ -51,4 +51,4 @@ def between(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    return torch.minimum(before, before.pow(0.75) * after.pow(0.25))
+    return torch.minimum(before, (before * after).sqrt())
