@@ -50,11 +50,11 @@ class Layer:
     def tuned(
         self, places: Sequence[str], sources: Sequence[Linear], seen: Seen, changes: Sequence[torch.Tensor] | None
     ) -> list[Linear]:  # fmt: skip
-        """The projections as they will be read. `changes`: the weights that are aimed at, less those of the source."""
+        """The projections as they will be read. `changes`: what is aimed at less the source, of those that aim at more."""
         names = [f"{self.name(place)}.weight" for place in places]
         made = list(sources)
-        for free, aims in ((True, None), (False, changes)):
-            todo = [i for i, name in enumerate(names) if self.tuner.changes(name) and self.tuner.data_free(name) is free]
+        for corrects, aims in ((False, None), (True, changes)):
+            todo = [i for i, name in enumerate(names) if self.tuner.changes(name) and self.tuner.corrects(name) is corrects]
             wanted = [sources[i].weight if aims is None else sources[i].weight + aims[i] for i in todo]
             stored = self.tuner.tune([names[i] for i in todo], wanted, seen, aims is not None)
             for i, weight in zip(todo, stored, strict=True):

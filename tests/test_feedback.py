@@ -160,3 +160,18 @@ def test_what_it_is_called() -> None:
     assert ConvolutionalCode(method="descent", damping=0.5).describe() == "wint2 (CCQ), descent, damping 0.5"
     assert RoundToNearest(4, 64, method="descent", passes=3).describe() == "int4, group 64, mse, descent, passes 3"
     assert RoundToNearest(4, 64, method="descent").form == "int4, group 64"
+
+
+def test_wint2_reaches_a_neuron_that_nearly_all_of_the_output_comes_from() -> None:
+    """Layers of many models have one: its input is a thousand times as large for some tokens, and its weights are large too."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128) * 0.02
+    weight[:, 70] = torch.randn(64).sign() * 0.6
+    diagonal = torch.ones(128)
+    diagonal[70] = 1e6
+    hessian = torch.diag(diagonal)
+    codec = ConvolutionalCode(method="descent")
+    encoder = codec.prepare(TensorSpec((64, 128), "F32"), {"hessian": hessian})
+    assert encoder is not None
+    error = codec.decode(encoder.encode(weight)).float() - weight
+    assert ((error @ hessian) * error).sum() < 0.01 * ((weight @ hessian) * weight).sum()

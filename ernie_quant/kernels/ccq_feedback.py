@@ -26,6 +26,7 @@ from ernie_quant.kernels.rtn import Array
 CODE_RMS, LOCAL_TOP = 14.5, 12.5
 FEEDBACK_STEPS = (-1, 0, 1)
 DESCENT_STEPS = (-1, 1)
+FAR = 0.02  # of a super scale from its least squares
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,32 @@ class CodeTile:
         )  # fmt: skip
         return change
 
-    def begin_descent(self, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
-        """Super scales stay: a closed form for them took .2% off the loss, and another pass of descent for that time takes 1%."""
+    def begin_pass(self, number: int, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
+        """Super scales by least squares, q H w / q H q times what they are, where that is far from 1 and the loss falls.
+
+        For nearly all rows it took .2% off the loss, as much as a fifth of a pass. But the input of one neuron may weigh a
+        million times more than others (it makes a window's first token large, in a layer of many models), and its weights lie
+        outside of what the scale reaches that fits the others: nearly all of the loss is there, a third of the output.
+        """
+        of_decoded = (self.decoded * (curvature @ self.decoded)).sum(0)
+        factor = torch.where(of_decoded > 0, 1 - (gradient * self.decoded).sum(0) / of_decoded, 1.0)
+        far = (factor - 1).abs() > FAR
+        if not far.any():
+            return
+        scale = torch.where(far, self.super_scale * factor.clamp(min=0), self.super_scale).bfloat16().float()
+        decoded = self._decoded_with(scale)
+        change = decoded - self.decoded
+        of_change = curvature @ change
+        better = (change * (2 * gradient + of_change)).sum(0) < 0
+        gradient.addcmul_(of_change, better.float())
+        self.super_scale = torch.where(better, scale, self.super_scale)
+        self.decoded = torch.where(better, decoded, self.decoded)
+
+    def _decoded_with(self, scale: torch.Tensor) -> torch.Tensor:
+        """The codes at other super scales [TILE]."""
+        product = (self.local_scale * scale).bfloat16().float()
+        values = self.values[self.codes.int()].transpose(1, 2).reshape(-1, GROUP, feedback.TILE)  # [in/64, 64, TILE]
+        return (values * product[:, None]).bfloat16().float().flatten(0, 1)
 
 
 def encode(weight: torch.Tensor, prepared: Prepared, pair: torch.Tensor, passes: int) -> dict[str, torch.Tensor]:

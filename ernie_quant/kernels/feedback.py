@@ -42,7 +42,7 @@ class Tile(Protocol):
         """Change codes, and scales of groups, where the loss falls: the change of `decoded` [block, TILE]."""
         ...
 
-    def begin_descent(self, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
+    def begin_pass(self, number: int, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
         """Change scales of rows where the loss falls; gradient [in, TILE] follows."""
         ...
 
@@ -57,8 +57,8 @@ def run(tile: Tile, weight: torch.Tensor, inputs: Inputs, passes: int) -> None:
     if not passes:
         return
     gradient = curvature @ (tile.decoded - weight)
-    tile.begin_descent(gradient, curvature)
     for left in reversed(range(passes)):
+        tile.begin_pass(passes - 1 - left, gradient, curvature)
         for block in tile.blocks():
             change = tile.descend(block, gradient[block], curvature[block, block])
             first = 0 if left else block.stop  # the last pass does not come back

@@ -76,12 +76,12 @@ class IntegerTile:
         )  # fmt: skip
         return change
 
-    def begin_descent(self, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
+    def begin_pass(self, number: int, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
         """The scale of a row by least squares, q H w / q H q times what it is, where the loss falls.
 
         Before codes move, and once: 1 to 2% of the loss after absmax, .1% after a search; after each pass it brought no more.
         """
-        if not self.per_row:
+        if number or not self.per_row:
             return
         of_decoded = (self.decoded * (curvature @ self.decoded)).sum(0)
         step = (gradient * self.decoded).sum(0) / of_decoded

@@ -13,9 +13,12 @@ import pytest
 import torch
 from ernie_quant.calibration.calibrated import by_layer, texts_of
 from ernie_quant.calibration.evaluate import evaluate, pair
+from ernie_quant.calibration.streams import between, weights_of
 from helpers.commands import Command
 from helpers.disk import no_waiting
-from helpers.models import GOLDEN, tensors
+from helpers.models import GOLDEN, random_model, tensors
+from helpers.runs import OF_128S
+from helpers.words import byte_tokenizer
 
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import AnotherPlanError
@@ -240,3 +243,26 @@ def test_a_model_without_a_tokenizer(book: Path, tmp_path: Path, command: Comman
     code, _, err = command("wint4", GOLDEN / "moe_hf/pt", tmp_path / "out", "--group-size", 32, "--calibration", book)
     assert code == 1
     assert "has no tokenizer (looked for tokenizer.json, tokenizer.model)" in err
+
+
+def test_in_a_container_eight_bits_round_unless_they_may_be_fitted(book: Path, tmp_path: Path) -> None:
+    source = byte_tokenizer(random_model(tmp_path / "source", "paddle", **OF_128S | {"vocab_size": 256, "moe_k": 2}))
+    for name, fit in (("out", False), ("fitted", True)):
+        made = built_in.make("wint2", "fastdeploy", wint4_layers=0)
+        text = Calibration((book,), texts_of((book,)), TOKENS, fit=fit)
+        rules = with_method(made.recipe, "descent")
+        plan = make_plan(open_source(source), runtime="fastdeploy", recipe=rules, calibration=text, unsupported=True)
+        run_plan(plan, tmp_path / name)
+        eight = [row for row in rows(tmp_path / name).values() if row["codec"].startswith("int8") and "output_error" in row]
+        two = [row for row in rows(tmp_path / name).values() if row["codec"].startswith("wint2")]
+        assert two
+        assert all("output_error" in row for row in two)
+        assert any(row.get("fitted") for row in two)
+        assert any(row.get("fitted") for row in eight) is fit
+        verify(tmp_path / name, source)
+
+
+def test_a_token_that_a_layer_makes_large_counts_between_before_and_after() -> None:
+    before, after = weights_of(torch.tensor([[1.0, 1.0], [1.0, 1.0]])), weights_of(torch.tensor([[2.0, 0.0], [1000.0, 0.0]]))
+    assert torch.allclose(between(before, after), torch.tensor([2**-0.5, (2e-6) ** 0.5]))
+    assert torch.equal(between(after, before), after)

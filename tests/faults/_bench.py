@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults._process import WIDTH, Forks, Outcome, Run
+from helpers.models import random_model
+from helpers.words import byte_tokenizer
+
+from faults._process import WIDTH, Forks, Outcome, Run, widths
 
 MANIFEST, STATE, PARTIAL = "out/ernie-quant.json", "out/.ernie-quant", ".partial"
 CONTAINER = ("--wint4-layers", "2", "--effort", "1")
@@ -24,6 +27,18 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "wint2": ("wint2", "src", *CONTAINER, "--max-shard-size", 1_500_000),
     "wint2 --tp 2": ("wint2", "src", *CONTAINER, "--tp", "2", "--max-shard-size", 1_500_000),
     "wint4 fastdeploy": ("wint4", "src", "--runtime", "fastdeploy", "--max-shard-size", 1_500_000),
+    "wint4 calibrated": (
+        "wint4",
+        "spoken",
+        "--mtp",
+        "--calibration",
+        "BOOK",
+        "--calibration-tokens",
+        "1024",
+        "--fit",
+        "--max-shard-size",
+        1_000_000,
+    ),
     "reshard": ("reshard", "container", "--tp", "2", "--max-shard-size", 1_500_000),
 }
 THREE = ("convert", "wint4", "wint2")
@@ -87,6 +102,7 @@ class Bench:
         self.folder, self.fsync, self.width = folder.resolve(), fsync, width
         self.folder.mkdir(exist_ok=True)
         self.forks = Forks(self.folder, width)
+        self._book = self.folder / "book.txt"
         self._references: dict[str, Reference] = {}
         self._trials = 0
 
@@ -124,6 +140,9 @@ class Bench:
 
     def _prepare(self, name: str) -> None:
         container = self.folder / COMMANDS[name][1]
+        if container.name == "spoken" and not container.exists():
+            byte_tokenizer(random_model(container, "pt", "moe_mtp", **widths(self.width) | {"vocab_size": 256}))
+            self._book.write_text("".join(f"{n} and {n * n}, " for n in range(400)))
         if not container.exists():
             outcome = self.forks.run("wint2", self.folder / "src", container, *CONTAINER, watch=str(container))
             assert outcome.code == 0, outcome
@@ -131,6 +150,7 @@ class Bench:
     def start(self, name: str, out: Path, *options: object, source: Path | None = None, **faults: Any) -> Run:
         self._prepare(name)
         command, folder, *rest, shard_bytes = COMMANDS[name]
+        rest = [str(self._book) if option == "BOOK" else option for option in rest]
         rest.append(shard_bytes * self.width**2 // WIDTH**2)
         faults = {"watch": str(out.parent), "fsync": self.fsync, **faults}
         return self.forks.start(command, source or self.folder / folder, out, *rest, *options, **faults)
