@@ -36,6 +36,7 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.state = path, path / STATE
         self.unsplit = self.state / "unsplit"  # a result that is made only to be shared among ranks
+        self.calibration = self.state / "calibration"  # weights that text has been run through, layer by layer
 
     @contextmanager
     def begin(self, plan: Plan, *, restart: bool, copies: int = 1, space_check: bool = True) -> Iterator[bool]:
@@ -149,7 +150,8 @@ class OutputFolder:
                 folder.rmdir()
         self._drop_below(copied)
         _unlink(p for name in report.PLOTS if (p := self.path / report.PLOTS_FOLDER / name).is_file())
-        shutil.rmtree(self.unsplit, ignore_errors=True)
+        for place in (self.unsplit, self.calibration):
+            shutil.rmtree(place, ignore_errors=True)
         fsync_folder(self.path)
         _unlink(p for p in self.state.iterdir() if p.name not in ("lock", SWEPT))
         (self.state / SWEPT).unlink(missing_ok=True)

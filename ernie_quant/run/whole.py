@@ -52,7 +52,7 @@ def calibrate(plan: Plan, folder: OutputFolder, workers: int, watch: Watch) -> P
     """The plan with weights that text has been run through; a folder that was begun."""
     from ernie_quant.calibration.calibrated import calibrated
 
-    made: Plan = calibrated(plan, folder.state / "calibration", workers or default_workers(), watch)
+    made: Plan = calibrated(plan, folder.calibration, workers or default_workers(), watch)
     return made
 
 

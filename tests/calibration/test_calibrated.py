@@ -145,6 +145,19 @@ def test_a_stopped_run_goes_on_and_has_the_same_bytes(
     assert not (out / ".ernie-quant").exists()
 
 
+def test_restart_drops_what_was_calibrated(model: Path, book: Path, calibrated: Path, tmp_path: Path) -> None:
+    def stop(_: float, what: str) -> None:
+        if what.startswith("layer 3"):
+            raise Stopped
+
+    out, again = tmp_path / calibrated.name, list[str]()
+    with pytest.raises(Stopped):
+        run_plan(planned(model, book, fit=True), out, watch=stop)
+    run_plan(planned(model, book), out, restart=True, watch=lambda _, what: again.append(what))
+    assert again[0].startswith("layer 2")
+    assert files(out) == files(calibrated)
+
+
 def test_the_number_of_threads_does_not_matter(model: Path, book: Path, calibrated: Path, tmp_path: Path) -> None:
     out = tmp_path / calibrated.name
     run_plan(planned(model, book), out, workers=5)
