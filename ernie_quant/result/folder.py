@@ -194,7 +194,8 @@ class OutputFolder:
     def _given_back(self) -> int:
         """Bytes that weight files take already, or will give back."""
         places = [*weight_folders(self.path), *weight_folders(self.unsplit)]
-        return sum(p.stat().st_size for f in places for p in f.iterdir() if _is_shard(p))
+        calibrated = [p for p in self.calibration.iterdir() if p.is_file()] if self.calibration.is_dir() else []
+        return sum(p.stat().st_size for p in [*calibrated, *(p for f in places for p in f.iterdir() if _is_shard(p))])
 
     def record(self, result: ShardResult) -> None:
         """Remember a finished file."""

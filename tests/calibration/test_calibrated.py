@@ -27,6 +27,7 @@ from ernie_quant.plan.calibration import Calibration
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.recipe import with_method
 from ernie_quant.plan.steps import Plan
+from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 
@@ -156,6 +157,18 @@ def test_restart_drops_what_was_calibrated(model: Path, book: Path, calibrated: 
     run_plan(planned(model, book), out, restart=True, watch=lambda _, what: again.append(what))
     assert again[0].startswith("layer 2")
     assert files(out) == files(calibrated)
+
+
+def test_what_is_calibrated_already_needs_no_room_again(model: Path, book: Path, tmp_path: Path) -> None:
+    def stop(_: float, what: str) -> None:
+        if what.startswith("layer 3"):
+            raise Stopped
+
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        run_plan(planned(model, book), out, watch=stop)
+    there = sum(path.stat().st_size for path in (out / ".ernie-quant/calibration").iterdir())
+    assert OutputFolder(out)._given_back() == there > 0
 
 
 def test_the_number_of_threads_does_not_matter(model: Path, book: Path, calibrated: Path, tmp_path: Path) -> None:
