@@ -13,10 +13,11 @@ import pytest
 from ernie_quant.cli.main import COMMANDS, main
 from helpers.disk import no_waiting
 from helpers.hub import LoopbackHub
-from helpers.models import write
+from helpers.models import GOLDEN, copy, write
 from helpers.nights import PT, job_file
 from helpers.runs import SOURCE
 from helpers.synthetic import wide, write_model
+from helpers.words import byte_tokenizer
 
 from ernie_quant.check.verify import verify
 from ernie_quant.plan.built_in import fastdeploy_container
@@ -35,6 +36,8 @@ LINES = {
     "reshard": "CONTAINER OUT --tp 1",
     "verify": "CONTAINER",
     "report": "CONTAINER --out PAGE",
+    "eval": "SPOKEN --text BOOK --tokens 511",
+    "calibrate": "SPOKEN STATS --text BOOK --tokens 512",
     "publish": "CONTAINER me/container",
     "nightly": "JOB --work WORK",
 }
@@ -49,6 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipes")
     write_model(folder / "src", *wide())
     (folder / "rules.toml").write_text(RULES)
+    byte_tokenizer(copy(GOLDEN / "moe_hf/pt", folder / "spoken"))
+    (folder / "book.txt").write_text("".join(f"{n} and {n * n}, " for n in range(200)))
     with no_waiting():
         write(folder / "src", folder / "container", "fastdeploy", recipe=fastdeploy_container("wint2", 0, effort=1))
     return folder
@@ -58,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(folder: Path, tmp_path: Path) -> Callable[[str], list[str]]:
     """The words of a line, with places for those in capitals."""
     places = {"SRC": folder / "src", "CONTAINER": folder / "container", "RULES": folder / "rules.toml", "OUT": tmp_path / "out"}
+    places |= {"SPOKEN": folder / "spoken", "BOOK": folder / "book.txt", "STATS": tmp_path / "stats.safetensors"}
     places |= {"PAGE": tmp_path / "page.html", "JOB": tmp_path / "job.toml", "WORK": tmp_path / "work"}
     return lambda line: [*PYTHON, *(str(places.get(word, word)) for word in line.split())]
 
