@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ernie_quant.calibration.layer import Attention, Linear, Routing
 
 from ernie_quant.archs import _rope
-from ernie_quant.archs._config import Config, attention_dims, flag, pair, whole, with_rope_theta
+from ernie_quant.archs._config import Config, attention_dims, pair, whole, with_rope_theta
 from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT, Weight
+from ernie_quant.names import Weight
 from ernie_quant.views.files import Files
 from ernie_quant.views.read import read
 from ernie_quant.weights.plain import Resolved
@@ -129,13 +129,3 @@ def _number(config: Mapping[str, Any], key: str, unsaid: float) -> float:
     if type(value) not in (int, float) or not 0 < value < 1e12:
         raise ConfigError(f"config.json: {key} is {value!r:.80}, not a number above 0")
     return float(value)
-
-
-def is_expert(weight: Weight) -> bool:
-    """Is it a weight of a routed expert for text?"""
-    return weight.role == EXPERT
-
-
-def tied(config: Config) -> bool:
-    """Are logits made by the embeddings?"""
-    return flag(config, "tie_word_embeddings", default=True)
