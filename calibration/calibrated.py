@@ -114,10 +114,3 @@ def _through(
 def _shown(said: Mapping[str, Any]) -> dict[str, Any]:
     """What of a layer stands in report.json; weights have rows of their own there."""
     return {key: value for key, value in said.items() if key != "tuned" and value != []}
-
-
-def texts_of(source: tuple[Path, ...] | str) -> Mapping[str, str]:
-    """Hashes of the texts, by name: what a plan depends on. Raises TextError."""
-    from ernie_quant.calibration.windows import hashes
-
-    return hashes(source)

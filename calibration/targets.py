@@ -87,11 +87,6 @@ class Member:
     rows: torch.Tensor
     inputs: torch.Tensor
     shown: tuple[torch.Tensor, torch.Tensor] | None = None
-    everyone: bool = False  # rows are all tokens
-
-    def some(self, chunk: slice) -> torch.Tensor | slice:
-        """Of the rows."""
-        return chunk if self.everyone else self.rows[chunk]
 
 
 def corrected(
@@ -105,7 +100,7 @@ def corrected(
     (new,) = layer.tuned([member.place], [source], seen, None if change is None else [change])
     difference = (new.weight - source.weight).T
     for c in chunks(len(member.rows)):
-        add(made, member.some(c), member.inputs[c] @ difference)
+        add(made, some(member.rows, c, made), member.inputs[c] @ difference)
 
 
 def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch.Tensor, weight: torch.Tensor) -> Seen:
@@ -118,9 +113,14 @@ def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch
     corrects = layer.asks(layer.tuner.corrects, member.place)
     seen = Seen.nothing(width, after.shape[1] if corrects else 0)
     for c in chunks(len(member.rows)):
-        rows = member.some(c)
+        rows = some(member.rows, c, made)
         seen.add(member.inputs[c], after[rows] - made[rows] if corrects else None, weight[rows], layer.of(member.rows[c]))
     return seen
+
+
+def some(rows: torch.Tensor, chunk: slice, of: torch.Tensor) -> torch.Tensor | slice:
+    """A chunk of tokens (their numbers, rising), of a tensor [tokens, …]; a slice, which copies nothing, where they are all."""
+    return chunk if len(rows) == len(of) else rows[chunk]
 
 
 def add(out: torch.Tensor, rows: torch.Tensor | slice, more: torch.Tensor) -> None:

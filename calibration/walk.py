@@ -22,7 +22,7 @@ from ernie_quant.calibration.forward import DENSE, SHARED, TOKENS_AT_ONCE, exper
 from ernie_quant.calibration.layer import Linear, attend, gated, rms_norm
 from ernie_quant.calibration.ridge import Seen
 from ernie_quant.calibration.streams import Streams, between, weights_of
-from ernie_quant.calibration.targets import Layer, Member, add, chunks, corrected, inputs_seen, turned
+from ernie_quant.calibration.targets import Layer, Member, add, chunks, corrected, inputs_seen, some, turned
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +56,7 @@ def attention(layer: Layer, streams: Streams) -> tuple[torch.Tensor, torch.Tenso
     after = before + o(mixed)
     del x, made_x, mixed
     weight, made_after = between(weights_of(before), weights_of(after)), made_before + o(made_mixed)
-    corrected(
-        layer, Member("self_attn.o_proj", torch.arange(len(after)), made_mixed, everyone=True), o, after, made_after, weight
-    )
+    corrected(layer, Member("self_attn.o_proj", torch.arange(len(after)), made_mixed), o, after, made_after, weight)
     return after, made_after
 
 
@@ -138,7 +136,7 @@ def _first_half(
     _say(made, part.made_rows, inputs, part.made_heard, down)
     if not layer.asks(layer.tuner.changes, places[2]):
         return None
-    member = Member(places[2], part.made_rows, inputs, everyone=len(part.made_rows) == len(made_y))
+    member = Member(places[2], part.made_rows, inputs)
     if layer.of(part.made_rows) < FEW_TOKENS:
         rows = torch.arange(0, len(made_y), -(-len(made_y) // SHOWN))
         member.shown = (_inner(made_y, rows, torch.ones(len(rows)), gate, up), rows)
@@ -150,14 +148,12 @@ def _inner(y: torch.Tensor, rows: torch.Tensor, heard: torch.Tensor, gate: Linea
     import torch
 
     inner = torch.empty(len(rows), len(gate.weight))
-    everyone = len(rows) == len(y)
     for c in chunks(len(rows)):
-        inner[c] = gated(y[c if everyone else rows[c]], gate, up) * heard[c, None]
+        inner[c] = gated(y[some(rows, c, y)], gate, up) * heard[c, None]
     return inner
 
 
 def _say(out: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, heard: torch.Tensor, down: Linear) -> None:
-    everyone = len(rows) == len(out)
     for c in chunks(len(rows)):
         said = inner[c] @ down.weight.T
-        add(out, c if everyone else rows[c], said if down.bias is None else said + heard[c, None] * down.bias)
+        add(out, some(rows, c, out), said if down.bias is None else said + heard[c, None] * down.bias)

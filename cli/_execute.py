@@ -139,8 +139,8 @@ def return_freed_memory() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Calibration makes and drops activations of some tens of MB all the time: to get their pages from the system and give
-    them back took a third of its time."""
+    """Calibration makes and drops activations of some tens of MB all the time, and would spend much of its time on getting
+    their pages from the system and giving them back."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-3, 32 << 20)  # the largest that glibc takes

@@ -120,9 +120,9 @@ class CodeTile:
     def begin_pass(self, number: int, gradient: torch.Tensor, curvature: torch.Tensor) -> None:
         """Super scales by least squares, q H w / q H q times what they are, where that is far from 1 and the loss falls.
 
-        For nearly all rows it took .2% off the loss, as much as a fifth of a pass. But the input of one neuron may weigh a
-        million times more than others (it makes a window's first token large, in a layer of many models), and its weights lie
-        outside of what the scale reaches that fits the others: nearly all of the loss is there, a third of the output.
+        For nearly all rows it takes next to nothing off the loss. But the input of one neuron may weigh a million times more than
+        others (it makes a window's first token large, in a layer of many models), and its weights lie outside of what the scale
+        reaches that fits the others: nearly all of the loss is there.
         """
         of_decoded = (self.decoded * (curvature @ self.decoded)).sum(0)
         factor = torch.where(of_decoded > 0, 1 - (gradient * self.decoded).sum(0) / of_decoded, 1.0)

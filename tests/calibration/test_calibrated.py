@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from ernie_quant.calibration.calibrated import by_layer, texts_of
 from ernie_quant.calibration.evaluate import evaluate, pair
 from ernie_quant.calibration.streams import between, weights_of
+from ernie_quant.calibration.windows import hashes
 from helpers.commands import Command
 from helpers.disk import no_waiting
 from helpers.models import GOLDEN, random_model, tensors
@@ -24,6 +24,7 @@ from ernie_quant.check.verify import verify
 from ernie_quant.errors import AnotherPlanError
 from ernie_quant.plan import built_in
 from ernie_quant.plan.calibration import Calibration
+from ernie_quant.plan.fitting import by_layer
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.recipe import with_method
 from ernie_quant.plan.steps import Plan
@@ -44,7 +45,7 @@ def planned(
     source: Path, text: Path, *, fit: bool = False, tokens: int = TOKENS, experts_only: bool = True, **options: Any
 ) -> Plan:
     made = built_in.make("wint4", "vllm", group_size=32, experts_only=experts_only)
-    calibration = Calibration((text,), texts_of((text,)), TOKENS, fit=fit)
+    calibration = Calibration((text,), hashes((text,)), TOKENS, fit=fit)
     rules = with_method(made.recipe, "descent")
     return make_plan(open_source(source), runtime=made.runtime, recipe=rules, calibration=calibration)
 
@@ -275,7 +276,7 @@ def test_in_a_container_eight_bits_round_unless_they_may_be_fitted(book: Path, t
     source = byte_tokenizer(random_model(tmp_path / "source", "paddle", **OF_128S | {"vocab_size": 256, "moe_k": 2}))
     for name, fit in (("out", False), ("fitted", True)):
         made = built_in.make("wint2", "fastdeploy", wint4_layers=0)
-        text = Calibration((book,), texts_of((book,)), TOKENS, fit=fit)
+        text = Calibration((book,), hashes((book,)), TOKENS, fit=fit)
         rules = with_method(made.recipe, "descent")
         plan = make_plan(open_source(source), runtime="fastdeploy", recipe=rules, calibration=text, unsupported=True)
         run_plan(plan, tmp_path / name)
