@@ -14,11 +14,11 @@ from ernie_quant.hubs.modelscope import publish as modelscope_publish
 from ernie_quant.hubs.modelscope import read as modelscope
 from ernie_quant.runners import Runner, local, processes
 from ernie_quant.runtimes import Runtime, fastdeploy, transformers, vllm
-from ernie_quant.writers import Format, safetensors
+from ernie_quant.writers import Format, gguf, safetensors
 
 ARCHS: tuple[Arch, ...] = (ernie4_5, ernie4_5_moe, ernie4_5_vl_moe)
 CODECS: tuple[Codec, ...] = (*ccq.EXAMPLES, *fp8.EXAMPLES, *keep.EXAMPLES, *rtn.EXAMPLES)
-FORMATS: tuple[Format, ...] = (safetensors,)
+FORMATS: tuple[Format, ...] = (gguf, safetensors)
 RUNNERS: tuple[Runner, ...] = (local, processes)
 RUNTIMES: tuple[Runtime, ...] = (fastdeploy, transformers, vllm)
 
