@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ernie_quant import names
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
-from ernie_quant.codecs._rounded import DTYPE, Rounded
+from ernie_quant.codecs._rounded import Rounded
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.names import Weight
@@ -62,23 +62,26 @@ def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices
     notes = [f"kept, because {line}" for line in folded_problems(unfit)]
     if others := _quantized(chosen) - _quantized(fitting) - len(unfit):
         notes.append(f"{others} more tensors are kept, as parts of the same layers")
-    rounded = [replace(c, codec=Rounded()) if to_round(c.weight.role, c.codec, c.spec, target) else c for c in fitting]
-    if not _quantized(fitting):
-        rounded = fitting  # a plain result has the bytes of its source
+    quantized = _quantized(fitting) > 0
+    rounded = [_as_kept(c, target.kept_as(c.weight.role, c.spec, quantized=quantized)) for c in fitting]
     return Choices(tuple(rounded), tuple(problems), (*notes, *_rounding_notes(rounded)))
 
 
-def to_round(role: str, codec: Codec, spec: TensorSpec, target: Runtime) -> bool:
-    """Beside codes, does the runtime want this kept weight in bfloat16? Routers and their biases stay as they are."""
-    return target.ROUNDS_KEPT and isinstance(codec, Keep) and role != names.ROUTER and spec.dtype != DTYPE
+def _as_kept(choice: Choice, dtype: str) -> Choice:
+    """What no rule changes, in the dtype that the runtime wants."""
+    if choice.codec != KEEP or choice.spec.dtype == dtype:
+        return choice
+    return replace(choice, codec=Rounded(dtype))
 
 
 def _rounding_notes(chosen: Sequence[Choice]) -> list[str]:
-    rounded = [c for c in chosen if isinstance(c.codec, Rounded)]
-    if not rounded:
-        return []
-    were = " and ".join(sorted({TORCH_NAMES[c.spec.dtype] for c in rounded}))
-    return [f"{len(rounded)} tensors that are kept are {were}: rounded to bfloat16, the dtype of the scales beside them"]
+    notes = []
+    for dtype in ("BF16", "F16"):  # float32 holds all values
+        rounded = [c for c in chosen if c.codec == Rounded(dtype)]
+        were = " and ".join(sorted({TORCH_NAMES[c.spec.dtype] for c in rounded if c.spec.dtype != dtype}))
+        because = ", the dtype of the scales beside them" if dtype == "BF16" else ""
+        notes += [f"{len(rounded)} tensors that are kept are {were}: rounded to {TORCH_NAMES[dtype]}{because}"] if were else []
+    return notes
 
 
 def _kept(choice: Choice) -> Choice:

@@ -10,7 +10,7 @@ from ernie_quant import jsonio, runtimes
 from ernie_quant.archs import _rope
 from ernie_quant.archs._config import Facts
 from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.codecs._rounded import ROUNDED, Rounded
+from ernie_quant.codecs._rounded import Rounded
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.errors import ConfigError, PlanError
@@ -85,7 +85,7 @@ def make_plan(
         "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
         **({"statistics": of_statistics(statistics)} if statistics else {}),
         **({"calibration": calibration.as_dict()} if calibration else {}),
-        **({"kept": ROUNDED} if any(isinstance(step.codec, Rounded) for step in steps) else {}),
+        **({"kept": rounded} if (rounded := "; ".join(sorted({s.codec.describe() for s in steps if isinstance(s.codec, Rounded)}))) else {}),
     }  # fmt: skip
     plan = Plan(
         source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, along.files, tp_sizes,

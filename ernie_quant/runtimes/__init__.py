@@ -107,8 +107,17 @@ class Runtime(Protocol):
         ...
 
     @property
-    def ROUNDS_KEPT(self) -> bool:
-        """Must what is kept beside codes, routers aside, be bfloat16, whatever the source has?"""
+    def QUANTIZES_VOCABULARY(self) -> bool:
+        """Can a recipe give the embeddings and the head a codec?"""
+        ...
+
+    @property
+    def CASTS(self) -> bool:
+        """May a kept weight have any plain dtype?"""
+        ...
+
+    def kept_as(self, role: str, spec: TensorSpec, *, quantized: bool) -> str:
+        """The dtype in which it wants a kept weight, in a result that has `quantized` ones or not."""
         ...
 
     def folder(self, role: str) -> str:

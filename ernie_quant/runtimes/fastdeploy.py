@@ -23,7 +23,7 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import RoundToNearest
-from ernie_quant.names import EXPERT_ROLES, MTP, OUT, VISION_EXPERT
+from ernie_quant.names import EXPERT_ROLES, MTP, OUT, ROUTER, VISION_EXPERT
 from ernie_quant.paths import MTP_FOLDER
 from ernie_quant.runtimes import Linear, Part, kept
 from ernie_quant.runtimes import _w4w2 as w4w2
@@ -39,15 +39,20 @@ ROWS = 4  # of which weight_quantize's layout mixes the bytes
 CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
-PER_RANK, SPLITS_VOCABULARY = True, True
-ROUNDS_KEPT = (
-    True  # biases and scales of experts are set without a cast (layers/linear.py, layers/moe/): config.json's dtype is bf16
-)
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = True, True, False, False
 
 
 def folder(role: str) -> str:
     """The speculative model is read from a folder of its own."""
     return MTP_FOLDER if role == MTP else ""
+
+
+def kept_as(role: str, spec: TensorSpec, *, quantized: bool) -> str:
+    """Beside codes bfloat16, but for routers; a plain result has the bytes of its source.
+
+    Biases and scales of experts are set without a cast (layers/linear.py, layers/moe/): config.json's dtype is bfloat16.
+    """
+    return "BF16" if quantized and role != ROUTER else spec.dtype
 
 
 def recognizes(config: Mapping[str, Any]) -> bool:

@@ -36,7 +36,7 @@ LAYOUT, FORMAT = "pt", "safetensors"
 ROWS = 1
 CONFIG: dict[str, Any] = {}
 RECIPES = ("pt", "wint4", "wint8", "fp8")
-PER_RANK, SPLITS_VOCABULARY, ROUNDS_KEPT = False, False, False
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 CODECS = (Keep, RoundToNearest, Float8Block)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
@@ -48,6 +48,11 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "w
 def folder(role: str) -> str:
     """All in one."""
     return ""
+
+
+def kept_as(role: str, spec: TensorSpec, *, quantized: bool) -> str:
+    """As it is."""
+    return spec.dtype
 
 
 def recognizes(config: Mapping[str, Any]) -> bool:
