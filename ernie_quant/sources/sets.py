@@ -22,6 +22,7 @@ from ernie_quant.sources.pointers import is_pointer, words
 KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"), ("model_state", ".pdparams"))
 INDEXES = tuple(f"{stem}{suffix}.index.json" for stem, suffix in KINDS)
 PATTERNS = "model*.safetensors, pytorch_model*.bin or model_state.pdparams"
+GGUF = ".gguf"
 MAX_TENSORS = 500_000  # the 300B in 2 bits has 120,000
 ABSENT, POINTERS, PARTLY, THERE = range(4)
 
@@ -187,6 +188,6 @@ def weight_map(folder: Path, index: Path, *, links: bool = False) -> dict[str, s
     for name, file in table.items():
         if not name.isprintable():
             raise CheckpointError(f"{index.name}: names a tensor {name[:200]!r}, which is not printable")
-        if PurePosixPath(file).suffix not in by_suffix():
+        if PurePosixPath(file).suffix not in by_suffix().keys() - {GGUF}:  # which names its parts itself
             raise CheckpointError(f"{index.name}: {name} is said to be in {file[:200]!r}, which is no weight file")
     return table
