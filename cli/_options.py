@@ -84,8 +84,14 @@ def settings(recipe: str, options: dict[str, Any]) -> dict[str, Any]:
     return {key: int(value) if isinstance(value, str) and value.isdigit() else value for key, value in taken.items()}
 
 
-def write_options(command: F) -> F:
-    """Options of every command that writes a folder."""
+def write_options(command: F, shard_size: str | None = "5GB") -> F:
+    """Options of every command that writes a folder; without a `shard_size` there is one file unless somebody asks."""
+    size = click.option("--max-shard-size", type=Size(), default=shard_size, show_default=True, help="Largest output file.")
+    if shard_size is None:
+        size = click.option(
+            "--max-shard-size", type=Size(), default=built_in.ONE_FILE,
+            help="Split into files of at most this size, which Ollama does not pull from hubs.  [default: one file]",
+        )  # fmt: skip
     for option in reversed(
         [
             click.option("--dry-run", is_flag=True, help="Show what would happen to each group of tensors; write nothing."),
@@ -93,7 +99,7 @@ def write_options(command: F) -> F:
             click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: one per processor, at most 8]"),
             click.option("--disk-budget", type=Size(), help="SRC on a hub: bytes of it on disk at once.  [default: the least]"),
             click.option("--no-space-check", is_flag=True, help="Begin though the disk reports too little free space."),
-            click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
+            size,
             click.option("--copy", multiple=True, metavar="PATTERN",
                          help="Carry other files of SRC along too: 'figures/*', '*.pdf'."),
             click.option("--copy-code", is_flag=True, help="Carry Python files of the source along; they are never run."),
@@ -102,6 +108,11 @@ def write_options(command: F) -> F:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def single_file_options(command: F) -> F:
+    """`write_options` of a command whose result is one file unless somebody asks for more."""
+    return write_options(command, None)
 
 
 def run_options(command: F) -> F:

@@ -43,14 +43,22 @@ def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices
     chosen: list[Choice] = []
     problems: list[str] = []
     unfit: list[str] = []
+    instead: list[str] = []
     unfit_layers: set[str] = set()  # layers in memory of which a part does not fit
     roles = {weight.role for weight in weights}
     for weight in weights:
         codec = target.suited(rules.codec_for(weight), roles)
         spec = spec_of(oriented(weight, codec, layout))
+        if codec == Rounded(spec.dtype):
+            codec = KEEP
         problem = codec.problem(spec)
         if spec.dtype not in FLOATS:
             problems.append(f"{weight.name}: is {spec.dtype}, not one of {', '.join(FLOATS)}")
+        elif weight.role in names.VOCABULARY and not (isinstance(codec, Keep) or target.QUANTIZES_VOCABULARY):
+            problems.append(f"{weight.name}: {codec.describe()} of the {weight.role} is for GGUF files; leave the rule out")
+        elif problem and rules.keep_unfit and (other := target.fallback(codec, spec)) is not None:
+            instead.append(f"{weight.name}: {problem}; stored as {other.describe()}")
+            codec = other
         elif problem and rules.keep_unfit:
             unfit.append(f"{weight.name}: {problem}")
             unfit_layers.add(target.layer_of(weight.name, weight.role))
@@ -60,6 +68,7 @@ def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices
     # a layer in memory has one form: with one of its tensors the others are kept
     fitting = [_kept(c) if target.layer_of(c.weight.name, c.weight.role) in unfit_layers else c for c in chosen]
     notes = [f"kept, because {line}" for line in folded_problems(unfit)]
+    notes += folded_problems(instead)
     if others := _quantized(chosen) - _quantized(fitting) - len(unfit):
         notes.append(f"{others} more tensors are kept, as parts of the same layers")
     quantized = _quantized(fitting) > 0
@@ -98,9 +107,10 @@ def oriented(weight: Weight, codec: Codec, layout: Layout) -> View:
     return build.transpose(weight.view) if turn else weight.view
 
 
-def linears_of(chosen: Sequence[Choice], layout: Layout) -> list[Linear]:
+def linears_of(chosen: Sequence[Choice], target: Runtime) -> list[Linear]:
     """The layers that a runtime's configuration speaks of."""
-    layers = [c for c in chosen if names.is_layer(c.weight.name, c.weight.role, c.spec.shape)]
+    layout, vocabulary = LAYOUTS[target.LAYOUT], target.QUANTIZES_VOCABULARY
+    layers = [c for c in chosen if names.is_layer(c.weight.name, c.weight.role, c.spec.shape, vocabulary=vocabulary)]
     return [layout.linear(c.weight.name, c.weight.row.rule, c.codec, c.spec) for c in layers]
 
 

@@ -23,7 +23,7 @@ from ernie_quant.plan.identity import Identity, identity
 from ernie_quant.plan.recipe import KEEP_ALL
 from ernie_quant.plan.steps import SHARD_BYTES, Plan, Shard, Step
 from ernie_quant.report.rows import FILENAME, TensorReport
-from ernie_quant.runtimes import _sharing, kept
+from ernie_quant.runtimes import About, _sharing, kept
 from ernie_quant.views import build
 from ernie_quant.views.kinds import spec_of
 from ernie_quant.weights import ranks
@@ -42,17 +42,19 @@ def make_reshard_plan(
     if not target.PER_RANK:
         raise PlanError(f"{source.folder}: is not FastDeploy's; only its checkpoints are stored per rank", [])
     entries, problems = open_stored(source, target)
-    dims, heads = table_of(source, target).dims, whole(source.config, "num_attention_heads")
+    table, heads = table_of(source, target), whole(source.config, "num_attention_heads")
+    dims = table.dims
     if problems := [*source.anomalies, *problems] or share_problems(entries, target, tp, dims, heads):
         raise PlanError(f"{source.folder}: cannot be resharded to {tp} rank(s)", problems)
     entries = sorted(entries, key=lambda e: names.natural(e.name))
+    about = About(source, source.config, table, "", [(entry.codec, entry.spec.numel) for entry in entries])
     shards: list[Shard] = []
     for folder in dict.fromkeys(target.folder(e.rule.role) for e in entries):
         inside = [e for e in entries if target.folder(e.rule.role) == folder]
         for rank in range(tp):
             place = "/".join(filter(None, [folder, f"rank{rank}" if tp > 1 else ""]))
             steps = [step for entry in inside for step in _steps(entry, rank, tp, dims)]
-            shards += files(place, steps, target, shard_bytes)
+            shards += files(place, steps, target, shard_bytes, target.stem(about))
     config = {key: value for key, value in finite_only(source.config).items() if key != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
     along = carried(source, copy, copy_code)
     copies = tuple(path for path in along.files if source.name_of(path) != README)
@@ -70,7 +72,7 @@ def make_reshard_plan(
         source, runtime, LAYOUTS[target.LAYOUT], rules, tuple(shards), dims, config, copies, fits,
         (*today, *(note for note in notes if note not in today)),
         known, shard_bytes, weights=sum(e.spec.numel for e in entries), reports=reports,
-        calibrated=calibrated if isinstance(calibrated, dict) else None,
+        calibrated=calibrated if isinstance(calibrated, dict) else None, metadata=target.metadata(about)[0],
     )  # fmt: skip
 
 

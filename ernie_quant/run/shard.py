@@ -70,8 +70,8 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
             step = rows.step
             weight = read(step.view, files, (rows.first, rows.last), job.device)
             with encoders.of(step) as encoder:
-                made = step.made.stored.encoded(files, (rows.first, rows.last), job.device) if step.made else None
-                slab = encode_slab(step, runtime, weight, encoder, made)
+                given = step.given(files, (rows.first, rows.last), job.device)
+                slab = encode_slab(step, runtime, weight, encoder, given)
                 once = encoder.once if encoder else {}
             constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
             return replace(slab, parts={**constants, **slab.parts})
@@ -92,11 +92,11 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
 
 
 def encode_slab(
-    step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None, made: Encoded | None = None
+    step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None, given: Encoded | None = None
 ) -> Slab:
-    """What is stored of rows of a weight, and what they lost; nothing is written. `made`: it has been encoded before."""
-    encoded = made or (encoder.encode(weight) if encoder else step.codec.encode(weight))
-    if step.quantized or made:
+    """What is stored of rows of a weight, and what they lost; nothing is written. `given`: it has been encoded before."""
+    encoded = given or (encoder.encode(weight) if encoder else step.codec.encode(weight))
+    if step.quantized or given:
         once = encoder.once if encoder else {}
         difference = compare(step.name, weight, step.codec.decode({**once, **encoded}))
         values = Values(only_zeros=difference.total == 0)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ernie_quant import plugins
-from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.checkpoint import Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.errors import ConfigError, PlanError
+from ernie_quant.names import NameMap
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,17 @@ class Linear:
     def module(self) -> str:
         """Name of the layer."""
         return self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class About:
+    """What is written: the source, its flat config and table, the recipe's name, codecs and elements of the weights."""
+
+    source: Checkpoint
+    config: Mapping[str, Any]
+    table: NameMap
+    recipe: str
+    codecs: Sequence[tuple[Codec, int]]
 
 
 class Runtime(Protocol):
@@ -128,8 +140,23 @@ class Runtime(Protocol):
         """Is this quantization_config of its files?"""
         ...
 
-    def metadata(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What every weight file says of itself and the model, in the words of its format; `config`: config.json."""
+    def metadata(self, about: About) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What weight files say of themselves and the model, in the words of their format; and notes.
+
+        Raises ConfigError or CheckpointError.
+        """
+        ...
+
+    def model_problems(self, about: About) -> list[str]:
+        """What of the model the program would compute otherwise, however its weights are stored."""
+        ...
+
+    def stem(self, about: About) -> str:
+        """How the names of weight files begin."""
+        ...
+
+    def fallback(self, codec: Codec, spec: TensorSpec) -> Codec | None:
+        """What stands in for a codec that does not take a weight; None if such a weight is kept."""
         ...
 
     def parts(self, name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:

@@ -25,7 +25,7 @@ from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.names import EXPERT_ROLES, MTP, OUT, ROUTER, VISION_EXPERT
 from ernie_quant.paths import MTP_FOLDER
-from ernie_quant.runtimes import Linear, Part, kept
+from ernie_quant.runtimes import About, Linear, Part, kept
 from ernie_quant.runtimes import _w4w2 as w4w2
 from ernie_quant.runtimes._w4w2 import GROUP, LINEAR, WINT2, WINT4, WINT8, wint2_from, wint4_to
 
@@ -60,9 +60,24 @@ def recognizes(config: Mapping[str, Any]) -> bool:
     return "quantization" in config
 
 
-def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+def metadata(about: About) -> tuple[dict[str, Any], tuple[str, ...]]:
     """As in the published files."""
-    return {"format": "np"}
+    return {"format": "np"}, ()
+
+
+def model_problems(about: About) -> list[str]:
+    """It takes every ERNIE."""
+    return []
+
+
+def stem(about: About) -> str:
+    """As everywhere."""
+    return "model"
+
+
+def fallback(codec: Codec, spec: TensorSpec) -> Codec | None:
+    """Such a weight is kept."""
+    return None
 
 
 def share_multiple(linear: Linear) -> int:

@@ -20,6 +20,7 @@ parts, constants, pack, unpack, weight_of = vllm.parts, vllm.constants, vllm.pac
 layer_of, quantization_config, codecs_of = vllm.layer_of, vllm.quantization_config, vllm.codecs_of
 suited, misread = vllm.suited, vllm.misread
 share_multiple, folder, metadata = vllm.share_multiple, vllm.folder, vllm.metadata
+model_problems, stem, fallback = vllm.model_problems, vllm.stem, vllm.fallback
 
 
 def recognizes(config: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.names import EXPERT_ROLES, IN, VISION_EXPERT
-from ernie_quant.runtimes import Linear, Part, _commands, _modules, kept
+from ernie_quant.runtimes import About, Linear, Part, _commands, _modules, kept
 from ernie_quant.runtimes import _promise as promise
 
 if TYPE_CHECKING:
@@ -60,9 +60,24 @@ def recognizes(config: Mapping[str, Any]) -> bool:
     return config.get("quant_method") in ("compressed-tensors", "fp8")
 
 
-def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+def metadata(about: About) -> tuple[dict[str, Any], tuple[str, ...]]:
     """transformers refuses files without it."""
-    return {"format": "pt"}
+    return {"format": "pt"}, ()
+
+
+def model_problems(about: About) -> list[str]:
+    """It takes every ERNIE."""
+    return []
+
+
+def stem(about: About) -> str:
+    """As everywhere."""
+    return "model"
+
+
+def fallback(codec: Codec, spec: TensorSpec) -> Codec | None:
+    """Such a weight is kept."""
+    return None
 
 
 def unsupported(linears: Sequence[Linear]) -> list[str]:

@@ -11,6 +11,7 @@ PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, kept_as = False, False
 CODECS = (Keep,)
 EXPERT = re.compile(r"experts\.(\d+)\.(\w+)\.weight$")
 folder, layer_of, share_multiple, metadata = vllm.folder, vllm.layer_of, vllm.share_multiple, vllm.metadata
+model_problems, stem, fallback = vllm.model_problems, vllm.stem, vllm.fallback
 
 
 def recognizes(config):
