@@ -65,7 +65,7 @@ class RecipeRule:
         """
         if self.roles and weight.role not in self.roles:
             return False
-        if not (weight.row.rule.linear or (weight.role in self.roles and weight.name.endswith(".weight"))):
+        if not (weight.row.rule.linear or (weight.role in VOCABULARY and self.roles and weight.name.endswith(".weight"))):
             return False
         pt = (weight.name,) if weight.name in weight.row.pt else weight.row.pt
         if self.names:
