@@ -89,17 +89,25 @@ def _real(config: Config, key: str) -> float:
     return float(value)
 
 
+def _shortest(value: Any) -> Any:
+    """1e-05 and not float32's 9.99999974e-06."""
+    import numpy as np
+
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
 def config_of(keys: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
     """What config.json would say of a GGUF file with these keys and tensors. Raises ConfigError."""
     arch = keys.get("general.architecture")
-    if arch not in MODEL_TYPES:
+    if not isinstance(arch, str) or arch not in MODEL_TYPES:
         raise ConfigError(f"general.architecture is {arch!r:.80}; supported are {', '.join(MODEL_TYPES)}")
     counts = COUNTS | (COUNTS_OF_EXPERTS if arch == MOE else {})
-    config = {word: keys[f"{arch}.{key}"] for key, word in (counts | REALS).items() if f"{arch}.{key}" in keys}
+    config = {word: keys[f"{arch}.{key}"] for key, word in counts.items() if f"{arch}.{key}" in keys}
+    config |= {word: _shortest(keys[f"{arch}.{key}"]) for key, word in REALS.items() if f"{arch}.{key}" in keys}
     embedding = tensors.get("token_embd.weight")
     config |= {
         "model_type": MODEL_TYPES[arch],
-        "vocab_size": embedding.shape[0] if embedding else 0,
+        "vocab_size": embedding.shape[0] if embedding and embedding.shape else 0,
         "tie_word_embeddings": "output.weight" not in tensors,
         "use_bias": False,
     }

@@ -29,8 +29,12 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 def metadata(about: About) -> tuple[dict[str, Value], tuple[str, ...]]:
     """All keys, and notes on the tokenizer. Raises ConfigError or CheckpointError."""
-    tokens = vocabulary.read(about.source.folder, about.table.dims["V"], about.config)
+    rows = about.table.dims["V"]
+    about.source.bring(path for path in about.source.extra_files if path.name in vocabulary.FILES)
+    tokens = vocabulary.read(about.source.folder, rows, about.config)
     model = _gguf.keys_of(about.config, about.table)
+    if tokens.keys[vocabulary.MODEL] == vocabulary.NO_VOCABULARY:
+        model[f"{model['general.architecture']}.vocab_size"] = rows
     general: dict[str, Value] = {
         "general.architecture": model.pop("general.architecture"),
         "general.type": "model",
