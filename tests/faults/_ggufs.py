@@ -51,25 +51,32 @@ ENTRIES = (  # of keys and of tensors, each in the place of the other too
 )  # fmt: skip
 
 
+def split(entry: bytes) -> tuple[bytes, bytes]:
+    """A name with its length, and what follows it."""
+    end = 8 + int.from_bytes(entry[:8], "little")
+    return entry[:end], entry[end:]
+
+
 def changed_gguf(rng: random.Random, file: Gguf) -> bytes:
     """Entries dropped, doubled, swapped, renamed or changed, other counts; now and then any bytes."""
     keys, tensors, data = list(file.keys), list(file.tensors), file.data
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
         entries = rng.choice([e for e in (keys, tensors) if e] or [[b""]])
         i, j = rng.randrange(len(entries)), rng.randrange(len(entries))
-        match rng.randrange(8):
+        match rng.randrange(9):
             case 0:
                 del entries[i]
             case 1:
                 entries.insert(j, entries[i])
             case 2:
                 entries[i], entries[j] = entries[j], entries[i]
-            case 3:  # another name before what follows it
-                name = rng.choice(NAMES).encode("utf-8", "surrogatepass")
-                entries[i] = string(name) + entries[i][8 + int.from_bytes(entries[i][:8], "little") :]
+            case 3:
+                entries[i] = string(rng.choice(NAMES).encode("utf-8", "surrogatepass")) + split(entries[i])[1]
             case 4:
                 entries.insert(i, rng.choice(ENTRIES))
-            case 5:
+            case 5:  # a known name, and a value or a shape that it never has
+                entries[i] = split(entries[i])[0] + split(rng.choice(ENTRIES))[1]
+            case 6:
                 data = changed_bytes(rng, data)
             case _:
                 entries[i] = changed_bytes(rng, entries[i])
