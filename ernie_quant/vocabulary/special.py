@@ -49,10 +49,10 @@ def _added(added: Mapping[str, Any], said: Mapping[str, Any]) -> Iterator[tuple[
         yield number, text, text.startswith("<|") and text.endswith("|>"), ADDED
     decoder = said.get("added_tokens_decoder")
     for key, entry in decoder.items() if isinstance(decoder, dict) else ():
-        text = entry.get("content") if isinstance(entry, dict) else None
-        if not (key.isdecimal() and len(key) < 10 and isinstance(text, str) and text):
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not (key.isdecimal() and len(key) < 10 and isinstance(content, str) and content):
             raise CheckpointError(f"{TOKENIZER_CONFIG}: added_tokens_decoder has {key[:40]!r}: {entry!r:.80}")
-        yield int(key), text, entry.get("special") is True, TOKENIZER_CONFIG
+        yield int(key), content, entry.get("special") is True, TOKENIZER_CONFIG
 
 
 def ids(tokens: Tokens, said: Mapping[str, Any], *configs: Mapping[str, Any]) -> dict[str, int]:
@@ -60,7 +60,7 @@ def ids(tokens: Tokens, said: Mapping[str, Any], *configs: Mapping[str, Any]) ->
     numbers = {text: number for number, text in enumerate(tokens.texts)}
     found = {}
     for name, key in NAMES.items():
-        candidates = [_first(config.get(f"{name}_token_id")) for config in configs]
+        candidates: list[Any] = [_first(config.get(f"{name}_token_id")) for config in configs]
         token = said.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         candidates.append(numbers.get(token) if isinstance(token, str) else None)
