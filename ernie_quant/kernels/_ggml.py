@@ -13,6 +13,7 @@ import torch
 
 from ernie_quant.dtypes import BLOCKS
 from ernie_quant.kernels import _ggml_bits as bits
+from ernie_quant.kernels import _ggml_choose as choose
 from ernie_quant.kernels import _ggml_search as search
 
 F = np.float32
@@ -85,7 +86,7 @@ def encode(kind: Kind, weight: torch.Tensor, importance: torch.Tensor | None) ->
     search.fit_all(values, weights, kind.size, kind.affine, kind.free, edge, most, divisors, kind.values, step, minimum)
     scales = _rounded(kind, values, weights, step.reshape(-1, kind.per_block), minimum.reshape(-1, kind.per_block))
     codes = np.empty(values.shape, np.uint8)
-    search.nearest_all(values, kind.size, *scales.of_sub_blocks(), edge, most, kind.values, codes)
+    choose.nearest_all(values, kind.size, *scales.of_sub_blocks(), edge, most, kind.values, codes)
     return scales, codes.reshape(-1, BLOCKS[kind.dtype][0])
 
 
@@ -104,7 +105,7 @@ def _rounded(kind: Kind, values: Array, weights: Array, step: Array, minimum: Ar
     limits = np.array([least, largest, 0, kind.minima], F)
     whole = np.clip(whole, limits[0::2, None], limits[1::2, None])
     edge, most = F(kind.edge), F(kind.most)
-    search.choose(values, weights, kind.size, units, edge, most, kind.values, limits, kind.radius, whole)
+    choose.choose(values, weights, kind.size, units, edge, most, kind.values, limits, kind.radius, whole)
     return Scales(unit, unit_minimum, *(w.reshape(step.shape) for w in whole))
 
 
@@ -112,7 +113,7 @@ def decode(kind: Kind, scales: Scales, blocks: Array) -> Array:
     """float32 [blocks, elements]."""
     codes = bits.codes_of(kind.dtype, blocks).reshape(-1, kind.size)
     out = np.empty(codes.shape, F)
-    search.expand(codes, *scales.of_sub_blocks(), F(kind.edge), kind.values, out)
+    choose.expand(codes, *scales.of_sub_blocks(), F(kind.edge), kind.values, out)
     return out.reshape(len(blocks), -1)
 
 

@@ -5,7 +5,22 @@ from __future__ import annotations
 
 from ernie_quant.archs import Arch, ernie4_5, ernie4_5_moe, ernie4_5_vl_moe
 from ernie_quant.codecs import (
-    Codec, ccq, fp8, iq4_nl, iq4_xs, keep, q2_k, q3_k, q4_0, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, rtn,
+    Codec,
+    ccq,
+    fp8,
+    iq4_nl,
+    iq4_xs,
+    keep,
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
+    rtn,
 )  # fmt: skip
 from ernie_quant.hubs import Hub, Publisher
 from ernie_quant.hubs.aistudio import publish as aistudio_publish
