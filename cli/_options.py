@@ -50,15 +50,15 @@ to_layout = click.option("--to", "layout", type=click.Choice(["paddle", "pt"]), 
 
 
 class RuntimeName(click.ParamType):
-    """One of the runtimes that a built-in recipe is for; they are looked up when somebody asks."""
+    """One of the runtimes that `known` gives; they are looked up when somebody asks."""
 
     name = "runtime"
 
-    def __init__(self, recipe: str) -> None:
-        self.recipe = recipe
+    def __init__(self, known: Callable[[], tuple[str, ...]]) -> None:
+        self.known = known
 
     def _choice(self) -> click.Choice[str]:
-        return click.Choice(built_in.known_runtimes(self.recipe))
+        return click.Choice(self.known())
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The name itself."""
@@ -71,10 +71,17 @@ class RuntimeName(click.ParamType):
 
 def runtime(recipe: str) -> Callable[[F], F]:
     """`--runtime`, one of those that a built-in recipe is for."""
+    return _runtime(lambda: built_in.known_runtimes(recipe), built_in.KINDS[recipe].default_runtime)
+
+
+def _runtime(known: Callable[[], tuple[str, ...]], usual: str) -> Callable[[F], F]:
     return click.option(
-        "--runtime", type=RuntimeName(recipe), default=built_in.KINDS[recipe].default_runtime, show_default=True,
+        "--runtime", type=RuntimeName(known), default=usual, show_default=True,
         help="Program that shall load the result; the files of vllm load in transformers too.",
     )  # fmt: skip
+
+
+runtime_of_rules = _runtime(built_in.runtimes_of_rules, built_in.VLLM)
 
 
 def settings(recipe: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,14 @@ def known_runtimes(name: str) -> tuple[str, ...]:
     return (usual, *(other for other in runtimes.storing(name) if other != usual))
 
 
+def runtimes_of_rules() -> tuple[str, ...]:
+    """The runtimes that rules of one's own are for, the usual one first: FastDeploy's container has rules of its own."""
+    from ernie_quant import runtimes
+
+    alike = known_runtimes("wint8")
+    return (*alike, *(name for name in runtimes.storing("gguf") if name not in alike))
+
+
 def make(name: str, runtime: str = "", **given: Any) -> BuiltIn:
     """The recipe `name` for a runtime, with defaults for what is not given. Raises PlanError or ValueError."""
     runtime = runtime or KINDS[name].default_runtime

@@ -37,8 +37,8 @@ class Choices:
     notes: tuple[str, ...]
 
 
-def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices:
-    """A codec for every weight of a result for `target`."""
+def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime, *, narrow: bool = False) -> Choices:
+    """A codec for every weight of a result for `target`; `narrow`: kept float32 becomes bfloat16, but for routers."""
     layout = LAYOUTS[target.LAYOUT]
     chosen: list[Choice] = []
     problems: list[str] = []
@@ -73,6 +73,10 @@ def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices
         notes.append(f"{others} more tensors are kept, as parts of the same layers")
     quantized = _quantized(fitting) > 0
     rounded = [_as_kept(c, target.kept_as(c.weight.role, c.spec, quantized=quantized)) for c in fitting]
+    if narrow:
+        rounded = [
+            _as_kept(c, "BF16" if c.weight.role != names.ROUTER and c.spec.dtype == "F32" else c.spec.dtype) for c in rounded
+        ]
     return Choices(tuple(rounded), tuple(problems), (*notes, *_rounding_notes(rounded)))
 
 

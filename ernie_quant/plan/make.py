@@ -67,7 +67,7 @@ def make_plan(
     if problem := layout.problem(table.map.dims):
         raise PlanError(f"{source.folder}: {problem}", [])
     weights = layout.join(table.weights)
-    choices = choose(weights, recipe, target)
+    choices = choose(weights, recipe, target, narrow=dequantize and table.layout.text_only and not layout.text_only)
     linears = linears_of(choices.chosen, target)
     numel = [(choice.codec, choice.spec.numel) for choice in choices.chosen]
     about = About(source, table.config, table.map, recipe.name, numel)
