@@ -5,7 +5,7 @@ Sources: ggml-org/llama.cpp, ggml/src/ggml-common.h (layouts) and ggml-quants.c 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,14 @@ from ernie_quant.kernels import _ggml_choose as choose
 from ernie_quant.kernels import _ggml_search as search
 
 F = np.float32
+CHUNK = 1 << 18  # values
 HALF_MOST = F(65504.0)  # float16's largest
 NONE = np.empty(0, F)
+SHIFTS = np.array([-0.45, -0.15, 0.15, 0.45], F)  # steps between the lower end of a range and that of a grid
+# what is tried around stored integers: a larger step wants a larger minimum, the other two rarely win
+NEAR = np.array([(0, 0), (1, 1), (-1, -1), (1, 0), (0, 1), (-1, 0), (0, -1)], F)
+NEAR_STEP = np.array([(0, 0), (1, 0), (-1, 0)], F)
+SINGULAR = 1e-6
 UNEVEN = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), F)  # kvalues_iq4nl
 
 Array = np.ndarray[Any, Any]
@@ -42,7 +48,6 @@ class Kind:
     integers: tuple[float, float] | None = None
     minima: float = 0.0  # largest integer that stands for a minimum
     table: bool = False
-    radius: int = 1
 
     @property
     def per_block(self) -> int:
@@ -76,14 +81,21 @@ def halves(values: Array) -> Array:
 
 
 def encode(kind: Kind, weight: torch.Tensor, importance: torch.Tensor | None) -> tuple[Scales, Array]:
-    """Scales and codes uint8 [blocks, elements] of a weight [rows, in]."""
-    values = weight.float().contiguous().numpy().reshape(-1, kind.size)
+    """Scales and codes uint8 [blocks, elements] of a weight [rows, in]; so many rows at a time as a cache holds."""
+    rows = max(1, CHUNK // max(1, weight.shape[1]))
     weights = np.empty((0, kind.size), F)
-    if importance is not None:
+    if importance is not None and importance.max() > 0:  # else all inputs are alike
         weights = importance.float().contiguous().numpy().reshape(-1, kind.size)
+    found = [_encoded(kind, part.float().contiguous().numpy(), weights) for part in weight.split(rows)]
+    parts = [[getattr(scales, field.name) for scales, _ in found] for field in fields(Scales)]
+    return Scales(*map(np.concatenate, parts)), np.concatenate([codes for _, codes in found])
+
+
+def _encoded(kind: Kind, rows: Array, weights: Array) -> tuple[Scales, Array]:
+    values = rows.reshape(-1, kind.size)
     step, minimum = np.empty(len(values), F), np.empty(len(values), F)
     edge, most, divisors = F(kind.edge), F(kind.most), np.array(kind.divisors, F)
-    search.fit_all(values, weights, kind.size, kind.affine, kind.free, edge, most, divisors, kind.values, step, minimum)
+    search.fit_all(values, weights, kind.size, kind.affine, kind.free, edge, most, divisors, SHIFTS, kind.values, step, minimum)
     scales = _rounded(kind, values, weights, step.reshape(-1, kind.per_block), minimum.reshape(-1, kind.per_block))
     codes = np.empty(values.shape, np.uint8)
     choose.nearest_all(values, kind.size, *scales.of_sub_blocks(), edge, most, kind.values, codes)
@@ -91,22 +103,69 @@ def encode(kind: Kind, weight: torch.Tensor, importance: torch.Tensor | None) ->
 
 
 def _rounded(kind: Kind, values: Array, weights: Array, step: Array, minimum: Array) -> Scales:
-    """Steps and minima [blocks, sub-blocks] as they are stored."""
+    """Steps and minima [blocks, sub-blocks] as they are stored: by what they were fitted to, then by what came of that."""
     if kind.integers is None:
         ones = np.ones_like(step)
         return Scales(halves(step[:, 0]), halves(minimum[:, 0]), ones, ones)
     least, largest = kind.integers
     extreme = np.take_along_axis(step, np.abs(step).argmax(1)[:, None], 1)[:, 0]
     unit = halves(extreme / F(largest if least == 0 else least))
-    unit_minimum = halves(minimum.max(1) / F(kind.minima)) if kind.affine else np.zeros_like(unit)
-    units = np.stack([np.repeat(u.astype(F), kind.per_block) for u in (unit, unit_minimum)])
-    whole = np.stack([step.reshape(-1), minimum.reshape(-1)])
-    whole = np.rint(np.divide(whole, units, out=np.zeros_like(whole), where=units != 0))
-    limits = np.array([least, largest, 0, kind.minima], F)
+    lower = halves(minimum.max(1) / F(kind.minima)) if kind.affine else np.zeros_like(unit)
+    fitted = np.stack([step.reshape(-1), minimum.reshape(-1)])
+    spread = _spread(kind, np.stack([unit, lower]))
+    whole = np.rint(np.divide(fitted, spread, out=np.zeros_like(fitted), where=spread != 0))
+    first = _tried(kind, values, weights, np.stack([unit, lower]), whole)
+    if not kind.affine:  # a second round gains a thousandth
+        return Scales(first.units[0], first.units[1], *first.whole.reshape(2, *step.shape))
+    second = _tried(kind, values, weights, _refitted(kind, values, weights, first), first.whole)
+    better = second.errors < first.errors
+    units = np.where(better, second.units, first.units)
+    integers = np.where(np.repeat(better, kind.per_block), second.whole, first.whole).reshape(2, *step.shape)
+    return Scales(units[0], units[1], integers[0], integers[1])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Units float16 [2, blocks] of steps and minima, the integers [2, sub-blocks] that suit them best, errors [blocks]."""
+
+    units: Array
+    whole: Array
+    errors: Array
+
+
+def _tried(kind: Kind, values: Array, weights: Array, units: Array, whole: Array) -> Trial:
+    assert kind.integers is not None
+    limits = np.array([*kind.integers, 0, kind.minima], F)
     whole = np.clip(whole, limits[0::2, None], limits[1::2, None])
-    edge, most = F(kind.edge), F(kind.most)
-    choose.choose(values, weights, kind.size, units, edge, most, kind.values, limits, kind.radius, whole)
-    return Scales(unit, unit_minimum, *(w.reshape(step.shape) for w in whole))
+    errors = np.empty(len(values), F)
+    edge, most, near = F(kind.edge), F(kind.most), NEAR if kind.affine else NEAR_STEP
+    choose.choose(values, weights, kind.size, _spread(kind, units), edge, most, kind.values, limits, near, whole, errors)
+    return Trial(units, whole, errors.reshape(-1, kind.per_block).sum(1, dtype=np.float64))
+
+
+def _refitted(kind: Kind, values: Array, weights: Array, trial: Trial) -> Array:
+    """Units by least squares of the integers and codes of a trial."""
+    sums = np.empty((5, len(values)), F)
+    units = _spread(kind, trial.units)
+    choose.sums_of(values, weights, kind.size, units, F(kind.edge), F(kind.most), kind.values, trial.whole, sums)
+    return solved(kind, sums, trial.units)
+
+
+def solved(kind: Kind, sums: Array, units: Array) -> Array:
+    """Units that the sums of `choose.sums_of` ask for, float32 [5, sub-blocks]; the old ones where they ask for none."""
+    ss, sm, mm, xs, xm = sums.reshape(5, -1, kind.per_block).sum(2, dtype=np.float64)
+    det = ss * mm - sm * sm
+    both = det > SINGULAR * ss * mm
+    with np.errstate(all="ignore"):
+        unit = np.where(both, (xs * mm - xm * sm) / det, np.where(mm == 0, xs / ss, np.nan))
+        lower = np.where(both, (xs * sm - xm * ss) / det, 0.0)
+        good = np.isfinite(unit) & np.isfinite(lower) & (lower >= 0) & ((unit > 0) | (not kind.affine))
+        return np.where(good, halves(np.stack([unit, lower])), units)
+
+
+def _spread(kind: Kind, units: Array) -> Array:
+    """float32 [2, sub-blocks]."""
+    return np.repeat(units.astype(F), kind.per_block, axis=1)
 
 
 def decode(kind: Kind, scales: Scales, blocks: Array) -> Array:

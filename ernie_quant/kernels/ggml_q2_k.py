@@ -9,7 +9,7 @@ from ernie_quant.kernels import _ggml as ggml
 from ernie_quant.kernels import _ggml_bits as bits
 from ernie_quant.kernels._ggml import Kind, Scales
 
-KIND = Kind("Q2_K", 16, 0, 3, tuple(2.5 + 0.1875 * k for k in range(9)), affine=True, integers=(0, 15), minima=15, radius=2)
+KIND = Kind("Q2_K", 16, 0, 3, (2.4, 2.8, 3.2, 3.6), affine=True, integers=(0, 15), minima=15)
 
 
 def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:

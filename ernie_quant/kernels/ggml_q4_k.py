@@ -9,7 +9,7 @@ from ernie_quant.kernels import _ggml_bits as bits
 from ernie_quant.kernels import _ggml_six_bits as six_bits
 from ernie_quant.kernels._ggml import Kind, Scales
 
-KIND = Kind("Q4_K", 32, 0, 15, tuple(14.0 + 0.25 * k for k in range(11)), affine=True, integers=(0, 63), minima=63)
+KIND = Kind("Q4_K", 32, 0, 15, (14.4, 14.8, 15.2, 15.6), affine=True, integers=(0, 63), minima=63)
 
 
 def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:

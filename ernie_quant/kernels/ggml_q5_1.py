@@ -9,7 +9,7 @@ from ernie_quant.kernels import _ggml as ggml
 from ernie_quant.kernels import _ggml_bits as bits
 from ernie_quant.kernels._ggml import Kind, Scales
 
-KIND = Kind("Q5_1", 32, 0, 31, tuple(30.0 + 0.25 * k for k in range(9)), affine=True, free=True)
+KIND = Kind("Q5_1", 32, 0, 31, (30.4, 30.8, 31.2, 31.6), affine=True, free=True)
 
 
 def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:

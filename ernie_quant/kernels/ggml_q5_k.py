@@ -9,7 +9,7 @@ from ernie_quant.kernels import _ggml_bits as bits
 from ernie_quant.kernels import _ggml_six_bits as six_bits
 from ernie_quant.kernels._ggml import Kind, Scales
 
-KIND = Kind("Q5_K", 32, 0, 31, tuple(30.0 + 0.375 * k for k in range(9)), affine=True, integers=(0, 63), minima=63, radius=2)
+KIND = Kind("Q5_K", 32, 0, 31, (30.4, 30.8, 31.2, 31.6), affine=True, integers=(0, 63), minima=63)
 
 
 def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:

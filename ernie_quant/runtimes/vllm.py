@@ -100,7 +100,7 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
             fields = codec.specs(spec)
             return {f"{module}.weight": Part(fields["codes"], 0, 1), f"{module}.{_scale(codec)}": Part(fields["scale"], 0, 1)}
     assert isinstance(codec, Keep), codec
-    return {name: kept(spec)}
+    return {name: kept(codec.specs(spec)["weight"])}
 
 
 def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[str, torch.Tensor]:

@@ -104,20 +104,27 @@ def _symmetric(kind: Kind, x: Array, w: Array) -> tuple[Any, Any]:
 
 def _affine(kind: Kind, x: Array, w: Array) -> tuple[Any, Any]:
     low = x.min() if kind.free else min(F(0), x.min())
-    step, minimum, best = F(0), -low, F(np.inf)
+    span = F(x.max() if kind.free else max(x[0], x.max())) - low
+    best: tuple[Any, Any, Any] = (F(0), -low, F(np.inf))
     sum_w, sum_x, sum_xx = _sum(w), _sum(w * x), _sum(w * x * x)
-    for divisor in np.array(kind.divisors, F):
-        span = x.max() + minimum
-        level = _levels(kind, (x + minimum) * (divisor / span if span > 0 else F(0)), 0, kind.most)
+    grids = [(d, s) for d in np.array(kind.divisors, F) for s in ggml.SHIFTS]
+    for divisor, shift in [*grids, (None, None)]:
+        if divisor is None:  # once more, on the best
+            inverse = F(1) / best[0] if best[0] > 0 else F(0)
+            offset = best[1] * inverse
+        else:
+            inverse = divisor / span if span > 0 else F(0)
+            offset = shift - low * inverse
+        level = _levels(kind, x * inverse + offset, 0, kind.most)
         one, two, three = _sum(w * level), _sum(w * level * level), _sum(w * x * level)
         d = sum_w * two - one * one
         s, m = ((sum_w * three - sum_x * one) / d, (two * sum_x - one * three) / d) if d > 0 else (F(0), F(0))
         if not d > 0 or (m > 0 and not kind.free):
             m, s = F(0), three / two if two > 0 else F(0)
         error = sum_xx - s * three - m * sum_x
-        if s > 0 and error < best:
-            step, minimum, best = s, -m, error
-    return step, minimum
+        if s > 0 and error < best[2]:
+            best = (s, -m, error)
+    return best[0], best[1]
 
 
 def _stored(kind: Kind, values: Array, weights: Array, step: Array, minimum: Array) -> Scales:
@@ -125,41 +132,61 @@ def _stored(kind: Kind, values: Array, weights: Array, step: Array, minimum: Arr
         ones = np.ones_like(step)
         return Scales(ggml.halves(step[:, 0]), ggml.halves(minimum[:, 0]), ones, ones)
     least, largest = kind.integers
-    steps, minima = np.empty_like(step), np.empty_like(step)
-    units = []
-    for b in range(len(step)):
-        extreme = step[b][np.abs(step[b]).argmax()]
-        unit = ggml.halves(np.array([extreme / F(largest if least == 0 else least)], F))[0]
-        lower = ggml.halves(np.array([minimum[b].max() / F(kind.minima)], F))[0] if kind.affine else np.float16(0)
-        units.append((unit, lower))
-        for k in range(kind.per_block):
-            i = b * kind.per_block + k
-            steps[b, k], minima[b, k] = _chosen(
-                kind, values[i], weights[i % len(weights)], F(unit), F(lower), step[b, k], minimum[b, k]
-            )
-    return Scales(*(np.array([u[n] for u in units], np.float16) for n in range(2)), steps, minima)
+    extreme = np.array([row[np.abs(row).argmax()] for row in step], F)
+    units = np.zeros((2, len(step)), np.float16)
+    units[0] = ggml.halves(extreme / F(largest if least == 0 else least))
+    if kind.affine:
+        units[1] = ggml.halves(minimum.max(1) / F(kind.minima))
+    spread = np.repeat(units.astype(F), kind.per_block, 1)
+    fitted = np.stack([step.reshape(-1), minimum.reshape(-1)])
+    whole = np.where(spread != 0, np.rint(fitted / spread), F(0)).astype(F)
+    whole, errors = _around(kind, values, weights, units, whole)
+    if kind.affine:
+        again = ggml.solved(kind, _sums(kind, values, weights, units, whole), units)
+        second, others = _around(kind, values, weights, again, whole)
+        better = others < errors
+        units = np.where(better, again, units)
+        whole = np.where(np.repeat(better, kind.per_block), second, whole)
+    return Scales(units[0], units[1], *whole.reshape(2, *step.shape))
 
 
-def _chosen(kind: Kind, x: Array, importance: Array, unit: Any, lower: Any, step: Any, minimum: Any) -> tuple[Any, Any]:
+def _around(kind: Kind, values: Array, weights: Array, units: Array, whole: Array) -> tuple[Array, Array]:
+    """The best integers near those, and the errors of the blocks."""
     assert kind.integers is not None
-    (least, largest), radius = kind.integers, kind.radius
-    whole = np.clip(np.rint(step / unit) if unit != 0 else F(0), least, largest)
-    offset = np.clip(np.rint(minimum / lower) if lower != 0 else F(0), 0, kind.minima)
-    x, w, top = _normal(x, importance)
-    inverse_top = F(1) / top if top > 0 else F(0)
-    best, found = F(np.inf), (whole, offset)
-    around = range(-radius, radius + 1)
-    for a in around:
-        for b in around if kind.minima > 0 else [0]:
-            pair = np.clip(F(whole + a), F(least), F(largest)), np.clip(F(offset + b), F(0), F(kind.minima))
-            s, m = F(F(unit * pair[0]) * inverse_top), F(F(lower * pair[1]) * inverse_top)
-            inverse = F(1) / s if s != 0 else F(0)
-            level = _levels(kind, (x + m) * inverse, -kind.edge, kind.most - kind.edge)
-            d = x - (s * level - m)
-            error = _sum(w * d * d)
+    spread, found, errors = np.repeat(units.astype(F), kind.per_block, 1), np.empty_like(whole), np.empty(len(values), F)
+    lows, highs = (kind.integers[0], 0.0), (kind.integers[1], kind.minima)
+    for i, values_of in enumerate(values):
+        x, w, top = _normal(values_of, weights[i % len(weights)])
+        share = weights[i % len(weights)].max()
+        start = [np.clip(whole[k, i], F(lows[k]), F(highs[k])) for k in range(2)]
+        inverse_top, best = F(1) / top if top > 0 else F(0), F(np.inf)
+        found[:, i] = start
+        for pair in ggml.NEAR if kind.affine else ggml.NEAR_STEP:
+            a, b = (np.clip(F(start[k] + pair[k]), F(lows[k]), F(highs[k])) for k in range(2))
+            s, m = F(F(spread[0, i] * a) * inverse_top), F(F(spread[1, i] * b) * inverse_top)
+            level = _levels(kind, (x + m) * (F(1) / s if s != 0 else F(0)), -kind.edge, kind.most - kind.edge)
+            error = _sum(w * (x - (s * level - m)) * (x - (s * level - m)))
             if error < best:
-                best, found = error, pair
-    return found
+                best, found[:, i] = error, (a, b)
+        errors[i] = best * top * top * (share if 0 < share < np.inf else F(0))
+    return found, errors.reshape(-1, kind.per_block).sum(1, dtype=np.float64)
+
+
+def _sums(kind: Kind, values: Array, weights: Array, units: Array, whole: Array) -> Array:
+    spread, sums = np.repeat(units.astype(F), kind.per_block, 1), np.empty((5, len(values)), F)
+    for i, values_of in enumerate(values):
+        x, w, top = _normal(values_of, weights[i % len(weights)])
+        share = weights[i % len(weights)].max()
+        share = share if 0 < share < np.inf else F(0)
+        s, m = whole[0, i], whole[1, i]
+        step = F(spread[0, i] * s)
+        inverse, shift = (top / step, F(spread[1, i] * m) / step) if step != 0 else (F(0), F(0))
+        q = _levels(kind, x * inverse + shift, -kind.edge, kind.most - kind.edge)
+        qq, one, ones, xq, xs = _sum(w * q * q), _sum(w * q), _sum(w), _sum(w * x * q), _sum(w * x)
+        sums[:, i] = (
+            share * s * s * qq, share * s * m * one, share * m * m * ones, share * top * s * xq, share * top * m * xs,
+        )  # fmt: skip
+    return sums
 
 
 def _codes(kind: Kind, x: Array, step: Any, minimum: Any) -> Array:
