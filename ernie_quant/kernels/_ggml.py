@@ -86,7 +86,7 @@ def encode(kind: Kind, weight: torch.Tensor, importance: torch.Tensor | None) ->
     weights = np.empty((0, kind.size), F)
     if importance is not None and importance.max() > 0:  # else all inputs are alike
         weights = importance.float().contiguous().numpy().reshape(-1, kind.size)
-    found = [_encoded(kind, part.float().contiguous().numpy(), weights) for part in weight.split(rows)]
+    found = [_encoded(kind, part.float().contiguous().numpy(), weights) for part in torch.split(weight, rows)]
     parts = [[getattr(scales, field.name) for scales, _ in found] for field in fields(Scales)]
     return Scales(*map(np.concatenate, parts)), np.concatenate([codes for _, codes in found])
 

@@ -10,7 +10,8 @@ from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.plan import built_in
 from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan, taken_over
+from ernie_quant.plan.steps import Plan
+from ernie_quant.plan.taken import taken_over
 from ernie_quant.views.kinds import Decoded
 from ernie_quant.weights.claims import evidence
 from ernie_quant.weights.stored import Stored, resolve_quantized

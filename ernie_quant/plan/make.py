@@ -25,7 +25,8 @@ from ernie_quant.plan.code import modules_of, without_missing
 from ernie_quant.plan.files import into_files
 from ernie_quant.plan.identity import identity, of_statistics
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
-from ernie_quant.plan.steps import SHARD_BYTES, Plan, Step, taken_over
+from ernie_quant.plan.steps import SHARD_BYTES, Plan, Step
+from ernie_quant.plan.taken import taken_over
 from ernie_quant.runtimes import About, Runtime, _sharing
 from ernie_quant.views.kinds import View
 from ernie_quant.weights.claims import notes_of, refuse_quantized

@@ -23,12 +23,12 @@ from ernie_quant.plan.identity import Identity, identity
 from ernie_quant.plan.recipe import KEEP_ALL
 from ernie_quant.plan.steps import SHARD_BYTES, Plan, Shard, Step
 from ernie_quant.report.rows import FILENAME, TensorReport
-from ernie_quant.runtimes import About, _sharing, kept
+from ernie_quant.runtimes import About, Runtime, _sharing, kept
 from ernie_quant.views import build
 from ernie_quant.views.kinds import spec_of
 from ernie_quant.weights import ranks
 from ernie_quant.weights.layouts import LAYOUTS
-from ernie_quant.weights.stored import Stored, linears_of, open_stored, runtime_of, share_problems, table_of
+from ernie_quant.weights.stored import Stored, linears_of, open_stored, runtime_of, table_of
 
 TP_KEY = "tensor_parallel_size"
 
@@ -44,7 +44,7 @@ def make_reshard_plan(
     entries, problems = open_stored(source, target)
     table, heads = table_of(source, target), whole(source.config, "num_attention_heads")
     dims = table.dims
-    if problems := [*source.anomalies, *problems] or share_problems(entries, target, tp, dims, heads):
+    if problems := [*source.anomalies, *problems] or _share_problems(entries, target, tp, dims, heads):
         raise PlanError(f"{source.folder}: cannot be resharded to {tp} rank(s)", problems)
     entries = sorted(entries, key=lambda e: names.natural(e.name))
     about = About(source, source.config, table, "", [(entry.codec, entry.spec.numel) for entry in entries])
@@ -74,6 +74,16 @@ def make_reshard_plan(
         known, shard_bytes, weights=sum(e.spec.numel for e in entries), reports=reports,
         calibrated=calibrated if isinstance(calibrated, dict) else None, metadata=target.metadata(about)[0],
     )  # fmt: skip
+
+
+def _share_problems(entries: Sequence[Stored], target: Runtime, of: int, dims: ranks.Dims, heads: int) -> list[str]:
+    """Why weights cannot be shared by `of` ranks."""
+    if refused := list(_sharing.problems(target, linears_of(entries), dims, heads, of)):
+        return refused
+    for entry in entries:
+        for part, view in entry.parts.items():
+            assert ranks.divides(view, entry.shares(part), of, dims), f"{part} cannot be cut for {of} ranks"
+    return []
 
 
 def check_size(plan: Plan, tp: int) -> None:

@@ -7,14 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Checkpoint, Stamp, TensorSpec
 from ernie_quant.codecs import Codec
-from ernie_quant.codecs._ggml import Blocks
 from ernie_quant.codecs.keep import KEEP, Keep
-from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.names import Row
 from ernie_quant.plan.calibration import Calibration
 from ernie_quant.plan.carried import target_of
@@ -23,14 +21,10 @@ from ernie_quant.plan.recipe import Recipe
 from ernie_quant.report.rows import TensorReport
 from ernie_quant.runtimes import Part
 from ernie_quant.views import build
-from ernie_quant.views.files import Files
-from ernie_quant.views.kinds import Cut, Decoded, View
+from ernie_quant.views.kinds import View
 from ernie_quant.views.read import CPU, slabs
 from ernie_quant.weights.layouts import Layout
 from ernie_quant.weights.stored import Stored
-
-if TYPE_CHECKING:
-    from ernie_quant.codecs import Encoded
 
 SHARD_BYTES = 5_000_000_000  # the field's usual size of an output file
 
@@ -96,30 +90,9 @@ class Step:
         """Is it stored as a plain tensor?"""
         return isinstance(self.codec, Keep)
 
-    def given(self, files: Files, rows: tuple[int, int], device: str) -> Encoded | None:
-        """What need not be encoded of these rows: calibration has made it, or the source has the same codes."""
-        if self.made is not None:
-            return self.made.stored.encoded(files, rows, device)
-        if not isinstance(self.codec, Blocks) or (found := taken_over(self.view, self.codec)) is None:
-            return None
-        stored, first = found
-        return self.codec.adopted(stored.codec, stored.encoded(files, (rows[0] + first, rows[1] + first), device))
-
     def slabs(self) -> list[tuple[int, int]]:
         """Ranges of rows that together are the tensor."""
         return slabs(self.spec, self.multiple)
-
-
-def taken_over(view: View, codec: Codec) -> tuple[Stored, int] | None:
-    """The quantized weight of the source whose codes `codec` may hold as they are, and the row of it that `view` begins with."""
-    first = 0
-    if isinstance(view, Cut) and view.axis == 0:
-        first, view = view.start, view.base
-    if not (isinstance(view, Decoded) and isinstance(view.source, Stored) and isinstance(codec, Blocks)):
-        return None
-    stored = view.source
-    like = isinstance(stored.codec, RoundToNearest) and stored.codec.bits == codec.adopts
-    return (stored, first) if like and first % stored.target.ROWS == 0 else None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.names import EXPERT_ROLES, MTP, OUT, ROUTER, VISION_EXPERT
 from ernie_quant.paths import MTP_FOLDER
 from ernie_quant.runtimes import About, Linear, Part, kept
+from ernie_quant.runtimes import _usual as usual
 from ernie_quant.runtimes import _w4w2 as w4w2
 from ernie_quant.runtimes._w4w2 import GROUP, LINEAR, WINT2, WINT4, WINT8, wint2_from, wint4_to
 
@@ -39,6 +40,7 @@ ROWS = 4  # of which weight_quantize's layout mixes the bytes
 CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
+model_problems, stem, fallback, suited = usual.model_problems, usual.stem, usual.fallback, usual.suited
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = True, True, False, False
 
 
@@ -63,21 +65,6 @@ def recognizes(config: Mapping[str, Any]) -> bool:
 def metadata(about: About) -> tuple[dict[str, Any], tuple[str, ...]]:
     """As in the published files."""
     return {"format": "np"}, ()
-
-
-def model_problems(about: About) -> list[str]:
-    """It takes every ERNIE."""
-    return []
-
-
-def stem(about: About) -> str:
-    """As everywhere."""
-    return "model"
-
-
-def fallback(codec: Codec, spec: TensorSpec) -> Codec | None:
-    """Such a weight is kept."""
-    return None
 
 
 def share_multiple(linear: Linear) -> int:
@@ -176,11 +163,6 @@ def weight_of(name: str) -> tuple[str, str]:
 def layer_of(name: str, role: str) -> str:
     """Every weight is a layer of its own."""
     return name
-
-
-def suited(codec: Codec, roles: Collection[str]) -> Codec:
-    """No model wants it otherwise."""
-    return codec
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:

@@ -7,7 +7,7 @@ ERNIE does, so that q and k keep the order of their rows. Norms, routers and the
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ernie_quant import codecs as codecs_package
@@ -20,6 +20,7 @@ from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import NORM, ROUTER
 from ernie_quant.runtimes import Linear, Part, _gguf_file
+from ernie_quant.runtimes import _usual as usual
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ FALLBACKS = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
 }  # fmt: skip
 F32_ROLES = (NORM, ROUTER)
+suited = usual.suited
 metadata, model_problems, stem, commands = _gguf_file.metadata, _gguf_file.problems, _gguf_file.stem, _gguf_file.commands
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -134,11 +136,6 @@ def fallback(codec: Codec, spec: TensorSpec) -> Codec | None:
         return None
     other: Codec = codecs_package.make(FALLBACKS[codec.dtype].lower(), {})
     return other if other.problem(spec) is None else Rounded("F16")
-
-
-def suited(codec: Codec, roles: Collection[str]) -> Codec:
-    """The same."""
-    return codec
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:

@@ -26,6 +26,7 @@ from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.names import EXPERT_ROLES, IN, VISION_EXPERT
 from ernie_quant.runtimes import About, Linear, Part, _commands, _modules, kept
 from ernie_quant.runtimes import _promise as promise
+from ernie_quant.runtimes import _usual as usual
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ CODECS = (Keep, RoundToNearest, Float8Block)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
+model_problems, stem, fallback = usual.model_problems, usual.stem, usual.fallback
 quantization_config, codecs_of, misread = promise.quantization_config, promise.codecs_of, promise.misread
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
 
@@ -63,21 +65,6 @@ def recognizes(config: Mapping[str, Any]) -> bool:
 def metadata(about: About) -> tuple[dict[str, Any], tuple[str, ...]]:
     """transformers refuses files without it."""
     return {"format": "pt"}, ()
-
-
-def model_problems(about: About) -> list[str]:
-    """It takes every ERNIE."""
-    return []
-
-
-def stem(about: About) -> str:
-    """As everywhere."""
-    return "model"
-
-
-def fallback(codec: Codec, spec: TensorSpec) -> Codec | None:
-    """Such a weight is kept."""
-    return None
 
 
 def unsupported(linears: Sequence[Linear]) -> list[str]:

@@ -17,7 +17,7 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.errors import PlanError
 from ernie_quant.names import NameMap, Row, Rule, Weight
-from ernie_quant.runtimes import Linear, Part, Runtime, _sharing
+from ernie_quant.runtimes import Linear, Part, Runtime
 from ernie_quant.views import build
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import Decoded, View, spec_of
@@ -103,16 +103,6 @@ def linears_of(entries: Sequence[Stored]) -> list[Linear]:
     """The layers that a runtime's configuration speaks of."""
     layers = [e for e in entries if names.is_layer(e.name, e.rule.role, e.shape, vocabulary=e.target.QUANTIZES_VOCABULARY)]
     return [e.layout.linear(e.name, e.rule, e.codec, e.spec) for e in layers]
-
-
-def share_problems(entries: Sequence[Stored], target: Runtime, of: int, dims: ranks.Dims, heads: int) -> list[str]:
-    """Why weights cannot be shared by `of` ranks."""
-    if refused := list(_sharing.problems(target, linears_of(entries), dims, heads, of)):
-        return refused
-    for entry in entries:
-        for part, view in entry.parts.items():
-            assert ranks.divides(view, entry.shares(part), of, dims), f"{part} cannot be cut for {of} ranks"
-    return []
 
 
 def table_of(checkpoint: Checkpoint, target: Runtime) -> NameMap:
