@@ -16,6 +16,7 @@ from ernie_quant.plan.built_in import fastdeploy_container
 
 COMMAND_LINES = [
     ("convert", "SRC", "--to", "pt"),
+    ("gguf", "SRC", "--keep-unfit"),
     ("wint4", "SRC", "--experts-only", "--group-size", "32"),
     ("wint4", "SRC", "--runtime", "fastdeploy", "--tp", "2"),
     ("wint8", "SRC", "--group-size", "32"),

@@ -27,6 +27,7 @@ LINES = {
     "inspect": "SRC",
     "plan": "SRC",
     "convert": "SRC OUT --to pt",
+    "gguf": "SRC OUT --type Q4_0 --keep-unfit",
     "wint4": "SRC OUT --experts-only",
     "wint8": "SRC OUT --experts-only",
     "fp8": "SRC OUT --experts-only",
@@ -84,7 +85,7 @@ def shell(script: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_command_is_here() -> None:
     assert LINES.keys() == set(COMMANDS)
-    assert len(WRITING) == 8
+    assert len(WRITING) == 9
 
 
 @pytest.fixture

@@ -140,7 +140,8 @@ def _tried(kind: Kind, values: Array, weights: Array, units: Array, whole: Array
     errors = np.empty(len(values), F)
     edge, most, near = F(kind.edge), F(kind.most), NEAR if kind.affine else NEAR_STEP
     choose.choose(values, weights, kind.size, _spread(kind, units), edge, most, kind.values, limits, near, whole, errors)
-    return Trial(units, whole, errors.reshape(-1, kind.per_block).sum(1, dtype=np.float64))
+    with np.errstate(all="ignore"):  # weights beyond float16, whose blocks are lost anyhow
+        return Trial(units, whole, errors.reshape(-1, kind.per_block).sum(1, dtype=np.float64))
 
 
 def _refitted(kind: Kind, values: Array, weights: Array, trial: Trial) -> Array:
@@ -153,10 +154,10 @@ def _refitted(kind: Kind, values: Array, weights: Array, trial: Trial) -> Array:
 
 def solved(kind: Kind, sums: Array, units: Array) -> Array:
     """Units that the sums of `choose.sums_of` ask for, float32 [5, sub-blocks]; the old ones where they ask for none."""
-    ss, sm, mm, xs, xm = sums.reshape(5, -1, kind.per_block).sum(2, dtype=np.float64)
-    det = ss * mm - sm * sm
-    both = det > SINGULAR * ss * mm
     with np.errstate(all="ignore"):
+        ss, sm, mm, xs, xm = sums.reshape(5, -1, kind.per_block).sum(2, dtype=np.float64)
+        det = ss * mm - sm * sm
+        both = det > SINGULAR * ss * mm
         unit = np.where(both, (xs * mm - xm * sm) / det, np.where(mm == 0, xs / ss, np.nan))
         lower = np.where(both, (xs * sm - xm * ss) / det, 0.0)
         good = np.isfinite(unit) & np.isfinite(lower) & (lower >= 0) & ((unit > 0) | (not kind.affine))
