@@ -12,6 +12,7 @@ from ernie_quant.vocabulary._table import UNKNOWN, Added, Token
 CONFIG = "config.json"
 # name in these files -> llama.cpp's
 NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+TEXTS = {"bos": "<s>", "eos": "</s>"}  # where no file says anything, as in Baidu's Ernie4_5_Tokenizer
 ENDS = ("eos", "eot", "eom")  # llama.cpp stops at each of them
 
 
@@ -87,5 +88,5 @@ def _ids(files: Files, config: Mapping[str, Any], name: str, rows: int) -> list[
 
 
 def _by_name(files: Files, name: str, numbers: Mapping[str, int]) -> list[int]:
-    texts = [content(files.table(file).get(f"{name}_token")) or "" for file in (SETTINGS, SPECIAL)]
-    return [numbers[text] for text in texts if text in numbers][:1]
+    texts = [content(files.table(file).get(f"{name}_token")) for file in (SETTINGS, SPECIAL)] + [TEXTS.get(name)]
+    return [numbers[text] for text in texts if text is not None and text in numbers][:1]

@@ -75,8 +75,12 @@ def _replacing(old: Token | None, new: Added) -> Token:
 
 
 def _tell_apart(table: dict[int, Token], added: Iterable[int]) -> list[str]:
-    """Give other names to tokens that read as another one; the one that was added last keeps the text. Returns notes."""
-    owner = {token.text: i for i, token in sorted(table.items(), reverse=True)} | {table[i].text: i for i in added}
+    """Give other names to tokens that read as another one. Returns notes.
+
+    The text stays with the one that was added last, then with a user-defined one, then with the first.
+    """
+    last_is_first = sorted(table.items(), key=lambda item: (item[1].kind == USER_DEFINED, -item[0]))
+    owner = {token.text: i for i, token in last_is_first} | {table[i].text: i for i in added}
     taken = set(owner)
     others = [i for i, token in sorted(table.items()) if owner[token.text] != i]
     said = [f"token {i} reads {table[i].text!r:.60} as token {owner[table[i].text]} does" for i in others]

@@ -19,8 +19,8 @@ from ernie_quant.vocabulary._files import PIECES, Files
 from ernie_quant.vocabulary._table import BYTE, NORMAL, SPACE, USER_DEFINED, Loaded, Token
 
 MAX_BYTES = 64 << 20  # ERNIE's has 1.6 MB
-MAX_FIELDS = 4_000_000  # in all messages together
-MAX_PIECES = 500_000
+MAX_FIELDS = 1_500_000  # in all messages together; a piece has three
+MAX_PIECES = 300_000  # three times ERNIE's
 VARINT, EIGHT, BYTES, FOUR = 0, 1, 2, 5  # wire types of protobuf: how long a value is
 UNIGRAM, BPE = 1, 2
 KINDS = {1: "unigram", 3: "words", 4: "characters"}
@@ -95,6 +95,8 @@ def _notes(model: Model) -> Iterator[str]:
         yield f"{PIECES} rewrites some characters first (full-width letters, for one); llama.cpp does not: such texts differ"
     if model.extra_removed:
         yield f"{PIECES} removes spaces at the ends of a text and all but one in a row; llama.cpp does not: such texts differ"
+    if model.dummy_prefix and any(piece.kind == USER_DEFINED for piece in model.pieces):
+        yield f"{PIECES} puts a space before a text; llama.cpp does so behind every piece of the type user-defined too"
     if (n := sum(piece.kind == BYTE for piece in model.pieces)) < 256:
         yield f"{PIECES} has pieces for {n} of the 256 bytes: llama.cpp may stop at a character that has no piece"
 
@@ -135,6 +137,8 @@ class _Walk:
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     """The number at `at` and where it ends: seven bits a byte, the lowest first."""
+    if at < len(data) and data[at] < 128:
+        return data[at], at + 1
     value = 0
     for place in range(10):
         if at + place >= len(data):
