@@ -53,6 +53,8 @@ def special_ids(files: Files, config: Mapping[str, Any], tokens: list[Token], te
     notes: list[str] = []
     for name, theirs in NAMES.items():
         ids = _ids(files, config, name, len(tokens)) or named[name]
+        if name == "unk" and not ids:
+            ids = [i for i, token in enumerate(tokens) if token.kind == UNKNOWN]
         if name == "eos" and not ids:
             notes.append("no file names the token at which a text ends: llama.cpp may not stop, or stop at another one")
         elif name == "eos":
@@ -61,9 +63,6 @@ def special_ids(files: Files, config: Mapping[str, Any], tokens: list[Token], te
             notes += [f"llama.cpp knows three ends of a text; {ends[3:]} are left out"] if ends[3:] else []
         elif ids:
             found[theirs] = ids[0]
-    if "unknown" not in found:
-        unknown = next((i for i, token in enumerate(tokens) if token.kind == UNKNOWN), None)
-        found |= {} if unknown is None else {"unknown": unknown}
     return found, notes
 
 

@@ -26,6 +26,14 @@ SIZES = {
 MARKERS = ("<|begin_of_sentence|>", "<|end_of_sentence|>")
 DIGITS = tuple("0123456789")  # each a piece of its own, as in ERNIE's
 
+# the smallest tokenizer.json
+SMALL: dict[str, Any] = {
+    "normalizer": None,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    "added_tokens": [{"id": 4, "content": "<end>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}],
+    "model": {"type": "BPE", "byte_fallback": False, "vocab": {"a": 0, "b": 1, "ab": 2, "c": 3}, "merges": [["a", "b"]]},
+}  # fmt: skip
+
 
 def lines(*names: str) -> list[str]:
     """Of the texts that come with the package, without empty ones."""
@@ -75,3 +83,10 @@ def _value(value: Value | bytes) -> bytes:
 
 def _scalar(kind: str, value: Any) -> bytes:
     return _text(value) if kind == "string" else struct.pack({"i32": "<i", "u32": "<I", "f32": "<f", "bool": "<?"}[kind], value)
+
+
+def write(folder: Path, **files: Any) -> Path:
+    """`write(folder, tokenizer_config={...})`: JSON files."""
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
