@@ -11,30 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant.errors import CheckpointError
+from ernie_quant.ggml import Value
 from ernie_quant.vocabulary import bpe, sentencepiece
 from ernie_quant.vocabulary._files import BACKEND, FILES, PIECES, SETTINGS, Files
 from ernie_quant.vocabulary._special import added_tokens, special_ids, without_id
 from ernie_quant.vocabulary._table import MAX_ROWS, Loaded, Token, complete
 from ernie_quant.vocabulary._template import chat_template
 
-__all__ = ["FILES", "Value", "Vocabulary", "read", "type_of"]
+__all__ = ["FILES", "MODEL", "NO_VOCABULARY", "Vocabulary", "read"]
 
-Value = str | bool | int | tuple[str, ...] | tuple[float, ...] | tuple[int, ...]
-
-
-def type_of(value: Value) -> tuple[str, ...]:
-    """As what GGUF stores a value: `("u32",)`, or `("array", "f32")`; an empty tuple is one of texts."""
-    if isinstance(value, tuple):
-        first = value[0] if value else ""
-        return ("array", "string" if isinstance(first, str) else "f32" if isinstance(first, float) else "i32")
-    return ("bool" if isinstance(value, bool) else "u32" if isinstance(value, int) else "string",)
+MODEL, NO_VOCABULARY = "tokenizer.ggml.model", "no_vocab"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Keys and values in the order in which they are written, and notes for a report. `type_of` knows the types.
+    """Keys and values in the order in which they are written, and notes for a report.
 
-    Beside them llama.cpp needs `ARCHITECTURE.vocab_size`, the rows, where `tokenizer.ggml.model` is `no_vocab`.
+    Beside them llama.cpp needs `ARCHITECTURE.vocab_size`, the rows, where `MODEL` is `NO_VOCABULARY`.
     """
 
     keys: Mapping[str, Value]
@@ -55,7 +48,7 @@ def read(folder: Path, rows: int, config: Mapping[str, Any], *, links: bool = Fa
     if files.has(BACKEND):
         return _vocabulary(files, rows, config, bpe.load(files, rows))
     note = f"no tokenizer ({PIECES}, {BACKEND}): llama.cpp loads the file, but takes and gives ids, not texts"
-    return Vocabulary({"tokenizer.ggml.model": "no_vocab"}, (note,))
+    return Vocabulary({MODEL: NO_VOCABULARY}, (note,))
 
 
 def _vocabulary(files: Files, rows: int, config: Mapping[str, Any], loaded: Loaded) -> Vocabulary:
@@ -63,7 +56,7 @@ def _vocabulary(files: Files, rows: int, config: Mapping[str, Any], loaded: Load
     template, of_template = chat_template(files)
     ids, of_ids = special_ids(files, config, tokens, template)
     notes = (*loaded.notes, *of_table, *without_id(files, tokens), *of_ids, *of_template, *_about_spaces(files, loaded))
-    keys: dict[str, Value] = {"tokenizer.ggml.model": loaded.model, "tokenizer.ggml.pre": loaded.pre}
+    keys: dict[str, Value] = {MODEL: loaded.model, "tokenizer.ggml.pre": loaded.pre}
     keys |= _arrays(tokens, loaded)
     keys |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
     # llama.cpp takes true for both where a file says nothing

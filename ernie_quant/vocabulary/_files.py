@@ -10,7 +10,6 @@ from typing import Any
 from ernie_quant.errors import CheckpointError
 from ernie_quant.jsonio import read_object
 from ernie_quant.paths import inside
-from ernie_quant.sources.pointers import is_pointer, words
 
 PIECES, BACKEND = "tokenizer.model", "tokenizer.json"
 SETTINGS, ADDED, SPECIAL = "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
@@ -56,8 +55,6 @@ class Files:
         return self.table(SETTINGS)
 
     def _found(self, name: str) -> Path:
-        if is_pointer(self.folder / name):
-            raise CheckpointError(words([name]))
         return inside(self.folder, name, "the tokenizer", links=self.links)
 
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ernie_quant.vocabulary import Value, type_of
+from ernie_quant.ggml import Value
+from ernie_quant.writers.gguf import lay_out
+from helpers.llama_cpp import Llama
 
 AUTO = Path(__file__).parents[2] / "calibration/auto"
-KINDS = {"i32": 5, "u32": 4, "f32": 6, "bool": 7, "string": 8, "array": 9}  # of GGUF
 ARCHITECTURE = "llama"
 # what llama.cpp asks before it looks at the tokenizer
-SIZES = {
+SIZES: dict[str, Value] = {
     "general.architecture": ARCHITECTURE,
     f"{ARCHITECTURE}.context_length": 64,
     f"{ARCHITECTURE}.embedding_length": 32,
     f"{ARCHITECTURE}.block_count": 1,
     f"{ARCHITECTURE}.feed_forward_length": 32,
     f"{ARCHITECTURE}.attention.head_count": 1,
-    f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon": struct.pack("<If", KINDS["f32"], 1e-5),
+    f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon": 1e-5,
 }
 MARKERS = ("<|begin_of_sentence|>", "<|end_of_sentence|>")
 DIGITS = tuple("0123456789")  # each a piece of its own, as in ERNIE's
@@ -59,30 +60,35 @@ def sentencepiece_model(folder: Path, texts: list[str], size: int = 2000, **opti
     return folder / "tokenizer.model"
 
 
-def gguf(path: Path, keys: Mapping[str, Value | bytes]) -> Path:
-    """A file without tensors; a value of bytes is one as it is stored, with its type before it."""
-    table = SIZES | dict(keys)
-    head = b"GGUF" + struct.pack("<IQQ", 3, 0, len(table))
-    path.write_bytes(head + b"".join(_text(key) + _value(value) for key, value in table.items()))
+def gguf(path: Path, keys: Mapping[str, Value]) -> Path:
+    """A file without tensors."""
+    path.write_bytes(lay_out({}, SIZES | dict(keys)).head)
     return path
 
 
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
+class Reader(Llama):
+    """llama.cpp with the vocabulary of a file alone."""
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, vocab_only=True)
+        self.size: int = self.lib.llama_vocab_n_tokens(self.vocab)
 
-def _value(value: Value | bytes) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    kind, *of = type_of(value)
-    values = value if isinstance(value, tuple) else (value,)
-    head = struct.pack("<IIQ", KINDS[kind], KINDS[of[0]], len(values)) if of else struct.pack("<I", KINDS[kind])
-    return head + b"".join(_scalar(of[0] if of else kind, one) for one in values)
+    def template(self) -> str | None:
+        """The chat template."""
+        self.lib.llama_model_chat_template.restype = ctypes.c_char_p
+        self.lib.llama_model_chat_template.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        found = self.lib.llama_model_chat_template(self.model, None)
+        return found.decode() if found is not None else None
 
+    def ends(self) -> list[int]:
+        """Every token at which it stops."""
+        self.lib.llama_vocab_is_eog.restype = ctypes.c_bool
+        self.lib.llama_vocab_is_eog.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+        return [token for token in range(self.size) if self.lib.llama_vocab_is_eog(self.vocab, token)]
 
-def _scalar(kind: str, value: Any) -> bytes:
-    return _text(value) if kind == "string" else struct.pack({"i32": "<i", "u32": "<I", "f32": "<f", "bool": "<?"}[kind], value)
+    def text(self, tokens: Iterable[int]) -> str:
+        """What tokens stand for."""
+        return b"".join(map(self.piece, tokens)).decode()
 
 
 def write(folder: Path, **files: Any) -> Path:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.llama_cpp import Llama, needs_llama_cpp
+from helpers.llama_cpp import needs_llama_cpp
 from helpers.paths import ROOT
-from helpers.vocabularies import AUTO, SMALL, gguf, lines
+from helpers.vocabularies import AUTO, SMALL, Reader, gguf, lines
 from helpers.words import byte_tokenizer
 
 from ernie_quant.errors import CheckpointError
@@ -59,8 +59,8 @@ def _whole(way: dict[str, Any]) -> dict[str, Any]:
     return way | {"trim_offsets": True} if way["type"] == "ByteLevel" else way
 
 
-def differing(llama: Llama, judge: Any, texts: list[str]) -> int:
-    return sum(llama.tokenize(text, special=True) != judge.encode(text, add_special_tokens=False).ids for text in texts)
+def differing(llama: Reader, judge: Any, texts: list[str]) -> int:
+    return sum(llama.tokens(text, special=True) != judge.encode(text, add_special_tokens=False).ids for text in texts)
 
 
 @needs_llama_cpp
@@ -73,10 +73,10 @@ def test_llama_cpp_finds_the_tokens_of_tokenizers(way: str, texts: list[str], tm
     assert found.keys[f"{KEY}model"] == "gpt2"
     assert found.keys[f"{KEY}pre"] == way
     assert found.notes == ()
-    with Llama(gguf(tmp_path / "a.gguf", found.keys), vocab_only=True) as llama:
+    with Reader(gguf(tmp_path / "a.gguf", found.keys)) as llama:
         assert differing(llama, judge, every) == 0
-        assert [llama.detokenize(llama.tokenize(text)) for text in texts[:50]] == texts[:50]
-    with Llama(gguf(tmp_path / "b.gguf", {**found.keys, f"{KEY}pre": "default"}), vocab_only=True) as llama:
+        assert [llama.text(llama.tokens(text)) for text in texts[:50]] == texts[:50]
+    with Reader(gguf(tmp_path / "b.gguf", {**found.keys, f"{KEY}pre": "default"})) as llama:
         assert differing(llama, judge, every) > 100
 
 
@@ -99,7 +99,7 @@ def test_the_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     judge = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     texts = lines(*(path.stem for path in AUTO.glob("*.jsonl") if "dialogue" not in path.stem))
     assert len(texts) > 3000
-    with Llama(gguf(tmp_path / "a.gguf", found.keys), vocab_only=True) as llama:
+    with Reader(gguf(tmp_path / "a.gguf", found.keys)) as llama:
         assert differing(llama, judge, texts + ODD) == 0
 
 
@@ -107,8 +107,8 @@ def test_the_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bytes_without_merges(tmp_path: Path) -> None:
     """However words are cut; as the tokenizer of other tests is."""
     found = read(byte_tokenizer(tmp_path / "bytes"), 256, {"eos_token_id": 255})
-    with Llama(gguf(tmp_path / "a.gguf", found.keys), vocab_only=True) as llama:
-        assert llama.tokenize("ab 谢\n") == list("ab 谢\n".encode())
+    with Reader(gguf(tmp_path / "a.gguf", found.keys)) as llama:
+        assert llama.tokens("ab 谢\n") == list("ab 谢\n".encode())
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------

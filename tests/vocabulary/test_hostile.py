@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.llama_cpp import Llama, needs_llama_cpp
-from helpers.vocabularies import SMALL, gguf
+from helpers.llama_cpp import needs_llama_cpp
+from helpers.vocabularies import SMALL, Reader, gguf
 
 from ernie_quant.errors import CheckpointError
 from ernie_quant.vocabulary import Vocabulary, read
@@ -93,8 +93,8 @@ def test_what_is_read_of_a_broken_one_loads(another: Any, tmp_path: Path) -> Non
         at = draw.randrange(len(whole))
         (folder / "tokenizer.model").write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
         if found := attempt(folder, ROWS):
-            with Llama(gguf(tmp_path / "a.gguf", found.keys), vocab_only=True) as llama:
-                assert llama.n_vocab == ROWS
+            with Reader(gguf(tmp_path / "a.gguf", found.keys)) as llama:
+                assert llama.size == ROWS
             loaded += 1
     assert 10 < loaded < 60
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.llama_cpp import Llama, needs_llama_cpp
-from helpers.vocabularies import MARKERS, gguf, sentencepiece_model
+from helpers.llama_cpp import needs_llama_cpp
+from helpers.vocabularies import MARKERS, Reader, gguf, sentencepiece_model
 
 from ernie_quant.errors import CheckpointError
-from ernie_quant.vocabulary import Value, read, sentencepiece
+from ernie_quant.ggml import Value
+from ernie_quant.vocabulary import read, sentencepiece
 from ernie_quant.vocabulary._table import NORMAL, USER_DEFINED, Token
 
 ROWS = 2100
@@ -28,8 +29,8 @@ def processor(folder: Path) -> Any:
 
 def differing(path: Path, keys: dict[str, Value], judge: Any, texts: list[str]) -> int:
     """In how many texts llama.cpp finds other tokens."""
-    with Llama(gguf(path, keys), vocab_only=True) as llama:
-        return sum(llama.tokenize(text) != judge.encode(text) for text in texts)
+    with Reader(gguf(path, keys)) as llama:
+        return sum(llama.tokens(text) != judge.encode(text) for text in texts)
 
 
 # --- by hand -----------------------------------------------------------------------------------------------------------
@@ -119,16 +120,16 @@ def test_llama_cpp_finds_sentencepieces_tokens(ernie: Path, texts: list[str], tm
     assert isinstance(kinds, tuple)
     plain = keys | {f"{KEY}token_type": tuple(NORMAL if kind == USER_DEFINED else int(kind) for kind in kinds)}
     assert differing(tmp_path / "c.gguf", plain, judge, every) > 300
-    with Llama(gguf(tmp_path / "d.gguf", plain), vocab_only=True) as llama:
-        assert len(llama.tokenize(MARKERS[0])) > 1  # it falls to pieces
+    with Reader(gguf(tmp_path / "d.gguf", plain)) as llama:
+        assert len(llama.tokens(MARKERS[0])) > 1  # it falls to pieces
 
 
 @needs_llama_cpp
 def test_tokens_become_text_again(ernie: Path, texts: list[str], tmp_path: Path) -> None:
-    with Llama(gguf(tmp_path / "a.gguf", read(ernie, ROWS, {}).keys), vocab_only=True) as llama:
-        assert llama.n_vocab == ROWS
+    with Reader(gguf(tmp_path / "a.gguf", read(ernie, ROWS, {}).keys)) as llama:
+        assert llama.size == ROWS
         for text in [*texts[::20], CONVERSATION]:
-            assert llama.detokenize(llama.tokenize(text)) == text
+            assert llama.text(llama.tokens(text)) == text
 
 
 @needs_llama_cpp
