@@ -1,5 +1,6 @@
 # Needs Python 3.11 or newer and make. Everything is installed in .venv; nothing else is touched.
 #   make demo    build a small real model, quantize it to 4 bits, verify it, let it speak
+#   make demo-gguf    the same for llama.cpp, from the Paddle layout; ends with llama.cpp's own words
 #   make test    lint and tests        make lint    lint alone        make test-slow    what takes minutes
 #   make test WORKERS=4    on more processors
 #   make faults  every way to break a run, at length
@@ -19,7 +20,9 @@ BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-vllm lint faults clean
+GGUF_DEMO = demo/gguf/smol-Q4_K_M.gguf
+
+.PHONY: demo demo-gguf test test-slow test-vllm lint faults clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -46,6 +49,18 @@ demo: $(VENV)/.demo
 	$(BIN)/ernie-quant wint4 demo/smol-bf16 demo/smol-wint4 --experts-only --group-size 64
 	$(BIN)/ernie-quant verify demo/smol-wint4 --against demo/smol-bf16 --full
 	$(BIN)/python benchmarks/generate.py demo/smol-wint4 "The capital of France is"
+
+$(VENV)/.demo-gguf: pyproject.toml | $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --editable '.[llama-cpp]'
+	@touch $@
+
+demo-gguf: $(VENV)/.demo $(VENV)/.demo-gguf
+	rm -rf demo
+	$(BIN)/python benchmarks/smol_ernie.py demo/smol-pt --experts 4 --moe-inter 256 --pad-hidden 768
+	$(BIN)/ernie-quant convert demo/smol-pt demo/smol-Paddle --to paddle
+	$(BIN)/ernie-quant gguf demo/smol-Paddle demo/gguf --type Q4_K_M --keep-unfit
+	$(BIN)/ernie-quant verify demo/gguf --against demo/smol-Paddle --full
+	$(BIN)/python benchmarks/llama_cpp.py $(GGUF_DEMO) "The capital of France is"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

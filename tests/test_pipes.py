@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ernie_quant.cli.main import COMMANDS, main
 from helpers.disk import no_waiting
 from helpers.hub import LoopbackHub
 from helpers.models import GOLDEN, copy, write
@@ -19,7 +20,6 @@ from helpers.synthetic import wide, write_model
 from helpers.words import byte_tokenizer
 
 from ernie_quant.check.verify import verify
-from ernie_quant.cli.main import COMMANDS, main
 from ernie_quant.plan.built_in import fastdeploy_container
 
 RULES = '[[rule]]\nrole = "experts"\ncodec = "rtn"\ngroup_size = 64\n'

@@ -24,8 +24,10 @@ from ernie_quant.weights.layouts import LAYOUTS
 from ernie_quant.weights.plain import resolve
 
 GIB = 1 << 30
+MOST_GPUS = 16
 GPUS = (("80GiB", 80 * GIB), ("141GiB", 141 * GIB))  # memory that people have
 REPLICATED = (NORM, ROUTER)  # every rank has them whole
+GGUF = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
 KV_BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
 
 
@@ -40,6 +42,7 @@ class Format:
     multiple: int = 1
     text_only: bool = False
     needs_experts: bool = False
+    by_layers: bool = False  # GPUs get layers, not shares of each
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def formats(wint4_layers: int) -> list[Format]:
             f"wint2 from layer {wint4_layers}", "FastDeploy", container("wint2", wint4_layers), fastdeploy, text_only=True,
             needs_experts=True,
         ),
+        *(Format(f"GGUF {t}", "llama.cpp", built_in.make("gguf", type=t).recipe, "llama_cpp", by_layers=True) for t in GGUF),
     ]  # fmt: skip
 
 
@@ -127,8 +131,12 @@ def estimate(
     for form in forms:
         target = runtimes.find(form.runtime)
         # what does not fit is counted as kept
-        chosen = choose(joined[form.runtime], replace(form.recipe, keep_unfit=True), target).chosen
+        rules = replace(form.recipe, keep_unfit=True).for_model(table.map)
+        chosen = choose(joined[form.runtime], rules, target).chosen
         linears = [li for li in linears_of(chosen, target) if li.role != MTP]
+        if form.by_layers:
+            rows.append(by_layers(form.name, form.runtimes, Held.of(chosen), model, limits))
+            continue
         sizes = _sharing.tp_sizes(target, linears, model.dims, model.heads)
         sizes = tuple(tp for tp in sizes if all(_whole_blocks(li, form.multiple * tp) for li in linears))
         rows.append(capacity(form.name, form.runtimes, Held.of(chosen), sizes, model, limits))
@@ -166,6 +174,19 @@ def capacity(name: str, programs: str, held: Held, tp_sizes: Sequence[int], mode
             count = min(limits.max_num_seqs, int((limits.usable - per_gpu) // sequence))
             return Capacity(name, programs, total, tuple(tp_sizes), tp, int(per_gpu), int(kv * kv_heads), count)
     return Capacity(name, programs, total, tuple(tp_sizes), 0, 0, int(kv * kv_heads), 0)
+
+
+def by_layers(name: str, programs: str, held: Held, model: Model, limits: Limits) -> Capacity:
+    """One row of a program whose GPUs have whole layers, each with its KV cache."""
+    total, layers = int(held.shared + held.replicated), model.layers
+    kv = int(KV_BYTES[limits.kv_dtype] * 2 * layers * model.dims["KV"])  # per token
+    for count in range(1, min(MOST_GPUS, layers) + 1):
+        part = -(-layers // count) / layers
+        sequence = kv * part * limits.max_model_len
+        if total * part + sequence <= limits.usable:
+            sequences = min(limits.max_num_seqs, int((limits.usable - total * part) // sequence))
+            return Capacity(name, programs, total, (), count, int(total * part), kv, sequences)
+    return Capacity(name, programs, total, (), 0, 0, kv, 0)
 
 
 def gpus_needed(chosen: Sequence[Choice], tp_sizes: Sequence[int], model: Model) -> dict[str, int]:

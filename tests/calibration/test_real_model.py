@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.models import invoke
-from helpers.paths import ROOT
-
 from ernie_quant.calibration.evaluate import evaluate, pair
 from ernie_quant.calibration.windows import FOLDER
+from helpers.models import invoke
+from helpers.paths import ROOT
 
 pytestmark = [
     pytest.mark.slow,
