@@ -50,15 +50,15 @@ to_layout = click.option("--to", "layout", type=click.Choice(["paddle", "pt"]), 
 
 
 class RuntimeName(click.ParamType):
-    """One of the runtimes that a built-in recipe is for; they are looked up when somebody asks."""
+    """One of the runtimes that `known` gives; they are looked up when somebody asks."""
 
     name = "runtime"
 
-    def __init__(self, recipe: str) -> None:
-        self.recipe = recipe
+    def __init__(self, known: Callable[[], tuple[str, ...]]) -> None:
+        self.known = known
 
     def _choice(self) -> click.Choice[str]:
-        return click.Choice(built_in.known_runtimes(self.recipe))
+        return click.Choice(self.known())
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The name itself."""
@@ -71,10 +71,17 @@ class RuntimeName(click.ParamType):
 
 def runtime(recipe: str) -> Callable[[F], F]:
     """`--runtime`, one of those that a built-in recipe is for."""
+    return _runtime(lambda: built_in.known_runtimes(recipe), built_in.KINDS[recipe].default_runtime)
+
+
+def _runtime(known: Callable[[], tuple[str, ...]], usual: str) -> Callable[[F], F]:
     return click.option(
-        "--runtime", type=RuntimeName(recipe), default=built_in.KINDS[recipe].default_runtime, show_default=True,
+        "--runtime", type=RuntimeName(known), default=usual, show_default=True,
         help="Program that shall load the result; the files of vllm load in transformers too.",
     )  # fmt: skip
+
+
+runtime_of_rules = _runtime(built_in.runtimes_of_rules, built_in.VLLM)
 
 
 def settings(recipe: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -84,8 +91,14 @@ def settings(recipe: str, options: dict[str, Any]) -> dict[str, Any]:
     return {key: int(value) if isinstance(value, str) and value.isdigit() else value for key, value in taken.items()}
 
 
-def write_options(command: F) -> F:
-    """Options of every command that writes a folder."""
+def write_options(command: F, shard_size: str | None = "5GB") -> F:
+    """Options of every command that writes a folder; without a `shard_size` there is one file unless somebody asks."""
+    size = click.option("--max-shard-size", type=Size(), default=shard_size, show_default=True, help="Largest output file.")
+    if shard_size is None:
+        size = click.option(
+            "--max-shard-size", type=Size(), default=built_in.ONE_FILE,
+            help="Split into files of at most this size, which Ollama does not pull from hubs.  [default: one file]",
+        )  # fmt: skip
     for option in reversed(
         [
             click.option("--dry-run", is_flag=True, help="Show what would happen to each group of tensors; write nothing."),
@@ -93,7 +106,7 @@ def write_options(command: F) -> F:
             click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: one per processor, at most 8]"),
             click.option("--disk-budget", type=Size(), help="SRC on a hub: bytes of it on disk at once.  [default: the least]"),
             click.option("--no-space-check", is_flag=True, help="Begin though the disk reports too little free space."),
-            click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
+            size,
             click.option("--copy", multiple=True, metavar="PATTERN",
                          help="Carry other files of SRC along too: 'figures/*', '*.pdf'."),
             click.option("--copy-code", is_flag=True, help="Carry Python files of the source along; they are never run."),
@@ -102,6 +115,11 @@ def write_options(command: F) -> F:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def single_file_options(command: F) -> F:
+    """`write_options` of a command whose result is one file unless somebody asks for more."""
+    return write_options(command, None)
 
 
 def run_options(command: F) -> F:

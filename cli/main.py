@@ -15,7 +15,7 @@ from ernie_quant.disk import FULL
 from ernie_quant.errors import ErnieQuantError, RetryError
 
 COMMANDS = (
-    "inspect", "plan", "convert", "wint4", "wint8", "fp8", "wint2", "quantize", "dequantize", "reshard", "verify", "eval",
+    "inspect", "plan", "convert", "gguf", "wint4", "wint8", "fp8", "wint2", "quantize", "dequantize", "reshard", "verify", "eval",
     "calibrate", "report", "publish", "nightly",
 )  # fmt: skip
 INTERRUPTED, TERMINATED = 130, 143

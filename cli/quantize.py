@@ -13,7 +13,7 @@ from ernie_quant.cli import _execute, _options
 @_options.source
 @_options.out
 @click.option("--recipe", "recipe_file", type=_options.FOLDER, required=True, help="TOML file of rules.")
-@_options.runtime("wint8")
+@_options.runtime_of_rules
 @_options.keep_unfit
 @_options.calibration
 @_options.run_options

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ernie_quant.dtypes import ITEMSIZE
+from ernie_quant.dtypes import BLOCKS, nbytes
 from ernie_quant.errors import CheckpointError, line_of
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype (safetensors' spelling, a key of `ITEMSIZE`) of a stored tensor."""
+    """Shape and dtype (a key of `dtypes.ITEMSIZE` or `dtypes.BLOCKS`) of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -29,7 +29,15 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.numel * ITEMSIZE[self.dtype]
+        return nbytes(self.dtype, self.numel)
+
+    @property
+    def held(self) -> TensorSpec:
+        """As it is held in memory: rows of blocks are rows of bytes."""
+        if self.dtype not in BLOCKS:
+            return self
+        *outer, width = self.shape
+        return TensorSpec((*outer, nbytes(self.dtype, width)), "U8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The stored dtypes in safetensors' spelling: their sizes, and their names in torch."""
+"""The stored dtypes in the spelling of safetensors and ggml: their sizes, and their names in torch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ TORCH_NAMES = {
 }  # fmt: skip
 STORED_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 FLOATS = ("BF16", "F16", "F32")  # of plain weights
+# ggml's types, whose elements lie in blocks along a row: elements and bytes of a block (ggml-org/llama.cpp, ggml-common.h)
+BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "IQ4_NL": (32, 18), "MXFP4": (32, 17), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144),
+    "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_XS": (256, 136),
+}  # fmt: skip
+
+
+def nbytes(dtype: str, numel: int) -> int:
+    """Bytes of so many elements; of blocks that are all full."""
+    if dtype in BLOCKS:
+        elements, size = BLOCKS[dtype]
+        return numel // elements * size
+    return numel * ITEMSIZE[dtype]
 
 
 def torch_dtype(name: str) -> torch.dtype:

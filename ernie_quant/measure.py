@@ -85,8 +85,7 @@ def compare(name: str, weight: torch.Tensor, decoded: torch.Tensor) -> Differenc
 
     from ernie_quant import kernels
 
-    if weight.dtype not in (torch.bfloat16, torch.float32):
-        weight = weight.float()
+    weight, decoded = (t if t.dtype in (torch.bfloat16, torch.float32) else t.float() for t in (weight, decoded))
     if weight.dim() != 2:  # a norm or a bias
         weight, decoded = weight.reshape(1, -1), decoded.reshape(1, -1)
     error, total, largest = kernels.of("difference", weight).squares(weight, decoded)

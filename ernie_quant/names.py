@@ -110,9 +110,13 @@ class Rule:
 QUANTIZABLE = frozenset({EXPERT, VISION_EXPERT, SHARED, MLP, ATTENTION, MTP})
 
 
-def is_layer(name: str, role: str, shape: tuple[int, ...]) -> bool:
-    """Is it a matrix that a runtime's configuration speaks of? All but embeddings, norms, head and second routers."""
-    return len(shape) == 2 and role not in (EMBED, NORM, HEAD) and name.endswith(".weight")
+VOCABULARY = (EMBED, HEAD)  # a row per token
+
+
+def is_layer(name: str, role: str, shape: tuple[int, ...], *, vocabulary: bool = False) -> bool:
+    """Is it a matrix that a runtime's configuration speaks of? All but norms, second routers, and embeddings and head
+    unless it can quantize the `vocabulary`."""
+    return len(shape) == 2 and role != NORM and (vocabulary or role not in VOCABULARY) and name.endswith(".weight")
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,11 @@ def natural(name: str) -> list[str | int]:
 def folded(name: str) -> str:
     """A name with its numbers replaced, to group the tensors of all layers."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def starred(name: str) -> str:
+    """The name of an expert's weight, for that of any expert."""
+    return re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", name)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ MTP_FOLDER = "mtp"
 RANK_FOLDER = re.compile(r"rank(\d+)")
 MANIFEST, SUMS = "ernie-quant.json", "SHA256SUMS"
 STATE = ".ernie-quant"
+FILE = "gguf_file"  # key of the config of a self-contained file: its name
 CONFIG, README, SOURCE_README = "config.json", "README.md", "README.source.md"
 
 

@@ -272,7 +272,7 @@ def test_what_lies_beside_the_weights_is_listed_and_other_weights_are_named(shar
     checkpoint = open_source(sharded)
     assert [p.name for p in checkpoint.extra_files] == sorted([*beside, *weights])
     assert checkpoint.extra_folders == ("onnx",)
-    others = "weights are read from model.safetensors.index.json; also there, and not read: pytorch_model.bin"
+    others = "weights are read from model.safetensors.index.json; also there, and not read: pytorch_model.bin, model.gguf"
     left = "model.gguf, optimizer.pt, pytorch_model.bin, scheduler.pdparams"
     assert checkpoint.notes == (others, f"not read and not carried along: {left}")
     assert list(checkpoint.refs) == ["a", "b"]

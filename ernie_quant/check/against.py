@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from ernie_quant.check import unreported
 from ernie_quant.check.compared import DECODED, FITTED, KEPT, MEASURED, REPORTED, ROUNDED, STORED, Outcome
 from ernie_quant.check.integrity import altered
-from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.codecs._rounded import DTYPE
+from ernie_quant.checkpoint import Checkpoint, TensorSpec
+from ernie_quant.codecs._rounded import rounded
 from ernie_quant.codecs.keep import Keep
+from ernie_quant.dtypes import TORCH_NAMES
 from ernie_quant.errors import ErnieQuantError, VerifyError
 from ernie_quant.measure import Difference, Values, compare, values_of
 from ernie_quant.names import Weight, natural
-from ernie_quant.plan.choose import oriented, to_round
+from ernie_quant.plan.choose import oriented
 from ernie_quant.report.rows import TensorReport
 from ernie_quant.runtimes import Runtime
 from ernie_quant.views import build
@@ -32,7 +33,7 @@ from ernie_quant.weights.stored import Stored, resolve_quantized
 if TYPE_CHECKING:
     import torch
 
-SHOULD_BE = {KEPT: "the source's bytes", ROUNDED: "the source's values in bfloat16", DECODED: "what the source decodes to"}
+SHOULD_BE = {KEPT: "the source's bytes", ROUNDED: "the source's values in {dtype}", DECODED: "what the source decodes to"}
 TOLERANCE = 1e-9  # of a relative error, which is computed by the same sums again
 
 
@@ -91,12 +92,17 @@ def kind_of(pair: Pair) -> str:
             return DECODED
         if pair.row is not None and pair.row.changed and pair.entry.rule.linear:
             return FITTED
-        entry = pair.entry
-        rounded = entry.spec.dtype == DTYPE and to_round(entry.rule.role, entry.codec, spec_of(pair.view), entry.target)
-        return ROUNDED if rounded else KEPT
+        return ROUNDED if _may_be_rounded(pair.entry, spec_of(pair.view)) else KEPT
     if pair.resharded:
         return STORED
     return MEASURED if pair.row is None else REPORTED
+
+
+def _may_be_rounded(entry: Stored, source: TensorSpec) -> bool:
+    """Has a kept weight another dtype than the source's, and would its runtime want that?"""
+    if entry.spec.dtype == source.dtype:
+        return False
+    return entry.target.CASTS or entry.spec.dtype == entry.target.kept_as(entry.rule.role, source, quantized=True)
 
 
 def _outcome(pair: Pair, files: Files, originals: Files) -> Outcome:
@@ -138,9 +144,10 @@ def _slabs(pair: Pair, files: Files, originals: Files) -> Iterator[tuple[torch.T
 def _kept(pair: Pair, kind: str, files: Files, originals: Files) -> Outcome:
     name, values, difference = pair.entry.name, Values(), Difference()
     for original, there in _slabs(pair, files, originals):
-        expected = original.to(there.dtype) if kind == ROUNDED else original
+        expected = rounded(original, there.dtype) if kind == ROUNDED else original
         if not same_bits(expected, there):
-            return Outcome(name, kind, f"{name}: should be {SHOULD_BE[kind]}, and is not")
+            should_be = SHOULD_BE[kind].format(dtype=TORCH_NAMES[pair.entry.spec.dtype])
+            return Outcome(name, kind, f"{name}: should be {should_be}, and is not")
         values += values_of(there)
         if kind == ROUNDED:
             difference += compare(name, original, there)

@@ -211,8 +211,8 @@ def _slab_values(entry: Stored, files: Files, rows: tuple[int, int]) -> Values:
     values = values_of(weight)
     if values.not_finite:
         raise _Problem(f"{entry.name}: rows {rows[0]} to {rows[1]} decode to NaN or infinity")
-    again = entry.codec.recode(weight, encoded)["codes"]
-    if not same_bits(again, encoded["codes"]):
+    again = entry.codec.recode(weight, encoded)
+    if not all(same_bits(again[field], encoded[field]) for field in encoded):
         raise _Problem(
             f"{entry.name}: rows {rows[0]} to {rows[1]} decode to weights whose codes are others; no codec wrote these"
         )

@@ -47,6 +47,11 @@ class Codec(Protocol):
         ...
 
     @property
+    def decodes_to(self) -> str:
+        """The dtype of decoded weights; a kept one has its own."""
+        ...
+
+    @property
     def form(self) -> str:
         """What a file shows of it: `int4, group 128`, whatever way a scale was chosen. Equal forms are stored alike."""
         ...
@@ -86,6 +91,8 @@ class Codec(Protocol):
 
 class DataFree:
     """Base of the codecs that look at the weight alone."""
+
+    decodes_to = "BF16"
 
     def prepare(self, spec: TensorSpec, statistics: Encoded) -> Encoder | None:
         """Nothing is."""

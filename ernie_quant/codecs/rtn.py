@@ -54,6 +54,7 @@ class RoundToNearest:
     damping: float = _feedback.DAMPING
     passes: int = _feedback.PASSES
     rows = 1
+    decodes_to = "BF16"
     version = 1
 
     def __post_init__(self) -> None:

@@ -166,7 +166,7 @@ def _recipe(table: Settings) -> tuple[Recipe, str]:
     """Recipe and runtime: a built-in name with its options, or rules."""
     rules = table.pop("rule")
     if rules is not None:
-        runtime, keep = _runtime(table, *built_in.known_runtimes("wint8")), table.take("keep_unfit", bool, False)
+        runtime, keep = _runtime(table, *built_in.runtimes_of_rules()), table.take("keep_unfit", bool, False)
         return table.attempt(lambda: recipe.of_rules("rules", rules, keep_unfit=keep), KEEP_ALL), runtime
     name = table.take("recipe", str)
     if name not in built_in.KINDS:

@@ -20,8 +20,15 @@ WINT4_LAYERS = 7  # experts of layers below this one are WINT4 in a 2-bit model,
 MOST_LAYERS = 1000
 GROUP_SIZE, SCALE, EFFORT = 128, "mse", 16
 
+GGUF_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q3_K_M", "Q2_K",
+)  # fmt: skip
+GGUF_TYPE = "Q4_K_M"
+ONE_FILE = 1 << 62  # bytes of a file that is never split
+
 WHICH: Mapping[str, Any] = {"experts_only": False, "mtp": False, "keep_unfit": False}
 INTEGERS: Mapping[str, Any] = {"group_size": GROUP_SIZE, "scale": SCALE, **WHICH}
+GGUF: Mapping[str, Any] = {"type": GGUF_TYPE, "pure": False, "experts_only": False, "keep_unfit": False}
 WINT2: Mapping[str, Any] = {"wint4_layers": WINT4_LAYERS, "scale": SCALE, "effort": EFFORT}
 
 
@@ -64,6 +71,14 @@ def known_runtimes(name: str) -> tuple[str, ...]:
 
     usual = KINDS[name].default_runtime
     return (usual, *(other for other in runtimes.storing(name) if other != usual))
+
+
+def runtimes_of_rules() -> tuple[str, ...]:
+    """The runtimes that rules of one's own are for, the usual one first: FastDeploy's container has rules of its own."""
+    from ernie_quant import runtimes
+
+    alike = known_runtimes("wint8")
+    return (*alike, *(name for name in runtimes.storing("gguf") if name not in alike))
 
 
 def make(name: str, runtime: str = "", **given: Any) -> BuiltIn:
@@ -159,12 +174,24 @@ def _wint2_container(name: str, *, wint4_layers: int, **options: Any) -> Recipe:
     return fastdeploy_container(name, wint4_layers, if_taken=none_left, **options)
 
 
-VLLM, FASTDEPLOY = "vllm", "fastdeploy"
+def _gguf(name: str, *, type: str, pure: bool, experts_only: bool, keep_unfit: bool) -> Recipe:
+    from functools import partial
+
+    from ernie_quant.plan import mix
+    from ernie_quant.plan.recipe import Recipe
+
+    if type not in GGUF_TYPES:
+        raise ValueError(f"type is {type!r}, not one of {', '.join(GGUF_TYPES)}")
+    return Recipe(type, (), keep_unfit, rules_of=partial(mix.rules, type, pure=pure, experts_only=experts_only))
+
+
+VLLM, FASTDEPLOY, LLAMA_CPP = "vllm", "fastdeploy", "llama_cpp"
 KINDS: Mapping[str, _Kind] = {
     "pt": _Kind(VLLM, {"": _Form({}, _kept)}),
     "paddle": _Kind(FASTDEPLOY, {"": _Form({}, _kept)}),
     "wint4": _Kind(VLLM, {"": _Form(INTEGERS, _integers), FASTDEPLOY: _Form({"scale": SCALE}, _wint4_container)}),
     "wint8": _Kind(VLLM, {"": _Form(INTEGERS, _integers)}),
     "fp8": _Kind(VLLM, {"": _Form(WHICH, _float8)}),
+    "gguf": _Kind(LLAMA_CPP, {"": _Form(GGUF, _gguf)}),
     "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2, _wint2_container)}),
 }

@@ -128,7 +128,7 @@ def estimate(
         target = runtimes.find(form.runtime)
         # what does not fit is counted as kept
         chosen = choose(joined[form.runtime], replace(form.recipe, keep_unfit=True), target).chosen
-        linears = [li for li in linears_of(chosen, LAYOUTS[target.LAYOUT]) if li.role != MTP]
+        linears = [li for li in linears_of(chosen, target) if li.role != MTP]
         sizes = _sharing.tp_sizes(target, linears, model.dims, model.heads)
         sizes = tuple(tp for tp in sizes if all(_whole_blocks(li, form.multiple * tp) for li in linears))
         rows.append(capacity(form.name, form.runtimes, Held.of(chosen), sizes, model, limits))

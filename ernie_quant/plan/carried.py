@@ -28,6 +28,7 @@ from ernie_quant.sources.beside import (
 )
 
 SHOWN = 50  # names in the note of what is left; a folder may hold a hundred thousand
+DOCUMENTS = ("*.md", "license*", "licence*", "notice*", "copying*")
 LARGE = 1_000_000  # bytes of a file that are worth saying
 
 
@@ -39,13 +40,22 @@ class Carried:
     notes: tuple[str, ...]
 
 
-def carried(source: Checkpoint, patterns: Sequence[str] = (), copy_code: bool = False) -> Carried:
-    """What a result of `source` takes from it. Raises PlanError for a pattern that takes nothing, or CheckpointError."""
+def carried(
+    source: Checkpoint, patterns: Sequence[str] = (), copy_code: bool = False, *, documents_only: bool = False
+) -> Carried:  # fmt: skip
+    """What a result of `source` takes from it; `documents_only`: unasked nothing that a program reads.
+
+    Raises PlanError for a pattern that takes nothing, or CheckpointError.
+    """
     looked_into = _folders_of(source, patterns)
     below = (path for name in looked_into for path in files_below(source.folder / name))
     files = {**source.extra_files, **sizes(source.folder, below)}
     named = {source.name_of(path): path for path in files}
     taken = [name for name, path in named.items() if _is_taken(source, name, path, files[path], patterns, copy_code)]
+    if documents_only:
+        needless = {name for name in taken if not _is_document(name) and not any(_matches(p, name) for p in patterns)}
+        taken = [name for name in taken if name not in needless]
+        named = {name: path for name, path in named.items() if name not in needless}
     if README in taken and SOURCE_README in taken:
         # the first is the card of another result of ours, the second that of its source
         taken.remove(README)
@@ -90,6 +100,11 @@ def _is_taken(source: Checkpoint, name: str, path: Path, nbytes: int, patterns: 
 def _may_be_asked_for(name: str) -> bool:
     """No weights, which a loader would take for the model's; nothing where ranks or the MTP block are written."""
     return not (is_weights(name) or name == ADAPTER or name.endswith(".py") or is_place(name.partition("/")[0]))
+
+
+def _is_document(name: str) -> bool:
+    """Licence, notice or text."""
+    return any(fnmatchcase(PurePosixPath(name).name.lower(), kind) for kind in DOCUMENTS) or name.startswith("LICENSES/")
 
 
 def _is_pattern(pattern: str) -> bool:

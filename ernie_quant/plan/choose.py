@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ernie_quant import names
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
-from ernie_quant.codecs._rounded import DTYPE, Rounded
+from ernie_quant.codecs._rounded import Rounded
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.names import Weight
@@ -37,20 +37,28 @@ class Choices:
     notes: tuple[str, ...]
 
 
-def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices:
-    """A codec for every weight of a result for `target`."""
+def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime, *, narrow: bool = False) -> Choices:
+    """A codec for every weight of a result for `target`; `narrow`: kept float32 becomes bfloat16, but for routers."""
     layout = LAYOUTS[target.LAYOUT]
     chosen: list[Choice] = []
     problems: list[str] = []
     unfit: list[str] = []
+    instead: list[str] = []
     unfit_layers: set[str] = set()  # layers in memory of which a part does not fit
     roles = {weight.role for weight in weights}
     for weight in weights:
         codec = target.suited(rules.codec_for(weight), roles)
         spec = spec_of(oriented(weight, codec, layout))
+        if codec == Rounded(spec.dtype):
+            codec = KEEP
         problem = codec.problem(spec)
         if spec.dtype not in FLOATS:
             problems.append(f"{weight.name}: is {spec.dtype}, not one of {', '.join(FLOATS)}")
+        elif weight.role in names.VOCABULARY and not (isinstance(codec, Keep) or target.QUANTIZES_VOCABULARY):
+            problems.append(f"{weight.name}: {codec.describe()} of the {weight.role} is for GGUF files; leave the rule out")
+        elif problem and rules.keep_unfit and (other := target.fallback(codec, spec)) is not None:
+            instead.append(f"{weight.name}: {problem}; stored as {other.describe()}")
+            codec = other
         elif problem and rules.keep_unfit:
             unfit.append(f"{weight.name}: {problem}")
             unfit_layers.add(target.layer_of(weight.name, weight.role))
@@ -60,25 +68,33 @@ def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime) -> Choices
     # a layer in memory has one form: with one of its tensors the others are kept
     fitting = [_kept(c) if target.layer_of(c.weight.name, c.weight.role) in unfit_layers else c for c in chosen]
     notes = [f"kept, because {line}" for line in folded_problems(unfit)]
+    notes += folded_problems(instead)
     if others := _quantized(chosen) - _quantized(fitting) - len(unfit):
         notes.append(f"{others} more tensors are kept, as parts of the same layers")
-    rounded = [replace(c, codec=Rounded()) if to_round(c.weight.role, c.codec, c.spec, target) else c for c in fitting]
-    if not _quantized(fitting):
-        rounded = fitting  # a plain result has the bytes of its source
+    quantized = _quantized(fitting) > 0
+    rounded = [_as_kept(c, target.kept_as(c.weight.role, c.spec, quantized=quantized)) for c in fitting]
+    if narrow:
+        rounded = [
+            _as_kept(c, "BF16" if c.weight.role != names.ROUTER and c.spec.dtype == "F32" else c.spec.dtype) for c in rounded
+        ]
     return Choices(tuple(rounded), tuple(problems), (*notes, *_rounding_notes(rounded)))
 
 
-def to_round(role: str, codec: Codec, spec: TensorSpec, target: Runtime) -> bool:
-    """Beside codes, does the runtime want this kept weight in bfloat16? Routers and their biases stay as they are."""
-    return target.ROUNDS_KEPT and isinstance(codec, Keep) and role != names.ROUTER and spec.dtype != DTYPE
+def _as_kept(choice: Choice, dtype: str) -> Choice:
+    """What no rule changes, in the dtype that the runtime wants."""
+    if choice.codec != KEEP or choice.spec.dtype == dtype:
+        return choice
+    return replace(choice, codec=Rounded(dtype))
 
 
 def _rounding_notes(chosen: Sequence[Choice]) -> list[str]:
-    rounded = [c for c in chosen if isinstance(c.codec, Rounded)]
-    if not rounded:
-        return []
-    were = " and ".join(sorted({TORCH_NAMES[c.spec.dtype] for c in rounded}))
-    return [f"{len(rounded)} tensors that are kept are {were}: rounded to bfloat16, the dtype of the scales beside them"]
+    notes = []
+    for dtype in ("BF16", "F16"):  # float32 holds all values
+        rounded = [c for c in chosen if c.codec == Rounded(dtype)]
+        were = " and ".join(sorted({TORCH_NAMES[c.spec.dtype] for c in rounded if c.spec.dtype != dtype}))
+        because = ", the dtype of the scales beside them" if dtype == "BF16" else ""
+        notes += [f"{len(rounded)} tensors that are kept are {were}: rounded to {TORCH_NAMES[dtype]}{because}"] if were else []
+    return notes
 
 
 def _kept(choice: Choice) -> Choice:
@@ -95,9 +111,10 @@ def oriented(weight: Weight, codec: Codec, layout: Layout) -> View:
     return build.transpose(weight.view) if turn else weight.view
 
 
-def linears_of(chosen: Sequence[Choice], layout: Layout) -> list[Linear]:
+def linears_of(chosen: Sequence[Choice], target: Runtime) -> list[Linear]:
     """The layers that a runtime's configuration speaks of."""
-    layers = [c for c in chosen if names.is_layer(c.weight.name, c.weight.role, c.spec.shape)]
+    layout, vocabulary = LAYOUTS[target.LAYOUT], target.QUANTIZES_VOCABULARY
+    layers = [c for c in chosen if names.is_layer(c.weight.name, c.weight.role, c.spec.shape, vocabulary=vocabulary)]
     return [layout.linear(c.weight.name, c.weight.row.rule, c.codec, c.spec) for c in layers]
 
 

@@ -11,17 +11,17 @@ from ernie_quant.plan.steps import Shard, Step, stacks_of
 from ernie_quant.runtimes import Runtime
 
 
-def into_files(steps: Sequence[Step], target: Runtime, shard_bytes: int) -> tuple[Shard, ...]:
+def into_files(steps: Sequence[Step], target: Runtime, shard_bytes: int, stem: str) -> tuple[Shard, ...]:
     """Steps in order, by folder, cut into files of at most `shard_bytes` (a larger tensor has a file of its own)."""
     prequantized = any(step.quantized for step in steps)  # a plain result is one folder, as the published ones are
     folders: dict[str, list[Step]] = {}
     for step in steps:
         folders.setdefault(target.folder(step.role) if prequantized else "", []).append(step)
-    return tuple(shard for folder, inside in folders.items() for shard in files(folder, inside, target, shard_bytes))
+    return tuple(shard for folder, inside in folders.items() for shard in files(folder, inside, target, shard_bytes, stem))
 
 
-def files(folder: str, steps: Sequence[Step], target: Runtime, shard_bytes: int) -> list[Shard]:
-    """The files of one folder."""
+def files(folder: str, steps: Sequence[Step], target: Runtime, shard_bytes: int, stem: str) -> list[Shard]:
+    """The files of one folder, whose names begin with `stem`."""
     file_format = writers.find(target.FORMAT)
     groups: list[list[Step]] = [[]]
     size = 0
@@ -39,7 +39,7 @@ def files(folder: str, steps: Sequence[Step], target: Runtime, shard_bytes: int)
     for number, inside in zip(numbers, groups, strict=True):
         stacks = stacks_of(inside)
         specs = {name: _stored(part.spec, stacks.get(name)) for step in inside for name, part in step.parts.items()}
-        name = f"{prefix}model{number}{file_format.EXTENSION}"
+        name = f"{prefix}{stem}{number}{file_format.EXTENSION}"
         shards.append(Shard(name, tuple(inside), file_format.order(specs)))
     return shards
 

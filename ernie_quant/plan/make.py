@@ -6,15 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ernie_quant import jsonio, runtimes
+from ernie_quant import jsonio, runtimes, writers
 from ernie_quant.archs import _rope
 from ernie_quant.archs._config import Facts
 from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.codecs._rounded import ROUNDED, Rounded
+from ernie_quant.codecs._rounded import Rounded
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.names import EMBED
+from ernie_quant.paths import FILE
 from ernie_quant.plan import fitting
 from ernie_quant.plan.calibration import Calibration
 from ernie_quant.plan.capacity import Model, gpus_needed
@@ -25,7 +26,8 @@ from ernie_quant.plan.files import into_files
 from ernie_quant.plan.identity import identity, of_statistics
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
 from ernie_quant.plan.steps import SHARD_BYTES, Plan, Step
-from ernie_quant.runtimes import Runtime, _sharing
+from ernie_quant.plan.taken import taken_over
+from ernie_quant.runtimes import About, Runtime, _sharing
 from ernie_quant.views.kinds import View
 from ernie_quant.weights.claims import notes_of, refuse_quantized
 from ernie_quant.weights.layouts import LAYOUTS, Layout
@@ -62,19 +64,24 @@ def make_plan(
     if table.problems:
         raise PlanError(f"{source.folder}: {len(table.problems)} problem(s) in the checkpoint", table.problems)
     layout = LAYOUTS[target.LAYOUT]
+    recipe = recipe.for_model(table.map)
     if problem := layout.problem(table.map.dims):
         raise PlanError(f"{source.folder}: {problem}", [])
     weights = layout.join(table.weights)
-    choices = choose(weights, recipe, target)
-    linears = linears_of(choices.chosen, layout)
+    choices = choose(weights, recipe, target, narrow=dequantize and table.layout.text_only and not layout.text_only)
+    linears = linears_of(choices.chosen, target)
+    numel = [(choice.codec, choice.spec.numel) for choice in choices.chosen]
+    about = About(source, table.config, table.map, recipe.name, numel)
     positions = _rope.notes(layout.name, table.config)
     refused = [*target.unsupported(linears), *(_unscaled(positions, choices) if not layout.out_first else [])]
-    problems = [*choices.problems, *recipe.unused(weights), *target.problems(linears), *([] if unsupported else refused)]
+    problems = [*choices.problems, *recipe.unused(weights), *target.problems(linears), *target.model_problems(about)]
+    problems += [] if unsupported else refused
     if problems:
         raise PlanError(f"{source.folder}: cannot be done as asked", folded_problems(problems))
     steps = [_step(choice, target, (statistics or {}).get(choice.weight.name, {})) for choice in choices.chosen]
-    along = carried(source, copy, copy_code)
+    along = carried(source, copy, copy_code, documents_only=writers.find(target.FORMAT).SELF_CONTAINED)
     config = _config(table, layout, vl_config, steps, modules_of(along.files))
+    metadata, said = target.metadata(about)
     if (entry := target.quantization_config(linears)) is not None:
         assert not (misread := target.misread(entry, linears)), misread[0]  # it is derived from what will be written
         config |= {**target.CONFIG, "quantization_config": entry}
@@ -85,15 +92,26 @@ def make_plan(
         "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
         **({"statistics": of_statistics(statistics)} if statistics else {}),
         **({"calibration": calibration.as_dict()} if calibration else {}),
-        **({"kept": ROUNDED} if any(isinstance(step.codec, Rounded) for step in steps) else {}),
+        **({"kept": rounded} if (rounded := _rounded(steps)) else {}),
     }  # fmt: skip
+    shards = into_files(steps, target, shard_bytes, target.stem(about))
+    if writers.find(target.FORMAT).SELF_CONTAINED:
+        config |= {FILE: shards[0].filename}
     plan = Plan(
-        source, runtime, layout, recipe, into_files(steps, target, shard_bytes), table.map.dims, config, along.files, tp_sizes,
-        (*notes_of(source), *table.notes, *positions, *along.notes, *choices.notes, *refused, *target.notes(linears)),
+        source, runtime, layout, recipe, shards, table.map.dims, config, along.files, tp_sizes,
+        (
+            *notes_of(source), *table.notes, *positions, *layout.left_out(table.weights), *along.notes, *choices.notes, *refused,
+            *target.notes(linears), *said,
+        ),
         identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, tp_sizes, model),
-        calibration=calibration,
+        calibration=calibration, metadata=metadata,
     )  # fmt: skip
     return fitting.judged(plan) if calibration else plan
+
+
+def _rounded(steps: Sequence[Step]) -> str:
+    """How kept weights are stored that have another dtype than the source's."""
+    return "; ".join(sorted({step.codec.describe() for step in steps if isinstance(step.codec, Rounded)}))
 
 
 def _unscaled(positions: Sequence[str], choices: Choices) -> list[str]:
@@ -105,8 +123,9 @@ def _unscaled(positions: Sequence[str], choices: Choices) -> list[str]:
 
 def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> Step:
     weight, codec, spec = choice.weight, choice.codec, choice.spec
-    multiple = math.lcm(codec.rows, 1 if isinstance(codec, Keep) else target.ROWS)
     view = oriented(weight, codec, LAYOUTS[target.LAYOUT])
+    source = taken_over(view, codec)
+    multiple = math.lcm(codec.rows, 1 if isinstance(codec, Keep) else target.ROWS, source[0].target.ROWS if source else 1)
     parts = target.parts(weight.name, codec, spec)
     stacked = any(part.index is not None for part in parts.values())
     group = target.layer_of(weight.name, weight.role) if stacked else ""
@@ -114,6 +133,8 @@ def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> St
 
 
 def _config(table: Resolved, layout: Layout, vl_config: str, steps: Sequence[Step], modules: set[str]) -> dict[str, Any]:
+    if layout.text_only:  # its files say it in their own words
+        return dict(jsonio.finite_only(table.config))
     dtype = next(s.codec.specs(s.spec)["weight"].dtype for s in steps if s.role == EMBED)  # never quantized
     if dtype not in FLOATS:
         raise ConfigError(f"the embeddings are {dtype}, not one of {', '.join(FLOATS)}")

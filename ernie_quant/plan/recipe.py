@@ -19,7 +19,7 @@ text = "auto"                                 # plan/calibration.py
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from ernie_quant import codecs
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import PlanError
-from ernie_quant.names import QUANTIZABLE, ROLES, Weight
+from ernie_quant.names import QUANTIZABLE, ROLES, VOCABULARY, NameMap, Weight
 from ernie_quant.plan import calibration
 from ernie_quant.plan.calibration import Asked
 from ernie_quant.settings import Settings, read_toml
@@ -59,8 +59,13 @@ class RecipeRule:
         return re.compile(self.match)
 
     def takes(self, weight: Weight) -> bool:
-        """Does the rule apply to this linear? (A fused one, in Paddle layout, where it applies to one of its PT names.)"""
+        """Does the rule apply to this linear? (A fused one, in Paddle layout, where it applies to one of its PT names.)
+
+        To embeddings and head a rule applies where it names their role.
+        """
         if self.roles and weight.role not in self.roles:
+            return False
+        if not (weight.row.rule.linear or (weight.role in VOCABULARY and self.roles and weight.name.endswith(".weight"))):
             return False
         pt = (weight.name,) if weight.name in weight.row.pt else weight.row.pt
         if self.names:
@@ -83,18 +88,23 @@ class Recipe:
     rules: tuple[RecipeRule, ...] = ()
     keep_unfit: bool = False
     calibration: Asked | None = None  # what a file of rules says of it
+    rules_of: Callable[[NameMap], Sequence[RecipeRule]] | None = None  # of a model, instead of `rules`
 
     def codec_for(self, weight: Weight) -> Codec:
-        """The codec for a tensor; only linears of quantizable roles are ever changed."""
+        """The codec for a tensor; only linears of quantizable roles, embeddings and head are ever changed."""
         rule = self._rule_for(weight)
         return rule.codec if rule else KEEP
 
     def _rule_for(self, weight: Weight) -> RecipeRule | None:
-        return next((rule for rule in self.rules if rule.takes(weight)), None) if weight.row.rule.linear else None
+        return next((rule for rule in self.rules if rule.takes(weight)), None)
+
+    def for_model(self, model: NameMap) -> Recipe:
+        """With the rules that depend on the model."""
+        return self if self.rules_of is None else replace(self, rules=tuple(self.rules_of(model)), rules_of=None)
 
     def unused(self, weights: Sequence[Weight]) -> list[str]:
         """Rules that apply to nothing in this checkpoint."""
-        linears = [w for w in weights if w.row.rule.linear]
+        linears = [w for w in weights if w.row.rule.linear or w.role in VOCABULARY]
         unused = [r for r in self.rules if not r.optional and not any(r.takes(w) for w in linears)]
         problems = [r.if_unused or f"recipe {self.name}: no linear of this model fits {r.describe()}" for r in unused]
         for rule in (r for r in self.rules if r.if_taken and r not in unused):
@@ -163,8 +173,9 @@ def _rule(entry: dict[str, Any]) -> RecipeRule:
     role, match, names, codec = (entry.pop(key, "") for key in ("role", "match", "names", "codec"))
     if sum(map(bool, (role, match, names))) != 1:
         raise ValueError("needs one of role, match and names")
-    if role and role not in QUANTIZABLE:
-        raise ValueError(f"role {role!r} is not one that can be quantized ({', '.join(r for r in ROLES if r in QUANTIZABLE)})")
+    can_be = [r for r in ROLES if r in QUANTIZABLE or r in VOCABULARY]
+    if role and role not in can_be:
+        raise ValueError(f"role {role!r} is not one that can be quantized ({', '.join(can_be)})")
     if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError("names is not a list of PT names")
     if match:

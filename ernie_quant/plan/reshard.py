@@ -23,12 +23,12 @@ from ernie_quant.plan.identity import Identity, identity
 from ernie_quant.plan.recipe import KEEP_ALL
 from ernie_quant.plan.steps import SHARD_BYTES, Plan, Shard, Step
 from ernie_quant.report.rows import FILENAME, TensorReport
-from ernie_quant.runtimes import _sharing, kept
+from ernie_quant.runtimes import About, Runtime, _sharing, kept
 from ernie_quant.views import build
 from ernie_quant.views.kinds import spec_of
 from ernie_quant.weights import ranks
 from ernie_quant.weights.layouts import LAYOUTS
-from ernie_quant.weights.stored import Stored, linears_of, open_stored, runtime_of, share_problems, table_of
+from ernie_quant.weights.stored import Stored, linears_of, open_stored, runtime_of, table_of
 
 TP_KEY = "tensor_parallel_size"
 
@@ -42,17 +42,19 @@ def make_reshard_plan(
     if not target.PER_RANK:
         raise PlanError(f"{source.folder}: is not FastDeploy's; only its checkpoints are stored per rank", [])
     entries, problems = open_stored(source, target)
-    dims, heads = table_of(source, target).dims, whole(source.config, "num_attention_heads")
-    if problems := [*source.anomalies, *problems] or share_problems(entries, target, tp, dims, heads):
+    table, heads = table_of(source, target), whole(source.config, "num_attention_heads")
+    dims = table.dims
+    if problems := [*source.anomalies, *problems] or _share_problems(entries, target, tp, dims, heads):
         raise PlanError(f"{source.folder}: cannot be resharded to {tp} rank(s)", problems)
     entries = sorted(entries, key=lambda e: names.natural(e.name))
+    about = About(source, source.config, table, "", [(entry.codec, entry.spec.numel) for entry in entries])
     shards: list[Shard] = []
     for folder in dict.fromkeys(target.folder(e.rule.role) for e in entries):
         inside = [e for e in entries if target.folder(e.rule.role) == folder]
         for rank in range(tp):
             place = "/".join(filter(None, [folder, f"rank{rank}" if tp > 1 else ""]))
             steps = [step for entry in inside for step in _steps(entry, rank, tp, dims)]
-            shards += files(place, steps, target, shard_bytes)
+            shards += files(place, steps, target, shard_bytes, target.stem(about))
     config = {key: value for key, value in finite_only(source.config).items() if key != TP_KEY} | ({TP_KEY: tp} if tp > 1 else {})
     along = carried(source, copy, copy_code)
     copies = tuple(path for path in along.files if source.name_of(path) != README)
@@ -70,8 +72,18 @@ def make_reshard_plan(
         source, runtime, LAYOUTS[target.LAYOUT], rules, tuple(shards), dims, config, copies, fits,
         (*today, *(note for note in notes if note not in today)),
         known, shard_bytes, weights=sum(e.spec.numel for e in entries), reports=reports,
-        calibrated=calibrated if isinstance(calibrated, dict) else None,
+        calibrated=calibrated if isinstance(calibrated, dict) else None, metadata=target.metadata(about)[0],
     )  # fmt: skip
+
+
+def _share_problems(entries: Sequence[Stored], target: Runtime, of: int, dims: ranks.Dims, heads: int) -> list[str]:
+    """Why weights cannot be shared by `of` ranks."""
+    if refused := list(_sharing.problems(target, linears_of(entries), dims, heads, of)):
+        return refused
+    for entry in entries:
+        for part, view in entry.parts.items():
+            assert ranks.divides(view, entry.shares(part), of, dims), f"{part} cannot be cut for {of} ranks"
+    return []
 
 
 def check_size(plan: Plan, tp: int) -> None:

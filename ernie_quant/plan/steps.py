@@ -170,6 +170,7 @@ class Plan:
     reports: tuple[TensorReport, ...] | None = None  # of an earlier run whose weights are only moved here
     calibration: Calibration | None = None  # what text quantized weights are fitted to
     calibrated: Mapping[str, Any] | None = None  # what came of that: as it stands in report.json
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # what the files say of themselves
     quantized_by: Plan | None = None  # the plan whose result, which is not kept, this one shares among ranks
 
     @property
@@ -187,10 +188,10 @@ class Plan:
         """The file format of the result."""
         return writers.find(runtimes.find(self.runtime).FORMAT)
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What every file says of itself."""
-        return runtimes.find(self.runtime).metadata(self.config)
+    def metadata_of(self, shard: Shard) -> Mapping[str, Any]:
+        """What one file says of itself."""
+        inside = self.folders[shard.filename.rpartition("/")[0]]
+        return self.format.metadata_of(self.metadata, [other.specs for other in inside], inside.index(shard))
 
     @property
     def steps(self) -> list[Step]:
@@ -210,7 +211,7 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Bytes of the result's weight files and of what is carried along, as large as it is now."""
-        weights = sum(self.format.lay_out(shard.specs, self.metadata).nbytes for shard in self.shards)
+        weights = sum(self.format.lay_out(shard.specs, self.metadata_of(shard)).nbytes for shard in self.shards)
         return weights + sum(self.origin.extra_files.get(path, 0) for path in self.copies)
 
     @property

@@ -36,3 +36,13 @@ def read_header(path: Path) -> list[TensorRef]:
     if long := next((ref for ref in refs if len(ref.name) > MAX_NAME), None):
         raise CheckpointError(f"{path.name}: holds a tensor whose name has {len(long.name)} characters: {long.name[:200]!r}")
     return refs
+
+
+def read_keys(path: Path) -> dict[str, object]:
+    """The keys and values of a GGUF file, which say what other formats have in files beside them. Raises CheckpointError."""
+    from ernie_quant.readers import gguf
+
+    try:
+        return gguf.read_keys(path)
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from error

@@ -48,17 +48,17 @@ class TensorReport:
     @property
     def changed(self) -> bool:
         """Was it quantized, or fitted?"""
-        return self.codec not in (KEPT, ROUNDED)
+        return self.codec not in (KEPT, *ROUNDED.values())
 
     @property
     def plain(self) -> bool:
         """Is it stored as a plain tensor?"""
-        return self.codec in (KEPT, ROUNDED, FITTED)
+        return self.codec in (KEPT, *ROUNDED.values(), FITTED)
 
     @property
     def rounded(self) -> bool:
         """Was it kept, but for its dtype?"""
-        return self.codec == ROUNDED
+        return self.codec in ROUNDED.values()
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> TensorReport:

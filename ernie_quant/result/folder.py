@@ -130,7 +130,10 @@ class OutputFolder:
             _unlink(path for folder in (*weight_folders(self.path), self.state) for path in folder.glob(f"*{PARTIAL}"))
         else:
             self._sweep()
-        copied = sorted({*plan.copied, *self._copied()})  # an earlier run may have copied what is gone from the source by now
+        files = [
+            shard.filename for shard in plan.shards if plan.format.SELF_CONTAINED
+        ]  # whose names do not tell that they are ours
+        copied = sorted({*plan.copied, *files, *self._copied()})  # an earlier run may have copied what is gone by now
         try:
             write_file(begun, dumps({"identity": now, "copied": copied}).encode())
         except OSError as error:

@@ -18,7 +18,9 @@ ANYWAY = "--no-space-check begins all the same"
 
 
 def models(plan: Plan) -> list[str]:
-    """Subfolders with a config.json of their own, "" for the root."""
+    """Subfolders with a config.json of their own, "" for the root; none where weight files say it themselves."""
+    if plan.format.SELF_CONTAINED:
+        return []
     return sorted({"", *(re.sub(r"(^|/)rank\d+$", "", place) for place in plan.folders)})
 
 

@@ -20,6 +20,7 @@ from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Download
 from ernie_quant.measure import Difference, Values, compare, means_something, values_of
 from ernie_quant.plan.steps import ShardJob, Step
+from ernie_quant.plan.taken import given
 from ernie_quant.report.rows import FITTED, ShardResult, TensorReport
 from ernie_quant.runtimes import Runtime
 from ernie_quant.threads import Progress, one_torch_thread, ordered
@@ -70,8 +71,8 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
             step = rows.step
             weight = read(step.view, files, (rows.first, rows.last), job.device)
             with encoders.of(step) as encoder:
-                made = step.made.stored.encoded(files, (rows.first, rows.last), job.device) if step.made else None
-                slab = encode_slab(step, runtime, weight, encoder, made)
+                known = given(step, files, (rows.first, rows.last), job.device)
+                slab = encode_slab(step, runtime, weight, encoder, known)
                 once = encoder.once if encoder else {}
             constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
             return replace(slab, parts={**constants, **slab.parts})
@@ -92,11 +93,11 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
 
 
 def encode_slab(
-    step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None, made: Encoded | None = None
+    step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None, known: Encoded | None = None
 ) -> Slab:
-    """What is stored of rows of a weight, and what they lost; nothing is written. `made`: it has been encoded before."""
-    encoded = made or (encoder.encode(weight) if encoder else step.codec.encode(weight))
-    if step.quantized or made:
+    """What is stored of rows of a weight, and what they lost; nothing is written. `known`: it has been encoded before."""
+    encoded = known or (encoder.encode(weight) if encoder else step.codec.encode(weight))
+    if step.quantized or known:
         once = encoder.once if encoder else {}
         difference = compare(step.name, weight, step.codec.decode({**once, **encoded}))
         values = Values(only_zeros=difference.total == 0)

@@ -74,7 +74,7 @@ def write_all(
     work = functools.partial(run_shard, folder=folder.path, workers=workers or default_workers())
     with plan.source.download([shard.needs for shard in left], disk_budget) as download:
         stamps = {**download.stamps, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
-        jobs = [ShardJob(shard, plan.runtime, plan.metadata, stamps) for shard in left]
+        jobs = [ShardJob(shard, plan.runtime, plan.metadata_of(shard), stamps) for shard in left]
         for result in runners.find(runner).map_jobs(work, jobs, progress, download):
             results[result.filename] = result
             folder.record(result)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ernie_quant import plugins
-from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.checkpoint import Checkpoint, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.errors import ConfigError, PlanError
+from ernie_quant.names import NameMap
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,17 @@ class Linear:
         return self.name.removesuffix(".weight")
 
 
+@dataclass(frozen=True)
+class About:
+    """What is written: the source, its flat config and table, the recipe's name, codecs and elements of the weights."""
+
+    source: Checkpoint
+    config: Mapping[str, Any]
+    table: NameMap
+    recipe: str
+    codecs: Sequence[tuple[Codec, int]]
+
+
 class Runtime(Protocol):
     """What the file of a runtime has."""
 
@@ -107,8 +119,17 @@ class Runtime(Protocol):
         ...
 
     @property
-    def ROUNDS_KEPT(self) -> bool:
-        """Must what is kept beside codes, routers aside, be bfloat16, whatever the source has?"""
+    def QUANTIZES_VOCABULARY(self) -> bool:
+        """Can a recipe give the embeddings and the head a codec?"""
+        ...
+
+    @property
+    def CASTS(self) -> bool:
+        """May a kept weight have any plain dtype?"""
+        ...
+
+    def kept_as(self, role: str, spec: TensorSpec, *, quantized: bool) -> str:
+        """The dtype in which it wants a kept weight, in a result that has `quantized` ones or not."""
         ...
 
     def folder(self, role: str) -> str:
@@ -119,8 +140,23 @@ class Runtime(Protocol):
         """Is this quantization_config of its files?"""
         ...
 
-    def metadata(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What every weight file says of itself and the model, in the words of its format; `config`: config.json."""
+    def metadata(self, about: About) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What weight files say of themselves and the model, in the words of their format; and notes.
+
+        Raises ConfigError or CheckpointError.
+        """
+        ...
+
+    def model_problems(self, about: About) -> list[str]:
+        """What of the model the program would compute otherwise, however its weights are stored."""
+        ...
+
+    def stem(self, about: About) -> str:
+        """How the names of weight files begin."""
+        ...
+
+    def fallback(self, codec: Codec, spec: TensorSpec) -> Codec | None:
+        """What stands in for a codec that does not take a weight; None if such a weight is kept."""
         ...
 
     def parts(self, name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,10 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import RoundToNearest
-from ernie_quant.names import EXPERT_ROLES, MTP, OUT, VISION_EXPERT
+from ernie_quant.names import EXPERT_ROLES, MTP, OUT, ROUTER, VISION_EXPERT
 from ernie_quant.paths import MTP_FOLDER
-from ernie_quant.runtimes import Linear, Part, kept
+from ernie_quant.runtimes import About, Linear, Part, kept
+from ernie_quant.runtimes import _usual as usual
 from ernie_quant.runtimes import _w4w2 as w4w2
 from ernie_quant.runtimes._w4w2 import GROUP, LINEAR, WINT2, WINT4, WINT8, wint2_from, wint4_to
 
@@ -39,10 +40,8 @@ ROWS = 4  # of which weight_quantize's layout mixes the bytes
 CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
-PER_RANK, SPLITS_VOCABULARY = True, True
-ROUNDS_KEPT = (
-    True  # biases and scales of experts are set without a cast (layers/linear.py, layers/moe/): config.json's dtype is bf16
-)
+model_problems, stem, fallback, suited = usual.model_problems, usual.stem, usual.fallback, usual.suited
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = True, True, False, False
 
 
 def folder(role: str) -> str:
@@ -50,14 +49,22 @@ def folder(role: str) -> str:
     return MTP_FOLDER if role == MTP else ""
 
 
+def kept_as(role: str, spec: TensorSpec, *, quantized: bool) -> str:
+    """Beside codes bfloat16, but for routers; a plain result has the bytes of its source.
+
+    Biases and scales of experts are set without a cast (layers/linear.py, layers/moe/): config.json's dtype is bfloat16.
+    """
+    return "BF16" if quantized and role != ROUTER else spec.dtype
+
+
 def recognizes(config: Mapping[str, Any]) -> bool:
     """Its own key."""
     return "quantization" in config
 
 
-def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+def metadata(about: About) -> tuple[dict[str, Any], tuple[str, ...]]:
     """As in the published files."""
-    return {"format": "np"}
+    return {"format": "np"}, ()
 
 
 def share_multiple(linear: Linear) -> int:
@@ -156,11 +163,6 @@ def weight_of(name: str) -> tuple[str, str]:
 def layer_of(name: str, role: str) -> str:
     """Every weight is a layer of its own."""
     return name
-
-
-def suited(codec: Codec, roles: Collection[str]) -> Codec:
-    """No model wants it otherwise."""
-    return codec
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:

@@ -24,8 +24,9 @@ from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.names import EXPERT_ROLES, IN, VISION_EXPERT
-from ernie_quant.runtimes import Linear, Part, _commands, _modules, kept
+from ernie_quant.runtimes import About, Linear, Part, _commands, _modules, kept
 from ernie_quant.runtimes import _promise as promise
+from ernie_quant.runtimes import _usual as usual
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +37,12 @@ LAYOUT, FORMAT = "pt", "safetensors"
 ROWS = 1
 CONFIG: dict[str, Any] = {}
 RECIPES = ("pt", "wint4", "wint8", "fp8")
-PER_RANK, SPLITS_VOCABULARY, ROUNDS_KEPT = False, False, False
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 CODECS = (Keep, RoundToNearest, Float8Block)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
+model_problems, stem, fallback = usual.model_problems, usual.stem, usual.fallback
 quantization_config, codecs_of, misread = promise.quantization_config, promise.codecs_of, promise.misread
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
 
@@ -50,14 +52,19 @@ def folder(role: str) -> str:
     return ""
 
 
+def kept_as(role: str, spec: TensorSpec, *, quantized: bool) -> str:
+    """As it is."""
+    return spec.dtype
+
+
 def recognizes(config: Mapping[str, Any]) -> bool:
     """Integers as compressed-tensors, float8 as DeepSeek."""
     return config.get("quant_method") in ("compressed-tensors", "fp8")
 
 
-def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+def metadata(about: About) -> tuple[dict[str, Any], tuple[str, ...]]:
     """transformers refuses files without it."""
-    return {"format": "pt"}
+    return {"format": "pt"}, ()
 
 
 def unsupported(linears: Sequence[Linear]) -> list[str]:
@@ -80,7 +87,7 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
             fields = codec.specs(spec)
             return {f"{module}.weight": Part(fields["codes"], 0, 1), f"{module}.{_scale(codec)}": Part(fields["scale"], 0, 1)}
     assert isinstance(codec, Keep), codec
-    return {name: kept(spec)}
+    return {name: kept(codec.specs(spec)["weight"])}
 
 
 def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Where bytes come from: a folder, or a hub by the scheme of its address (`hf://org/name@revision`)."""
+"""Where bytes come from: a folder, a GGUF file, or a hub by the scheme of its address (`hf://org/name@revision`)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def open_source(source: str | Path, *, links: bool = False) -> Checkpoint:
     Raises CheckpointError, ConfigError, HubError or RetryError.
     """
     if not is_address(source):
-        from ernie_quant.sources.folder import open_folder
+        from ernie_quant.sources.folder import open_file, open_folder
 
-        return open_folder(Path(source), links=links)
+        path = Path(source)
+        return (open_file if path.suffix == ".gguf" and not path.is_dir() else open_folder)(path, links=links)
     from ernie_quant.sources.hub import open_remote
 
     scheme, repo, revision = hubs.parse(str(source))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.checkpoint import Checkpoint, Rank
 from ernie_quant.errors import CheckpointError, MissingFileError
 from ernie_quant.paths import inside
+from ernie_quant.sources import gguf
 from ernie_quant.sources.beside import belongs, is_unread, is_weights, look_beside, shown
 from ernie_quant.sources.config import read_config
 from ernie_quant.sources.headers import Headers
 from ernie_quant.sources.hints import elsewhere, no_folder
+from ernie_quant.sources.parts import Model
 from ernie_quant.sources.pointers import is_pointer, words
 from ernie_quant.sources.sets import PATTERNS
 
@@ -27,6 +30,8 @@ def open_folder(folder: Path, *, links: bool = False, beside: Collection[str] = 
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: {no_folder(folder)}")
+    if model := gguf.only_model(folder, links=links):
+        return _open_model(folder, model, links=links)
     try:
         config, notes = read_config(folder, links=links)
     except MissingFileError as error:
@@ -35,6 +40,25 @@ def open_folder(folder: Path, *, links: bool = False, beside: Collection[str] = 
     ranks = headers.ranks(beside)
     if not any(rank.refs for rank in ranks):
         raise CheckpointError(f"{folder}: holds no weights ({PATTERNS}){elsewhere(folder)}")
+    return _checkpoint(headers, config, ranks, notes, beside)
+
+
+def open_file(path: Path, *, links: bool = False) -> Checkpoint:
+    """Read the headers of a GGUF file, and of those that are parts of the same model. Raises CheckpointError or ConfigError."""
+    return _open_model(path.parent, gguf.model_at(path, links=links), links=links)
+
+
+def _open_model(folder: Path, model: Model, *, links: bool) -> Checkpoint:
+    headers = Headers(folder, links)
+    rank, config, notes = gguf.read(headers, model)
+    return _checkpoint(headers, config, (rank,), notes)
+
+
+def _checkpoint(
+    headers: Headers, config: dict[str, Any], ranks: tuple[Rank, ...], notes: Sequence[str], beside: Collection[str] = ()
+) -> Checkpoint:
+    """With what lies beside the weights."""
+    folder, links = headers.root, headers.links
     used = {file for rank in ranks for file in rank.files}
     found = look_beside(folder, used, links=links)
     theirs = [shown(path.name) for path in found.files if is_weights(path.name)]

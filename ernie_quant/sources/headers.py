@@ -17,6 +17,11 @@ from ernie_quant.sources.sets import Chosen, choose
 RANK_PICKLE = re.compile(r"model_state\.tp(\d+)\.pdparams")
 
 
+def has_ranks(root: Path) -> bool:
+    """Is anything there that is named like a rank?"""
+    return any(RANK_FOLDER.fullmatch(p.name) or RANK_PICKLE.fullmatch(p.name) for p in root.iterdir())
+
+
 class Headers:
     """Reads them, and remembers what was found wrong.
 
@@ -56,15 +61,16 @@ class Headers:
 
     def _rank(self, folder: Path, chosen: Chosen | None) -> Rank:
         """FastDeploy reads the MTP block from a folder of its own, beside the weights or the ranks."""
-        rank = self._read(folder, chosen)
+        rank = self.read(folder, chosen)
         place = self.root / MTP_FOLDER / folder.relative_to(self.root)
         if not place.is_dir():
             return rank
-        mtp = self._read(place, choose(place, links=self.links))
+        mtp = self.read(place, choose(place, links=self.links))
         refs = {name: ref for name, ref in mtp.refs.items() if ".mtp_" in name and name not in rank.refs}
         return Rank(rank.refs | refs, {**rank.files, **mtp.files})
 
-    def _read(self, folder: Path, chosen: Chosen | None) -> Rank:
+    def read(self, folder: Path, chosen: Chosen | None) -> Rank:
+        """One set of files, in the folder or one of its subfolders. Raises CheckpointError."""
         if not self.links and folder.resolve() != (self.root.resolve() / folder.relative_to(self.root)):
             raise CheckpointError(f"{folder.name}: is a link; open the folder that it points to, or --follow-links")
         if chosen is None:

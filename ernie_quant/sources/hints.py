@@ -36,7 +36,11 @@ def elsewhere(folder: Path) -> str:
 
 
 def _is_model(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and not path.name.startswith(".") and (path / CONFIG).is_file()
+    return path.is_dir() and not path.is_symlink() and not path.name.startswith(".") and _is_open(path)
+
+
+def _is_open(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() or next(folder.glob("*.gguf"), None) is not None
 
 
 def _snapshot(folder: Path) -> Path | None:

@@ -24,6 +24,7 @@ from ernie_quant.sources.cache import HEADERS_LOCK, Use, cache_folder, sweep_oth
 from ernie_quant.sources.download import HubDownloader
 from ernie_quant.sources.fetch import fetch
 from ernie_quant.sources.folder import open_folder
+from ernie_quant.sources.parts import GGUF
 
 HEAD = 1 << 18  # bytes of a weight file that are asked for first; a header is rarely longer
 SMALL_BYTES = 256 << 20  # of a file that is no weight file
@@ -77,10 +78,9 @@ def _wanted(listing: Listing) -> list[RemoteFile]:
     places = [n for n in names if all(is_place(part) for part in PurePosixPath(n).parts[:-1])]
     weights = [n for n in places if n.endswith(".safetensors")]
     if not weights:
-        kinds = sorted({PurePosixPath(n).suffix for n in names} & {*PICKLES})
-        has = (
-            f"only {', '.join(kinds)}, which cannot be read by range; download it and open the folder" if kinds else "no weights"
-        )
+        kinds = sorted({PurePosixPath(n).suffix for n in names} & {*PICKLES, GGUF})
+        how = "download the file, and open that" if kinds == [GGUF] else "download it and open the folder"
+        has = f"only {', '.join(kinds)}, which cannot be read by range; {how}" if kinds else "no weights"
         raise CheckpointError(f"{listing.address}: holds {has}")
     own = [n for n in places if PurePosixPath(n).name in OWN_FILES]
     if big := next((n for n in own if listing.files[n].nbytes > SMALL_BYTES), None):

@@ -16,12 +16,13 @@ from ernie_quant.errors import CheckpointError, MissingFileError
 from ernie_quant.jsonio import read_object
 from ernie_quant.paths import inside
 from ernie_quant.readers import by_suffix
+from ernie_quant.sources.parts import GGUF, models
 from ernie_quant.sources.pointers import is_pointer, words
 
 # in order of preference
 KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"), ("model_state", ".pdparams"))
 INDEXES = tuple(f"{stem}{suffix}.index.json" for stem, suffix in KINDS)
-PATTERNS = "model*.safetensors, pytorch_model*.bin or model_state.pdparams"
+PATTERNS = "model*.safetensors, pytorch_model*.bin, model_state.pdparams or *.gguf"
 MAX_TENSORS = 500_000  # the 300B in 2 bits has 120,000
 ABSENT, POINTERS, PARTLY, THERE = range(4)
 
@@ -67,7 +68,7 @@ def choose(folder: Path, beside: Collection[str] = (), *, links: bool = False) -
     Raises MissingFileError for weights that are named, but not there; CheckpointError where two sets are equally good.
     """
     names = {p.name for p in folder.iterdir()}
-    sets = [found for kind in KINDS for found in _sets(folder, names, kind, links=links)]
+    sets = all_sets(folder, names, links=links)
     whole = [found for found in sets if found.state == THERE]
     chosen = next((s for s in sets if s.state == THERE or (s.state == PARTLY and (s.index or not whole))), None)
     if chosen is None:
@@ -82,10 +83,16 @@ def choose(folder: Path, beside: Collection[str] = (), *, links: bool = False) -
         raise CheckpointError(words(pointers))
     _refuse_a_tie(chosen, sets)
     others = [s.words for s in sets if s is not chosen] + sorted(n for n in beside if _is_first(n) and n not in names)
+    others += [model.words for model in models({*names, *beside})]
     anomalies = [f"{len(chosen.files)} shards are there, their names promise {chosen.promised}"] if _lacks(chosen) else []
     if chosen.state == PARTLY and others:
         anomalies.append(f"{chosen.title}: is read before {', '.join(others)}; move it away to have the other read")
     return Chosen(chosen.files, chosen.index, chosen.weight_map, tuple(anomalies), tuple(_remarks(chosen, others)))
+
+
+def all_sets(folder: Path, names: Collection[str], *, links: bool) -> list[WeightSet]:
+    """Whatever could be the weights, there or not, in order of preference; without GGUF files."""
+    return [found for kind in KINDS for found in _sets(folder, names, kind, links=links)]
 
 
 def _lacks(found: WeightSet) -> bool:
@@ -187,6 +194,6 @@ def weight_map(folder: Path, index: Path, *, links: bool = False) -> dict[str, s
     for name, file in table.items():
         if not name.isprintable():
             raise CheckpointError(f"{index.name}: names a tensor {name[:200]!r}, which is not printable")
-        if PurePosixPath(file).suffix not in by_suffix():
+        if PurePosixPath(file).suffix not in by_suffix().keys() - {GGUF}:  # whose files name each other
             raise CheckpointError(f"{index.name}: {name} is said to be in {file[:200]!r}, which is no weight file")
     return table

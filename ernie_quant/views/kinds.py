@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A stored tensor as it lies in its file."""
+    """A stored tensor as it lies in its file; of ggml's blocks, their bytes."""
 
     ref: TensorRef
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As in the file; reversed where the file is column-major."""
-        return self.ref.spec.shape[::-1] if self.ref.fortran else self.ref.spec.shape
+        return self.ref.spec.held.shape[::-1] if self.ref.fortran else self.ref.spec.held.shape
 
     @property
     def dtype(self) -> str:
         """safetensors' spelling."""
-        return self.ref.spec.dtype
+        return self.ref.spec.held.dtype
 
 
 @dataclass(frozen=True)

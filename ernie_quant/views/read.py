@@ -83,7 +83,7 @@ def _read_box(view: View, files: Files, box: Box, device: str) -> torch.Tensor:
         case Decoded(source):
             return _read_decoded(source, files, box, device)
         case Leaf(ref):
-            return _read_leaf(ref, view.shape, files, box, device)
+            return _read_leaf(ref, TensorSpec(view.shape, view.dtype), files, box, device)
 
 
 def _read_decoded(source: Readable, files: Files, box: Box, device: str) -> torch.Tensor:
@@ -99,17 +99,18 @@ def _read_decoded(source: Readable, files: Files, box: Box, device: str) -> torc
     return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
 
 
-def _read_leaf(ref: TensorRef, shape: tuple[int, ...], files: Files, box: Box, device: str) -> torch.Tensor:
-    """One read for every run of bytes: whole rows are one, a range of columns is one per row."""
+def _read_leaf(ref: TensorRef, spec: TensorSpec, files: Files, box: Box, device: str) -> torch.Tensor:
+    """One read for every run of bytes: whole rows are one, a range of columns is one per row. `spec`: of what lies there."""
     import torch
 
+    shape = spec.shape
     size = tuple(stop - start for start, stop in box)
-    out = torch.empty(size, dtype=torch_dtype(ref.spec.dtype))
+    out = torch.empty(size, dtype=torch_dtype(spec.dtype))
     if out.numel():
         buffer = as_bytes(out)
         # the last axis of which not all is wanted: what lies below it is contiguous
         cut = max((axis for axis in range(len(shape)) if size[axis] != shape[axis]), default=0)
-        strides = [ITEMSIZE[ref.spec.dtype] * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        strides = [ITEMSIZE[spec.dtype] * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         run = len(buffer) // math.prod(size[:cut])
         begin = box[cut][0] * strides[cut] if box else 0
         for i, outer in enumerate(itertools.product(*(range(*axis) for axis in box[:cut]))):

@@ -17,7 +17,7 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.names import COPY, EXPERT_ROLES, TRANSPOSE, Dims, Op, Row, Rule, Weight, natural
 from ernie_quant.runtimes import Linear
-from ernie_quant.weights import in_memory
+from ernie_quant.weights import in_memory, text
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Layout:
     kv_groups: bool = False  # q, k and v take turns, a kv head at a time
     held: Callable[[str, str], tuple[str, ...]] | None = None  # transformers' names in memory of a PT tensor of a role
     turned_routers: bool = False  # stored transposed
+    text_only: bool = False  # has no place for images and for multi-token prediction, and expects what is alike side by side
 
     def problem(self, dims: Dims) -> str:
         """Why attention cannot be read or written in this layout; empty if it can.
@@ -101,6 +102,9 @@ class Layout:
     def join(self, weights: Sequence[Weight]) -> list[Weight]:
         """And back: canonical weights under the names of this layout, in natural order."""
         assert self.name in LAYOUTS, "the other layouts are only read"
+        if self.text_only:
+            kept = text.only_text(weights, vl=text.is_vl(weights))
+            return sorted(kept, key=lambda w: natural(_EXPERT.sub(r".experts.\2.\1", w.name)))
         if self.out_first:
             return list(weights)
         by_row: dict[str, list[Weight]] = {}
@@ -113,7 +117,12 @@ class Layout:
             joined.append(Weight(name, row.rule.op.inverse([pieces[p] for p in row.pt]), row))
         return sorted(joined, key=lambda w: natural(w.name))
 
+    def left_out(self, weights: Sequence[Weight]) -> list[str]:
+        """Notes on what `join` drops."""
+        return text.left_out(weights) if self.text_only else []
 
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)")
 PT = Layout("pt", "PT", out_first=True)
 PADDLE = Layout("paddle", "Paddle", out_first=False)
 PADDLEFORMERS = Layout("paddleformers", "paddleformers (third layout)", out_first=False, root="model.", kv_groups=True)
@@ -121,7 +130,8 @@ FUSED = Layout("fused", "PT, experts of a layer fused (transformers 5)", out_fir
 FUSED_VL = Layout(
     "fused_vl", "PT, experts of a layer fused (transformers 5)", out_first=True, held=in_memory.vl, turned_routers=True
 )
-LAYOUTS = {layout.name: layout for layout in (PT, PADDLE)}  # of results
+GGUF = Layout("gguf", "GGUF", out_first=True, text_only=True)
+LAYOUTS = {layout.name: layout for layout in (PT, PADDLE, GGUF)}  # of results
 
 
 def layout_of(names: Iterable[str]) -> Layout:

@@ -17,7 +17,7 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.errors import PlanError
 from ernie_quant.names import NameMap, Row, Rule, Weight
-from ernie_quant.runtimes import Linear, Part, Runtime, _sharing
+from ernie_quant.runtimes import Linear, Part, Runtime
 from ernie_quant.views import build
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import Decoded, View, spec_of
@@ -101,18 +101,8 @@ class Stored:
 
 def linears_of(entries: Sequence[Stored]) -> list[Linear]:
     """The layers that a runtime's configuration speaks of."""
-    layers = [e for e in entries if names.is_layer(e.name, e.rule.role, e.shape)]
+    layers = [e for e in entries if names.is_layer(e.name, e.rule.role, e.shape, vocabulary=e.target.QUANTIZES_VOCABULARY)]
     return [e.layout.linear(e.name, e.rule, e.codec, e.spec) for e in layers]
-
-
-def share_problems(entries: Sequence[Stored], target: Runtime, of: int, dims: ranks.Dims, heads: int) -> list[str]:
-    """Why weights cannot be shared by `of` ranks."""
-    if refused := list(_sharing.problems(target, linears_of(entries), dims, heads, of)):
-        return refused
-    for entry in entries:
-        for part, view in entry.parts.items():
-            assert ranks.divides(view, entry.shares(part), of, dims), f"{part} cannot be cut for {of} ranks"
-    return []
 
 
 def table_of(checkpoint: Checkpoint, target: Runtime) -> NameMap:
@@ -130,22 +120,25 @@ def open_stored(checkpoint: Checkpoint, target: Runtime) -> tuple[list[Stored], 
     expected = {tensor.name: (row, tensor.shape) for row in table.rows() for tensor in layout.stored(row)}
     codecs = _promised(checkpoint, target, expected, groups)
     stored: list[Stored] = []
+    used: set[str] = set()
     for name, (row, shape) in expected.items():
-        refs = groups.pop(name, None)
+        refs = groups.get(name) or groups.get(names.starred(name))
         if refs is None:
             if row.rule.need in ("always", *table.flags):
                 problems.append(f"{name}: is missing")
             continue
         codec = codecs.get(name, KEEP) if row.rule.linear or layout.out_first else KEEP
         kept = isinstance(codec, Keep)
-        dtype = next(iter(refs.values()))[0].spec.dtype if kept else "BF16"  # what codecs decode to
+        used |= {*refs}
+        dtype = next(iter(refs.values()))[0].spec.dtype if kept else codec.decodes_to
         turned = not (kept or layout.out_first)  # codecs work on [out, in]
         entry = Stored(name, row, TensorSpec(shape[::-1] if turned else shape, dtype), codec, plugins.name_of(target), {})
         views = {part: _joined(entry, part, copies, table.dims) for part, copies in refs.items()}
+        problems += _stack_problems(entry, refs)
         entry = replace(entry, parts=views)
         problems += _spec_problems(entry)
         stored.append(entry)
-    unknown = sorted((name for refs in groups.values() for name in refs), key=names.natural)
+    unknown = sorted((name for refs in groups.values() for name in refs if name not in used), key=names.natural)
     return stored, [f"{name}: is unknown to this architecture" for name in unknown] + problems
 
 
@@ -173,13 +166,27 @@ def _promised(
     linears = [
         (name, TensorSpec(shape, "BF16"))
         for name, (row, shape) in expected.items()
-        if name in there and names.is_layer(name, row.rule.role, shape)
+        if (name in there or names.starred(name) in there)
+        and names.is_layer(name, row.rule.role, shape, vocabulary=target.QUANTIZES_VOCABULARY)
     ]
     return target.codecs_of(promise, linears) if promise else {}
 
 
 def _joined(entry: Stored, part: str, copies: Sequence[TensorRef], dims: ranks.Dims) -> View:
+    if part in entry.expected and (index := entry.expected[part].index) is not None:
+        return build.pick(build.leaf(copies[0]), index)
+    if entry.shape[:1] == (1,) and copies[0].spec.shape == entry.shape[1:]:  # one row, stored without a first axis
+        copies = [replace(ref, spec=TensorSpec(entry.shape, ref.spec.dtype)) for ref in copies]
     return ranks.join([build.leaf(ref) for ref in copies], entry.shares(part), dims)
+
+
+def _stack_problems(entry: Stored, refs: Mapping[str, Sequence[TensorRef]]) -> Iterator[str]:
+    """A stack has as many weights as the table; said with the first of them."""
+    number, of = entry.row.place
+    for part, copies in refs.items():
+        shape = copies[0].spec.shape
+        if number == 0 and part in entry.expected and entry.expected[part].index is not None and shape[0] != of:
+            yield f"{part}: holds {shape[0]} weights, the model has {of} experts"
 
 
 QUANTIZED = ("quantization_config", "is_quantized", "tensor_parallel_size")  # keys of config.json of a quantized checkpoint
@@ -224,7 +231,7 @@ def _canonical(stored: Sequence[Stored], table: NameMap) -> list[Weight]:
 
 
 def _spec_problems(entry: Stored) -> Iterator[str]:
-    promised = {name: part.spec for name, part in entry.expected.items()}
+    promised = {name: part.spec.held for name, part in entry.expected.items()}
     there = {name: spec_of(view) for name, view in entry.parts.items()}
     for name in sorted(promised.keys() | there.keys()):
         if there.get(name) != promised.get(name):

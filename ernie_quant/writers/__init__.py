@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -50,6 +50,15 @@ class Format(Protocol):
 
     def order(self, specs: Specs) -> dict[str, TensorSpec]:
         """The order in which tensors, given step after step, lie in a file."""
+        ...
+
+    @property
+    def SELF_CONTAINED(self) -> bool:
+        """Do its files say all that a program must know, so that no config.json and no tokenizer stand beside them?"""
+        ...
+
+    def metadata_of(self, metadata: Mapping[str, Any], files: Sequence[Specs], number: int) -> Mapping[str, Any]:
+        """What file `number` of several says of itself, from what all of them do."""
         ...
 
     def lay_out(self, specs: Specs, metadata: Mapping[str, Any]) -> FileLayout:
@@ -108,7 +117,7 @@ class ShardWriter:
         self._regions: dict[tuple[str, int | None], _Region] = {}
         for name in sorted(specs, key=layout.starts.__getitem__):
             stacked = name in stacks
-            spec = TensorSpec(specs[name].shape[1:], specs[name].dtype) if stacked else specs[name]
+            spec = (TensorSpec(specs[name].shape[1:], specs[name].dtype) if stacked else specs[name]).held
             for index in range(specs[name].shape[0]) if stacked else [None]:
                 start = layout.starts[name] + (index or 0) * spec.nbytes
                 self._regions[name, index] = _Region(spec, start, spec.nbytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ernie_quant.checkpoint import TensorSpec
@@ -12,6 +12,7 @@ from ernie_quant.writers import FileLayout, Specs
 
 EXTENSION = ".safetensors"
 INDEX = "model.safetensors.index.json"
+SELF_CONTAINED = False
 
 
 def order(specs: Specs) -> dict[str, TensorSpec]:
@@ -19,6 +20,11 @@ def order(specs: Specs) -> dict[str, TensorSpec]:
     aligned = [item for item in specs.items() if item[1].nbytes % 8 == 0]
     odd = [item for item in specs.items() if item[1].nbytes % 8]
     return dict(aligned + sorted(odd, key=lambda item: -ITEMSIZE[item[1].dtype]))
+
+
+def metadata_of(metadata: Mapping[str, Any], files: Sequence[Specs], number: int) -> Mapping[str, Any]:
+    """Of all files the same."""
+    return metadata
 
 
 def lay_out(specs: Specs, metadata: Mapping[str, Any]) -> FileLayout:

@@ -215,7 +215,7 @@ def test_the_folder_around_a_model_a_file_of_it_and_an_adapter(run: Run, source:
     refused(run("inspect", folder / "model.safetensors"), f"model.safetensors: is not a folder; open {folder}")
     (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
     other = "consolidated.safetensors has another name or format than those that are read"
-    none = "holds no weights (model*.safetensors, pytorch_model*.bin or model_state.pdparams)"
+    none = "holds no weights (model*.safetensors, pytorch_model*.bin, model_state.pdparams or *.gguf)"
     refused(run("inspect", "SRC"), f"{folder}: {none}; {other}")
     (folder / "consolidated.safetensors").rename(folder / "adapter_model.safetensors")
     refused(run("inspect", "SRC"), f"{folder}: {none}; adapter_model.safetensors is an adapter: merge it into its model first")

@@ -17,11 +17,11 @@ from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.dtypes import dtype_name
 from ernie_quant.names import EXPERT, IN, MLP
 from ernie_quant.runtimes import fastdeploy
-from ernie_quant.weights.layouts import PT
+from ernie_quant.weights.layouts import PADDLE
 
 # the forms of FastDeploy's container stand beside every codec's own examples
 EXAMPLES = [example for module in plugins.modules(codecs) for example in module.EXAMPLES] + [fastdeploy.WINT4, fastdeploy.WINT8]
-SPEC = TensorSpec((256, 384), "BF16")
+NARROW, WIDE = TensorSpec((256, 384), "BF16"), TensorSpec((256, 768), "BF16")
 
 
 @pytest.fixture(params=EXAMPLES, ids=lambda codec: codec.describe())
@@ -30,27 +30,40 @@ def codec(request: pytest.FixtureRequest) -> codecs.Codec:
 
 
 @pytest.fixture
-def weight() -> torch.Tensor:
-    return torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(3)).mul(0.02).bfloat16()
+def spec(request: pytest.FixtureRequest) -> TensorSpec:
+    """The narrower one, where the codec takes it."""
+    under_test = request.getfixturevalue("codec" if "codec" in request.fixturenames else "stored")
+    return spec_for(under_test if "codec" in request.fixturenames else under_test[1])
+
+
+def spec_for(codec: codecs.Codec) -> TensorSpec:
+    return NARROW if codec.problem(NARROW) is None else WIDE
+
+
+@pytest.fixture
+def weight(spec: TensorSpec) -> torch.Tensor:
+    return torch.randn(spec.shape, generator=torch.Generator().manual_seed(3)).mul(0.02).bfloat16()
 
 
 def test_it_is_frozen_and_says_what_it_is(codec: codecs.Codec) -> None:
     assert dataclasses.is_dataclass(codec)
     assert type(codec).__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert codec.describe()
-    assert codec.problem(SPEC) is None
+    assert codec.problem(spec_for(codec)) is None
 
 
-def test_fields_have_the_shapes_that_the_plan_knew(codec: codecs.Codec, weight: torch.Tensor) -> None:
+def test_fields_have_the_shapes_that_the_plan_knew(codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec) -> None:
     fields = {name: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for name, t in codec.encode(weight).items()}
-    assert fields == codec.specs(SPEC)
+    assert fields == codec.specs(spec)
 
 
-def test_decoding_gives_the_weight_within_the_noise_of_its_bits(codec: codecs.Codec, weight: torch.Tensor) -> None:
+def test_decoding_gives_the_weight_within_the_noise_of_its_bits(
+    codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec
+) -> None:
     decoded = codec.decode(codec.encode(weight))
     assert decoded.shape == weight.shape
     error = (decoded.double() - weight.double()).square().sum() / weight.double().square().sum()
-    assert error <= max(4.0 ** (1.3 - codec.bits_per_weight(SPEC)), 1e-3)  # a float8 has 3 bits of mantissa
+    assert error <= max(4.0 ** (1.3 - codec.bits_per_weight(spec)), 1e-3)  # a float8 has 3 bits of mantissa
 
 
 def test_slabs_of_rows_encode_as_the_whole_does(codec: codecs.Codec, weight: torch.Tensor) -> None:
@@ -61,20 +74,20 @@ def test_slabs_of_rows_encode_as_the_whole_does(codec: codecs.Codec, weight: tor
         assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-def test_statistics_of_inputs_change_codes_and_nothing_else(codec: codecs.Codec, weight: torch.Tensor) -> None:
+def test_statistics_of_inputs_change_codes_and_nothing_else(codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec) -> None:
     """What is prepared with them, if anything, gives the same fields, for all rows and for slabs; without them nothing is."""
-    assert codec.prepare(SPEC, {}) is None
-    encoder = codec.prepare(SPEC, {"hessian": correlated(SPEC.shape[1])})
+    assert codec.prepare(spec, {}) is None
+    encoder = codec.prepare(spec, {"hessian": correlated(spec.shape[1])})
     if encoder is None:
         return
     whole = encoder.once | encoder.encode(weight)
-    assert {name: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for name, t in whole.items()} == codec.specs(SPEC)
+    assert {name: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for name, t in whole.items()} == codec.specs(spec)
     slabs = [encoder.once | encoder.encode(slab) for slab in (weight[:100], weight[100:])]
     assert all(torch.equal(torch.cat([slab[name] for slab in slabs]), whole[name]) for name in whole if name not in encoder.once)
     again = codec.recode(codec.decode(whole), whole)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     error = (codec.decode(whole).double() - weight.double()).square().sum() / weight.double().square().sum()
-    assert error <= 2 * max(4.0 ** (1.3 - codec.bits_per_weight(SPEC)), 1e-3)  # feedback moves the weight for its output
+    assert error <= 2 * max(4.0 ** (1.3 - codec.bits_per_weight(spec)), 1e-3)  # feedback moves the weight for its output
 
 
 def test_codes_are_a_fixed_point(codec: codecs.Codec, weight: torch.Tensor) -> None:
@@ -89,8 +102,8 @@ def test_codes_are_a_fixed_point(codec: codecs.Codec, weight: torch.Tensor) -> N
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-36, 1e-30, 0.02, 1e30], ids=lambda m: f"{m:g}")
-def test_a_decoded_weight_has_the_same_codes_at_the_same_scales(codec: codecs.Codec, magnitude: float) -> None:
-    noise = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(4))
+def test_a_decoded_weight_has_the_same_codes_at_the_same_scales(codec: codecs.Codec, magnitude: float, spec: TensorSpec) -> None:
+    noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(4))
     weight = (noise * noise.abs()).mul(magnitude).bfloat16()  # heavier tails than those of a Gaussian
     weight[5] = 0
     encoded = codec.encode(weight)
@@ -112,12 +125,12 @@ def test_other_codes_mean_another_version(
 
 def weight_name(runtime: ModuleType) -> str:
     """A weight as the runtime's layout names it."""
-    return f"{'model' if PT.name == runtime.LAYOUT else 'ernie'}.layers.1.mlp.down_proj.weight"
+    return f"{'ernie' if PADDLE.name == runtime.LAYOUT else 'model'}.layers.1.mlp.down_proj.weight"
 
 
 def stores(runtime: ModuleType, codec: codecs.Codec) -> bool:
     """Is there a file of this runtime that holds the codec, for an expert or another linear?"""
-    linears = [runtimes.Linear(weight_name(runtime), SPEC, role, codec, IN) for role in (EXPERT, MLP)]
+    linears = [runtimes.Linear(weight_name(runtime), spec_for(codec), role, codec, IN) for role in (EXPERT, MLP)]
     return isinstance(codec, runtime.CODECS) and any(not runtime.problems([linear]) for linear in linears)
 
 
@@ -130,19 +143,21 @@ def stored(request: pytest.FixtureRequest) -> tuple[ModuleType, codecs.Codec]:
     return request.param
 
 
-def test_bits_per_weight_counts_every_stored_bit(stored: tuple[ModuleType, codecs.Codec]) -> None:
+def test_bits_per_weight_counts_every_stored_bit(stored: tuple[ModuleType, codecs.Codec], spec: TensorSpec) -> None:
     runtime, codec = stored
-    parts = runtime.parts(weight_name(runtime), codec, SPEC)
+    parts = runtime.parts(weight_name(runtime), codec, spec)
     nbytes = sum(part.spec.nbytes for name, part in parts.items() if not name.endswith("weight_shape"))
-    assert 8 * nbytes == codec.bits_per_weight(SPEC) * SPEC.numel
+    assert 8 * nbytes == codec.bits_per_weight(spec) * spec.numel
 
 
-def test_a_runtime_gives_back_what_it_packed(stored: tuple[ModuleType, codecs.Codec], weight: torch.Tensor) -> None:
+def test_a_runtime_gives_back_what_it_packed(
+    stored: tuple[ModuleType, codecs.Codec], weight: torch.Tensor, spec: TensorSpec
+) -> None:
     (runtime, codec), name = stored, weight_name(stored[0])
     encoded = codec.encode(weight)
-    parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, SPEC, {})
+    parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, spec, {})
     specs = {n: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for n, t in parts.items()}
-    assert specs == {n: part.spec for n, part in runtime.parts(name, codec, SPEC).items()}
+    assert specs == {n: part.spec.held for n, part in runtime.parts(name, codec, spec).items()}
     assert {runtime.weight_of(n)[0] for n in parts} == {name}
     back = runtime.unpack(name, codec, parts)
     assert all(torch.equal(back[field].view(torch.uint8), encoded[field].view(torch.uint8)) for field in encoded)

@@ -19,9 +19,9 @@ from ernie_quant.plan.steps import Step
 from ernie_quant.run.shard import encode_slab
 from ernie_quant.runtimes import fastdeploy
 from ernie_quant.views.kinds import Cat
-from ernie_quant.weights.layouts import PT
+from ernie_quant.weights.layouts import PADDLE
 
-SPEC = TensorSpec((128, 384), "BF16")
+SPEC = TensorSpec((128, 768), "BF16")
 BF16, F32 = torch.bfloat16, torch.float32
 EVERY_RTN = [
     RoundToNearest(bits, group, scale, full_range)
@@ -95,7 +95,7 @@ def stores(runtime: ModuleType, codec: codecs.Codec, name: str) -> bool:
 
 
 def name_for(runtime: ModuleType) -> str:
-    return f"{'model' if PT.name == runtime.LAYOUT else 'ernie'}.layers.1.mlp.down_proj.weight"
+    return f"{'ernie' if PADDLE.name == runtime.LAYOUT else 'model'}.layers.1.mlp.down_proj.weight"
 
 
 STORED = [(r, c) for r in plugins.modules(runtimes) for c in CODECS if stores(r, c, name_for(r))]

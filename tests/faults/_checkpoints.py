@@ -25,7 +25,7 @@ from ernie_quant.plan.make import make_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts
-from faults import _sidecars
+from faults import _ggufs, _sidecars
 from faults._mutations import BULKS, Archive, boundaries, changed_archive, changed_json, changed_pickle, changed_safetensors
 
 DENSE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8,
@@ -33,7 +33,7 @@ DENSE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "
 MOE = DENSE | {"moe_intermediate_size": 32, "moe_num_experts": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 0,
                "moe_num_shared_experts": 1, "head_dim": 16}  # fmt: skip
 Model = tuple[dict[str, Any], dict[str, torch.Tensor]]
-KINDS = ("header", "index", "config", "pdparams", "bin", "beside")
+KINDS = ("header", "index", "config", "pdparams", "bin", "beside", "gguf")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class Sandbox:
             folder = self.folder(f"bin{i}", moe[0])
             write_bin(folder / "pytorch_model.bin", tensors)
             self.add("bin", folder, "pytorch_model.bin")
+        for path, file in _ggufs.files(root):
+            self.add_gguf(path, file)
         for i, (config, tensors) in enumerate((dense, moe)):
             folder = write_model(root / f"beside{i}", config | {"auto_map": _sidecars.AUTO_MAP}, tensors)
             _sidecars.place_all(folder)
@@ -113,6 +115,15 @@ class Sandbox:
         for variants in self.variants.values():
             for variant in variants:
                 self.hostile(variant.folder)
+
+    def add_gguf(self, path: Path, file: _ggufs.Gguf) -> None:
+        """One file, or a part."""
+        path.write_bytes(file.whole)
+
+        def change(rng: random.Random) -> bytes:
+            return _ggufs.bulk(rng) if rng.random() < 0.001 else _ggufs.changed_gguf(rng, file)
+
+        self.variants["gguf"].append(Variant("gguf", path.parent, path.name, file.whole, change))
 
     def edits(self, rng: random.Random) -> bytes:
         """What is changed beside the weights, as text."""

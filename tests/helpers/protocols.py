@@ -4,7 +4,24 @@ are found here and not by a user. `tests/contract/test_protocols.py` sees to it 
 from __future__ import annotations
 
 from ernie_quant.archs import Arch, ernie4_5, ernie4_5_moe, ernie4_5_vl_moe
-from ernie_quant.codecs import Codec, ccq, fp8, keep, rtn
+from ernie_quant.codecs import (
+    Codec,
+    ccq,
+    fp8,
+    iq4_nl,
+    iq4_xs,
+    keep,
+    q2_k,
+    q3_k,
+    q4_0,
+    q4_k,
+    q5_0,
+    q5_1,
+    q5_k,
+    q6_k,
+    q8_0,
+    rtn,
+)  # fmt: skip
 from ernie_quant.hubs import Hub, Publisher
 from ernie_quant.hubs.aistudio import publish as aistudio_publish
 from ernie_quant.hubs.aistudio import read as aistudio
@@ -13,14 +30,17 @@ from ernie_quant.hubs.hf import read as hf
 from ernie_quant.hubs.modelscope import publish as modelscope_publish
 from ernie_quant.hubs.modelscope import read as modelscope
 from ernie_quant.runners import Runner, local, processes
-from ernie_quant.runtimes import Runtime, fastdeploy, transformers, vllm
-from ernie_quant.writers import Format, safetensors
+from ernie_quant.runtimes import Runtime, fastdeploy, llama_cpp, transformers, vllm
+from ernie_quant.writers import Format, gguf, safetensors
 
 ARCHS: tuple[Arch, ...] = (ernie4_5, ernie4_5_moe, ernie4_5_vl_moe)
-CODECS: tuple[Codec, ...] = (*ccq.EXAMPLES, *fp8.EXAMPLES, *keep.EXAMPLES, *rtn.EXAMPLES)
-FORMATS: tuple[Format, ...] = (safetensors,)
+CODECS: tuple[Codec, ...] = (
+    *ccq.EXAMPLES, *fp8.EXAMPLES, *keep.EXAMPLES, *rtn.EXAMPLES, *q8_0.EXAMPLES, *q6_k.EXAMPLES, *q5_k.EXAMPLES, *q4_k.EXAMPLES,
+    *q3_k.EXAMPLES, *q2_k.EXAMPLES, *q5_0.EXAMPLES, *q5_1.EXAMPLES, *q4_0.EXAMPLES, *iq4_nl.EXAMPLES, *iq4_xs.EXAMPLES,
+)  # fmt: skip
+FORMATS: tuple[Format, ...] = (gguf, safetensors)
 RUNNERS: tuple[Runner, ...] = (local, processes)
-RUNTIMES: tuple[Runtime, ...] = (fastdeploy, transformers, vllm)
+RUNTIMES: tuple[Runtime, ...] = (fastdeploy, llama_cpp, transformers, vllm)
 
 
 def hubs() -> tuple[tuple[Hub, Publisher], ...]:

@@ -128,7 +128,7 @@ def test_the_same_is_carried_along_as_from_a_folder(hub: LoopbackHub, tmp_path: 
     hub.put(NAME, {**model, **others})
     here, there = (make_plan(open_source(place), runtime="vllm") for place in (source, ADDRESS))
     used = here.notes[0].partition(";")[0]
-    others = f"{used}; also there, and not read: pytorch_model.bin"
+    others = f"{used}; also there, and not read: pytorch_model.bin, model.gguf"
     unread = "not read and not carried along: model.gguf, pytorch_model.bin"
     assert there.notes[:3] == here.notes[:3] == (others, unread, "not carried along: core.1, figures/; --copy PATTERN takes them")
     assert set(there.copied) == set(here.copied) == {"generation_config.json", *model}

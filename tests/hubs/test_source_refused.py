@@ -36,6 +36,9 @@ def test_what_is_not_there_is_one_line(
     assert "there is no such revision" in refusal(command, "inspect", f"{ADDRESS}@none")
     hub.put("org/bins", {"config.json": b"{}", "pytorch_model-00001-of-00001.bin": b"bin"})
     assert "holds only .bin, which cannot be read by range" in refusal(command, "inspect", "hf://org/bins")
+    hub.put("org/ggufs", {"X-Q4_K_M.gguf": b"GGUF", "X-Q8_0.gguf": b"GGUF"})
+    line = "hf://org/ggufs: holds only .gguf, which cannot be read by range; download the file, and open that"
+    assert line in refusal(command, "inspect", "hf://org/ggufs")
     hub.put("org/none", {"config.json": b"{}"})
     assert "holds no weights" in refusal(command, "inspect", "hf://org/none")
     hub.repo(NAME).gated = "manual"

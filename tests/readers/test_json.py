@@ -57,8 +57,8 @@ def test_the_total_size_of_an_index_is_not_believed(tmp_path: Path, total: Any) 
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    assert "not a weight file (.bin, .pdparams, .pt, .safetensors)" in refusal(tmp_path / "m.gguf")
+    (tmp_path / "m.onnx").write_bytes(b"ONNX")
+    assert "not a weight file (.bin, .gguf, .pdparams, .pt, .safetensors)" in refusal(tmp_path / "m.onnx")
 
 
 def test_a_file_that_vanished_is_refused(tmp_path: Path) -> None:

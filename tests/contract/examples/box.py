@@ -2,11 +2,15 @@
 
 from ernie_quant.writers import FileLayout
 
-EXTENSION, INDEX = ".box", ""
+EXTENSION, INDEX, SELF_CONTAINED = ".box", "", False
 
 
 def order(specs):
     return dict(sorted(specs.items()))
+
+
+def metadata_of(metadata, files, number):
+    return metadata
 
 
 def lay_out(specs, metadata):

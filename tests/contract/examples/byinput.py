@@ -23,7 +23,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class ByInput:
-    rows, version, form = 1, 1, "int8 by input"
+    rows, version, form, decodes_to = 1, 1, "int8 by input", "BF16"
 
     def describe(self):
         return self.form

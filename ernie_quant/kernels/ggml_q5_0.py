@@ -1,0 +1,30 @@
+"""Q5_0: a float16 step and 32 codes of 5 bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ernie_quant.kernels import _ggml as ggml
+from ernie_quant.kernels import _ggml_bits as bits
+from ernie_quant.kernels._ggml import Kind, Scales
+
+KIND = Kind("Q5_0", 32, 16, 31, tuple(15.1 + 0.45 * k for k in range(5)))
+
+
+def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [rows, bytes] of a weight [rows, in]; importance: float32 [in], mean of the squared inputs."""
+    scales, codes = ggml.encode(KIND, weight, importance)
+    blocks = ggml.empty(KIND, len(codes))
+    ggml.put_half(blocks, 0, scales.step)
+    bits.put_codes(KIND.dtype, codes, blocks)
+    return ggml.as_rows(blocks, len(weight))
+
+
+def decode(blocks: torch.Tensor) -> torch.Tensor:
+    """float32 [rows, in] of uint8 [rows, bytes]."""
+    found = ggml.blocks_of(KIND, blocks)
+    one = np.ones((len(found), 1), np.float32)
+    step = ggml.take_half(found, 0)
+    scales = Scales(step, np.zeros_like(step), one, one)
+    return ggml.as_rows(ggml.decode(KIND, scales, found), len(blocks))
