@@ -12,12 +12,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from ernie_quant.cli.main import COMMANDS, group
 from helpers.commands import Command
 from helpers.disk import no_waiting
 from helpers.models import GOLDEN, copy, random_model, write
 from helpers.paths import ROOT
 
+from ernie_quant.cli.main import COMMANDS, group
 from ernie_quant.plan import built_in
 
 DOCUMENT = ROOT / "docs/cli.md"

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import click
 import pytest
-from ernie_quant.cli.main import COMMANDS, group
 from helpers.commands import Command
 from helpers.disk import no_waiting
 from helpers.models import write
 from helpers.synthetic import wide, write_model
 
+from ernie_quant.cli.main import COMMANDS, group
 from ernie_quant.plan.built_in import fastdeploy_container
 
 COMMAND_LINES = [
     ("convert", "SRC", "--to", "pt"),
+    ("gguf", "SRC", "--keep-unfit"),
     ("wint4", "SRC", "--experts-only", "--group-size", "32"),
     ("wint4", "SRC", "--runtime", "fastdeploy", "--tp", "2"),
     ("wint8", "SRC", "--group-size", "32"),

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ernie_quant.cli.main import COMMANDS, main
 from helpers.disk import no_waiting
 from helpers.hub import LoopbackHub
 from helpers.models import GOLDEN, copy, write
@@ -20,6 +19,7 @@ from helpers.synthetic import wide, write_model
 from helpers.words import byte_tokenizer
 
 from ernie_quant.check.verify import verify
+from ernie_quant.cli.main import COMMANDS, main
 from ernie_quant.plan.built_in import fastdeploy_container
 
 RULES = '[[rule]]\nrole = "experts"\ncodec = "rtn"\ngroup_size = 64\n'
@@ -27,6 +27,7 @@ LINES = {
     "inspect": "SRC",
     "plan": "SRC",
     "convert": "SRC OUT --to pt",
+    "gguf": "SRC OUT --type Q4_0 --keep-unfit",
     "wint4": "SRC OUT --experts-only",
     "wint8": "SRC OUT --experts-only",
     "fp8": "SRC OUT --experts-only",
@@ -84,7 +85,7 @@ def shell(script: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_command_is_here() -> None:
     assert LINES.keys() == set(COMMANDS)
-    assert len(WRITING) == 8
+    assert len(WRITING) == 9
 
 
 @pytest.fixture

@@ -122,7 +122,8 @@ def encode(kind: Kind, weight: torch.Tensor, importance: torch.Tensor | None) ->
     for first, part in zip(range(0, len(weight), rows), torch.split(weight, rows), strict=True):
         values = part.float().contiguous().numpy().reshape(-1, kind.size)
         at = first * weight.shape[1] // elements
-        found.append(_encoded(kind, values, weights, codes[at : at + part.numel() // elements].reshape(values.shape)))
+        with np.errstate(all="ignore"):  # weights beyond float16, whose blocks are lost anyhow
+            found.append(_encoded(kind, values, weights, codes[at : at + part.numel() // elements].reshape(values.shape)))
     return Scales(*(np.concatenate([getattr(scales, field.name) for scales in found]) for field in fields(Scales))), codes
 
 
@@ -193,10 +194,10 @@ def _refitted(kind: Kind, values: Array, weights: Weights, trial: Trial) -> Arra
 
 def solved(kind: Kind, sums: Array, units: Array) -> Array:
     """Units that the sums of `choose.sums_of` ask for, float32 [5, sub-blocks]; the old ones where they ask for none."""
-    ss, sm, mm, xs, xm = sums.reshape(5, -1, kind.per_block).sum(2, dtype=np.float64)
-    det = ss * mm - sm * sm
-    both = det > SINGULAR * ss * mm
     with np.errstate(all="ignore"):
+        ss, sm, mm, xs, xm = sums.reshape(5, -1, kind.per_block).sum(2, dtype=np.float64)
+        det = ss * mm - sm * sm
+        both = det > SINGULAR * ss * mm
         unit = np.where(both, (xs * mm - xm * sm) / det, np.where(mm == 0, xs / ss, np.nan))
         lower = np.where(both, (xs * sm - xm * ss) / det, 0.0)
         good = np.isfinite(unit) & np.isfinite(lower) & (lower >= 0) & ((unit > 0) | (not kind.affine))

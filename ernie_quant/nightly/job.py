@@ -6,7 +6,7 @@ revision = "main"
 
 [[target]]
 repo = "my-org/ERNIE-4.5-21B-A3B-WINT4"
-recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, wint2; or [[target.rule]] tables
+recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, gguf, wint2; or [[target.rule]] tables
 experts_only = true
 [target.calibration]                            # as in a recipe file
 text = "auto"
@@ -28,6 +28,7 @@ from ernie_quant.errors import PlanError
 from ernie_quant.plan import built_in, calibration, recipe
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
 from ernie_quant.plan.steps import SHARD_BYTES
+from ernie_quant.publish.places import folder_of
 from ernie_quant.settings import Settings, parse_size
 from ernie_quant.sources import is_address
 
@@ -55,7 +56,13 @@ class JobTarget:
     def folder(self) -> str:
         """Name of the folder in which it is made."""
         hub = "" if self.scheme == "hf" else f"{self.scheme}--"
-        return f"{hub}{self.repo}@{self.revision}".replace("/", "--")
+        place = f"--{self.place}" if self.place else ""
+        return f"{hub}{self.repo}@{self.revision}{place}".replace("/", "--")
+
+    @property
+    def place(self) -> str:
+        """The folder that it has in a repository which it shares with other types."""
+        return folder_of({"recipe": {"name": self.recipe.name}, "runtime": self.runtime})
 
 
 @dataclass(frozen=True)
@@ -141,10 +148,11 @@ def _target(table: Settings, beside: Path) -> JobTarget:
     if private is not None and type(private) is not bool:
         table.wrong(f"private is {private!r}, not true or false")
     tag, tp = table.take("tag", bool, False), table.take("tp", int, 1)
-    size = table.pop("max_shard_size", SHARD_BYTES)
-    shard_bytes = table.attempt(lambda: parse_size(size), SHARD_BYTES, "max_shard_size")
+    size = table.pop("max_shard_size")
     copy, odd = _patterns(table), table.take("allow_odd_values", bool, False)
     rules, runtime = _recipe(table)
+    usual = built_in.ONE_FILE if runtime == built_in.LLAMA_CPP else SHARD_BYTES
+    shard_bytes = usual if size is None else table.attempt(lambda: parse_size(size), usual, "max_shard_size")
     if (asked := table.inner("calibration")) is not None:
         rules = replace(rules, calibration=calibration.read(asked, beside))
     table.end()

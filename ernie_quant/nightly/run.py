@@ -29,6 +29,7 @@ from ernie_quant.plan.reshard import shared_identity
 from ernie_quant.plan.steps import Plan
 from ernie_quant.publish import Destination, publish
 from ernie_quant.publish.files import refuse_odd, repair
+from ernie_quant.publish.places import remote_name
 from ernie_quant.report.rows import FILENAME, TensorReport, total
 from ernie_quant.result.room import unknown_space
 from ernie_quant.run.shared import run_shared
@@ -132,13 +133,13 @@ def _published(hub: Publisher, target: JobTarget, wanted: str) -> str | None:
     """The commit of the target's branch, if that holds this very result: same source, recipe, options and versions."""
     if hub.is_private(target.repo) is None:
         return None
-    head = hub.head(target.repo, target.revision)
-    if head is None or MANIFEST not in head.files:
+    head, folder = hub.head(target.repo, target.revision), target.place
+    if head is None or remote_name(MANIFEST, folder) not in head.files:
         return None
     try:
-        manifest = json.loads(hub.fetch(target.repo, head.commit, MANIFEST))
+        manifest = json.loads(hub.fetch(target.repo, head.commit, remote_name(MANIFEST, folder)))
         same = manifest["fingerprint"] == wanted and all(
-            (there := head.files.get(name)) is not None
+            (there := head.files.get(remote_name(name, folder))) is not None
             and there.nbytes == entry["bytes"]
             and there.sha256 in ("", entry["sha256"])
             for name, entry in manifest["files"].items()

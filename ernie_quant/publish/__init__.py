@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ernie_quant.disk import write_file
 from ernie_quant.errors import HubError, RetryError, VerifyError
 from ernie_quant.hubs import Conflict, Head, LocalFile, Publisher, RemoteFile
 from ernie_quant.paths import MANIFEST, README
 from ernie_quant.publish.files import delete, entitled, local_files, refuse_odd, reported
+from ernie_quant.publish.places import folder_of, front_page, manifests, remote_name
 
+FRONT_PAGE = ".ernie-quant-front-page.md"  # in the folder of a result; no file of it
 RACES = 5  # lost ones before we give up
 # a repository that holds no more is as good as empty
 NEUTRAL = (".gitattributes", README, "LICENSE", ".gitignore", "configuration.json")
@@ -60,13 +64,15 @@ def publish(
         refuse_odd(destination.repo, reported(out))
     manifest = entitled(out, destination.repo, evaluated)
     files = local_files(out, manifest, destination.repo)
+    folder = folder_of(manifest)
     _open_repository(hub, destination)
     sent: dict[str, LocalFile] = {}
     tagged = hub.head(destination.repo, destination.tag) if destination.tag and not destination.pr else None
     for _ in range(RACES):
         head = _head(hub, destination)
-        drop = _left_behind(hub, destination, head, files)
-        missing = [file for file in files if not _is_there(file, head.files.get(file.name))]
+        drop = _left_behind(hub, destination, head, files, folder)
+        page = _page(out, manifest, head, files, destination.repo) if folder else []
+        missing = [file for file in [*files, *page] if not _is_there(file, head.files.get(file.name))]
         if tagged and (missing or drop or tagged.commit != head.commit):
             raise HubError(
                 f"{destination.repo}: the tag {destination.tag} names commit {tagged.commit[:12]} already; choose another"
@@ -89,7 +95,7 @@ def publish(
             if isinstance(error, RetryError):
                 raise
             continue
-        _verify(hub, destination, commit, files)
+        _verify(hub, destination, commit, [*files, *page])
         return _done(hub, destination, commit, "published", missing, drop)
     raise RetryError(f"{destination.repo}: others committed {RACES} times while this was at work")
 
@@ -117,10 +123,26 @@ def _head(hub: Publisher, destination: Destination) -> Head:
     return head
 
 
-def _left_behind(hub: Publisher, destination: Destination, head: Head, files: list[LocalFile]) -> list[str]:
+def _page(out: Path, manifest: Mapping[str, Any], head: Head, files: list[LocalFile], repo: str) -> list[LocalFile]:
+    """README.md at the top of a repository of several types, as it is with this one."""
+    now = {file.name: RemoteFile(file.name, file.nbytes, file.sha256) for file in files}
+    data = front_page(manifest, {**head.files, **now}, repo)
+    write_file(out / FRONT_PAGE, data)
+    return [LocalFile(README, len(data), hashlib.sha256(data).hexdigest(), out / FRONT_PAGE)]
+
+
+def _left_behind(
+    hub: Publisher, destination: Destination, head: Head, files: list[LocalFile], folder: str
+) -> list[str]:  # fmt: skip
     """Files of an earlier result that this one has no more. Raises HubError for a repository that is not ours."""
     now = {file.name for file in files}
-    if MANIFEST not in head.files:
+    there = manifests(head.files)
+    if there and ("" in there) == bool(folder):
+        what = "a result that has it to itself" if folder else f"GGUF files ({', '.join(sorted(there))})"
+        raise HubError(f"{destination.repo}: holds {what}; choose another repository or branch")
+    if there and folder not in there:
+        return []
+    if not there:
         if others := sorted(set(head.files) - set(NEUTRAL)):
             shown = ", ".join(others[:3])
             raise HubError(
@@ -128,8 +150,9 @@ def _left_behind(hub: Publisher, destination: Destination, head: Head, files: li
             )
         return []
     try:
-        before = json.loads(hub.fetch(destination.repo, head.commit, MANIFEST))["files"]
-        return sorted(name for name in head.files if name in before and name not in now)
+        before = json.loads(hub.fetch(destination.repo, head.commit, there[folder]))["files"]
+        theirs = {remote_name(name, folder) for name in before}
+        return sorted(name for name in head.files if name in theirs and name not in now)
     except (ValueError, KeyError, TypeError):
         raise HubError(f"{destination.repo}: its {MANIFEST} cannot be read; choose another repository or branch") from None
 

@@ -15,7 +15,8 @@ from ernie_quant.disk import write_file
 from ernie_quant.errors import ErnieQuantError, OutputError, VerifyError
 from ernie_quant.hubs import LocalFile
 from ernie_quant.jsonio import dumps, read_object
-from ernie_quant.paths import MANIFEST, README, SUMS, inside
+from ernie_quant.paths import CONFIG, FILE, MANIFEST, README, SUMS, inside
+from ernie_quant.publish.places import folder_of, remote_name
 from ernie_quant.report import evaluation
 from ernie_quant.report.page import render
 from ernie_quant.report.rows import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
@@ -37,7 +38,7 @@ def entitled(out: Path, repo: str, evaluated: Path | None = None) -> dict[str, A
     found = _evaluation(out, manifest, evaluated)
     if README not in manifest["files"]:
         return manifest
-    config = read_object(inside(out, "config.json", MANIFEST))
+    config = config_of(out, manifest)
     rows: list[TensorReport] = []
     made: dict[str, bytes] = {} if found is None else {EVALUATION: dumps(found).encode()}
     if FILENAME in manifest["files"]:
@@ -57,6 +58,14 @@ def entitled(out: Path, repo: str, evaluated: Path | None = None) -> dict[str, A
         write_file(out / SUMS, sums(manifest["files"], text).encode())
         write_file(out / MANIFEST, text)
     return manifest
+
+
+def config_of(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a result, or what its weight files say in its place. Raises CheckpointError or ConfigError."""
+    if CONFIG in manifest["files"]:
+        return read_object(inside(out, CONFIG, MANIFEST))
+    first = next((name for name in sorted(manifest["files"]) if Path(name).suffix in writers.extensions()), "")
+    return {FILE: first}
 
 
 def refuse_odd(repo: str, rows: Iterable[TensorReport]) -> None:
@@ -98,20 +107,23 @@ def _pictures(report: Report) -> dict[str, bytes]:
 
 
 def local_files(out: Path, manifest: Mapping[str, Any], repo: str) -> list[LocalFile]:
-    """Every file of the result, the manifest last. Raises OutputError for one that is neither here nor uploaded."""
-    uploaded = _uploaded(out, repo)
+    """Every file of the result under its name in the repository, the manifest last.
+
+    Raises OutputError for one that is neither here nor uploaded.
+    """
+    uploaded, folder = _uploaded(out, repo), folder_of(manifest)
     files = []
     for name, entry in manifest["files"].items():
         if (out / name).exists() or name not in uploaded or uploaded[name] != entry["sha256"]:
             path = inside(out, name, MANIFEST)
             if (nbytes := path.stat().st_size) != entry["bytes"]:
                 raise OutputError(f"{path}: has {nbytes} bytes, the manifest says {entry['bytes']}; `verify` tells more")
-            files.append(LocalFile(name, entry["bytes"], entry["sha256"], path))
+            files.append(LocalFile(remote_name(name, folder), entry["bytes"], entry["sha256"], path))
         else:
-            files.append(LocalFile(name, entry["bytes"], entry["sha256"], None))
+            files.append(LocalFile(remote_name(name, folder), entry["bytes"], entry["sha256"], None))
     for name in (SUMS, MANIFEST):
         data = inside(out, name, "the result").read_bytes()
-        files.append(LocalFile(name, len(data), hashlib.sha256(data).hexdigest(), out / name))
+        files.append(LocalFile(remote_name(name, folder), len(data), hashlib.sha256(data).hexdigest(), out / name))
     return files
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ernie_quant.cli.main import main
 from helpers.bad_input import Outcome, Run
 from helpers.synthetic import tiny, write_model
+
+from ernie_quant.cli.main import main
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_every_mistake_of_a_recipe_is_listed(run: Run, source: Callable[..., Pat
         "title: unknown; a recipe has [[rule]] tables and [calibration]",
         "rule 1: needs one of role, match and names",
         "rule 2: needs one of role, match and names",
-        "rule 3: role 'router' is not one that can be quantized (experts, vision_experts, shared_experts, mlp, attention, mtp)",
+        "rule 3: role 'router' is not one that can be quantized (experts, vision_experts, shared_experts, mlp, attention, embeddings, head, mtp)",
         "rule 4: match '(' is no regular expression: ",
         "rule 5: needs a codec",
         "rule 6: there is no codec 'awq'; there are ",

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from ernie_quant.calibration import collect, forward
-from ernie_quant.calibration.forward import start, through
-from ernie_quant.calibration.opened import readable
 from helpers.commands import Command, refusal
 from helpers.models import GOLDEN, copy, tensors
 from helpers.words import byte_tokenizer, lines
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ernie_quant.calibration import collect, forward
+from ernie_quant.calibration.forward import start, through
+from ernie_quant.calibration.opened import readable
 from ernie_quant.readers import read_header
 
 TOKENS = 1024

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from ernie_quant.calibration.evaluate import evaluate, pair
-from ernie_quant.calibration.streams import between, weights_of
-from ernie_quant.calibration.windows import hashes
 from helpers.commands import Command
 from helpers.disk import no_waiting
 from helpers.models import GOLDEN, random_model, tensors
 from helpers.runs import OF_128S
 from helpers.words import byte_tokenizer
 
+from ernie_quant.calibration.evaluate import evaluate, pair
+from ernie_quant.calibration.streams import between, weights_of
+from ernie_quant.calibration.windows import hashes
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import AnotherPlanError
 from ernie_quant.plan import built_in

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.models import GOLDEN, random_model, states, tensors, write
+from safetensors.torch import save_file
+
 from ernie_quant.calibration import forward, judge
 from ernie_quant.calibration.forward import start, through
 from ernie_quant.calibration.judge import judge as judged
 from ernie_quant.calibration.layer import rms_norm
 from ernie_quant.calibration.opened import Opened, readable
-from helpers.models import GOLDEN, random_model, states, tensors, write
-from safetensors.torch import save_file
-
 from ernie_quant.errors import PlanError, TextError
 from ernie_quant.plan import built_in
 from ernie_quant.weights import layouts

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from ernie_quant.calibration.evaluate import evaluate, pair
-from ernie_quant.calibration.windows import FOLDER
 from helpers.models import invoke
 from helpers.paths import ROOT
+
+from ernie_quant.calibration.evaluate import evaluate, pair
+from ernie_quant.calibration.windows import FOLDER
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,10 +6,10 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from ernie_quant.calibration import texts
-from ernie_quant.calibration.texts import read_text, tokens
 from helpers.words import Bytes, lines
 
+from ernie_quant.calibration import texts
+from ernie_quant.calibration.texts import read_text, tokens
 from ernie_quant.errors import TextError
 
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from ernie_quant.calibration import tokenizer as module
-from ernie_quant.calibration.tokenizer import tokenizer_of
 from helpers.words import EOS_ID, byte_tokenizer
 
+from ernie_quant.calibration import tokenizer as module
+from ernie_quant.calibration.tokenizer import tokenizer_of
 from ernie_quant.errors import TextError
 
 SAID = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]

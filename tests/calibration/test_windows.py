@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.words import Bytes, lines
+
 from ernie_quant.calibration import windows as module
 from ernie_quant.calibration.texts import read_text
 from ernie_quant.calibration.windows import AUTO, FOLDER, SHARES, Windows, beginning, windows
-from helpers.words import Bytes, lines
-
 from ernie_quant.errors import TextError
 
 

@@ -32,11 +32,10 @@ from ernie_quant.sources import open_source
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ernie_quant.cli import _show
-
 from ernie_quant import inspect as inspection
 from ernie_quant.check.verify import verify
 from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.cli import _show
 from ernie_quant.errors import MAX_LINE, MAX_LINES, ErnieQuantError, line_of
 from ernie_quant.plan import recipe
 from ernie_quant.plan.make import make_plan

@@ -61,10 +61,10 @@ def serve() -> None:
     """In a process of its own: import everything, then fork one `ernie-quant` for every line of JSON."""
     import huggingface_hub.hf_api
     import torch
-    from ernie_quant.cli import nightly  # noqa: F401
     from helpers.models import write
 
     from ernie_quant.check import verify
+    from ernie_quant.cli import nightly  # noqa: F401
     from ernie_quant.codecs.rtn import RoundToNearest
     from ernie_quant.plan import built_in
 

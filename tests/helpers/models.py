@@ -39,6 +39,7 @@ def write(source: Path, out: Path, runtime: str = "vllm", **options: Any) -> Run
 def invoke(*arguments: object) -> str:
     """A command that must succeed; what it prints. (The fixture `command` lives for one test only.)"""
     from click.testing import CliRunner
+
     from ernie_quant.cli.main import group
 
     result = CliRunner().invoke(group, [str(a) for a in arguments], catch_exceptions=False)

@@ -68,12 +68,12 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
         "[source]: branch: unknown",
         "[source]: hf://baidu: is not SCHEME://ORG/NAME or SCHEME://ORG/NAME@REVISION",
         "[[target]] 1: repo 'tiny' is not ORG/NAME or SCHEME://ORG/NAME",
-        "[[target]] 1: recipe 'wint5' is none of pt, paddle, wint4, wint8, fp8, wint2; for others give [[target.rule]] tables",
+        "[[target]] 1: recipe 'wint5' is none of pt, paddle, wint4, wint8, fp8, gguf, wint2; for others give [[target.rule]] tables",
         "[[target]] 1: privat: unknown",
         "[[target]] 2: repo 'ftp://me/tiny': nothing can be published there; there is ",
-        "[[target]] 2: max_shard_size: '5 bananas' is not a size such as 5GB or 500MB",
         "[[target]] 2: experts_only is 'yes', not true or false",
         "[[target]] 2: codec rtn: group_size",
+        "[[target]] 2: max_shard_size: '5 bananas' is not a size such as 5GB or 500MB",
         "[[target]] 2: wint4_layers: unknown",
         "[[target]] 2: tp is 2, not 1, or 2, 4, 8 or 16 with runtime fastdeploy",
         "[[target]] 3: private is 1, not true or false",
@@ -156,6 +156,7 @@ OPTIONS = {
     "wint4": 'group_size = "channel"\nscale = "absmax"\nmtp = true\nkeep_unfit = true\nruntime = "transformers"',
     "wint8": "group_size = 64",
     "fp8": "experts_only = true",
+    "gguf": 'type = "Q8_0"\npure = true',
     "wint2": 'wint4_layers = 0\neffort = 1\nscale = "absmax"\ntp = 2',
 }
 

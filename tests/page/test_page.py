@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from ernie_quant.cli.main import group
 from helpers.pages import EXPERTS, LAYERS, WINT4, data_of, folder_of, over_results, row, text_of
 
 from ernie_quant.check import verify
+from ernie_quant.cli.main import group
 from ernie_quant.errors import ErnieQuantError, OutputError
 from ernie_quant.report import page, saved
 from ernie_quant.report import rows as report

@@ -11,10 +11,13 @@ from ernie_quant import codecs, plugins
 from ernie_quant.check import unreported
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
+from ernie_quant.codecs._ggml import Blocks
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
+from ernie_quant.dtypes import BLOCKS as BYTES
+from ernie_quant.kernels import _ggml_bits as bits
 from ernie_quant.runtimes import fastdeploy
 
 SPEC = TensorSpec((256, 512), "BF16")
@@ -60,9 +63,22 @@ def few_changed(codec: Codec, count: int, bit: int, columns: slice) -> str:
     """What is said when one bit of some codes of `count` rows is another."""
     weight = gaussian()
     encoded = codec.encode(weight)
+    if isinstance(codec, Blocks):
+        return problem(codec, weight, {"blocks": in_blocks(codec, encoded["blocks"], count, bit, columns)})
     codes = encoded["codes"].clone().view(torch.uint8)
     codes[:count, columns] ^= bit
     return problem(codec, weight, encoded | {"codes": codes.view(encoded["codes"].dtype)})
+
+
+def in_blocks(codec: Blocks, blocks: torch.Tensor, count: int, bit: int, columns: slice) -> torch.Tensor:
+    """The same, where codes lie in bytes with their scales; those of two bits have no third."""
+    made = blocks.clone()
+    flat = made.numpy().reshape(-1, BYTES[codec.dtype][1])
+    codes = bits.codes_of(codec.dtype, flat)
+    most = 1 << sum(piece.width for piece in bits.pieces(codec.dtype))
+    codes.reshape(len(blocks), -1)[:count, columns] ^= min(bit, most // 2)
+    bits.put_codes(codec.dtype, codes, flat)
+    return made
 
 
 CHANGED = re.compile(
