@@ -72,7 +72,8 @@ def load(values, importance, first, n, size, tile, weights, f):  # type: ignore[
     for j in range(size):
         column = tile[j * LANES : (j + 1) * LANES]
         for i in range(LANES):
-            column[i] *= f[i + INVERSE_TOP]
+            x = column[i] * f[i + INVERSE_TOP]
+            column[i] = x if x == x else F(0)  # no number, or infinity: a block whose scales are numbers all the same
     if len(importance) > 0:
         _columns(importance, first % (len(importance) - LANES), n, size, weights)
 

@@ -84,7 +84,7 @@ def test_q8_0_is_ggml_to_the_byte() -> None:
 
 @needs_llama_cpp
 @every_type
-@pytest.mark.parametrize("of", ["outliers", "uneven inputs", "one input in eight"])
+@pytest.mark.parametrize("of", ["outliers", "uneven inputs", "one input in sixteen"])
 def test_errors_are_at_most_those_of_ggml_where_few_values_decide(dtype: str, of: str) -> None:
     """The largest weight may be the one that matters most, or not at all."""
     noise, weight, importance = torch.Generator().manual_seed(8), gaussian(64, seed=9), torch.ones(WIDTH)
@@ -92,8 +92,8 @@ def test_errors_are_at_most_those_of_ggml_where_few_values_decide(dtype: str, of
         weight = torch.where(torch.rand(weight.shape, generator=noise) < 0.01, 30 * weight, weight)
     if of == "uneven inputs":
         importance = (2 * torch.randn(WIDTH, generator=noise)).exp()
-    if of == "one input in eight":
-        importance = (torch.arange(WIDTH) % 8 == 3).float()
+    if of == "one input in sixteen":
+        importance = (torch.arange(WIDTH) % 16 == 3).float()
     found, oracle, number = kernels(dtype), Ggml(), NUMBERS[dtype]
     raw = oracle.quantize(number, weight.numpy(), importance.numpy())
     theirs = torch.from_numpy(oracle.dequantize(number, raw, WIDTH))
@@ -146,7 +146,7 @@ def test_odd_values_are_stored_as_finite_numbers(dtype: str) -> None:
     assert float((decoded[1] - 0.5).abs().max()) < 0.05
     for odd in (math.nan, math.inf, -math.inf):
         rows[3, 3] = odd
-        assert kernels(dtype).encode(rows).shape == kernels(dtype).encode(rows[:1]).expand(9, -1).shape
+        assert bool(kernels(dtype).decode(kernels(dtype).encode(rows)).isfinite().all())
 
 
 @every_type
