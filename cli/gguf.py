@@ -21,11 +21,13 @@ from ernie_quant.plan import built_in
 @click.option("--pure", is_flag=True, help="One type for every matrix.")
 @_options.experts_only
 @click.option("--keep-unfit", is_flag=True, help="Rows that a block does not divide get another type, as in llama.cpp.")
+@click.option("--imatrix", type=_options.FOLDER, metavar="STATS",
+              help="Weigh errors by the inputs that `calibrate SRC STATS` has seen.")  # fmt: skip
 @_options.fix
 @_options.single_file_options
 def command(
     src: Path | str, out: Path, max_shard_size: int, copy: tuple[str, ...], copy_code: bool, fixes: tuple[str, ...],
-    follow_links: bool, **options: Any,
+    imatrix: Path | None, follow_links: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Write a GGUF file for llama.cpp, Ollama and LM Studio.
 
@@ -35,6 +37,7 @@ def command(
     \b
     ernie-quant gguf ERNIE-4.5-21B-A3B-Paddle out
     ernie-quant gguf ERNIE-4.5-21B-A3B-PT out --type Q8_0
+    ernie-quant gguf ERNIE-4.5-21B-A3B-PT out --type Q2_K --imatrix stats.safetensors
     """
     from ernie_quant.plan.gguf import gguf_plan
     from ernie_quant.sources import open_source
@@ -42,6 +45,6 @@ def command(
     settings = {key: options.pop(key) for key in built_in.GGUF}
     plan = gguf_plan(
         open_source(src, links=follow_links), settings=settings, fixes=frozenset(fixes), copy=copy, copy_code=copy_code,
-        shard_bytes=max_shard_size,
+        shard_bytes=max_shard_size, imatrix=imatrix,
     )  # fmt: skip
     _execute.run(plan, out, **options)

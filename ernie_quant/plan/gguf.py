@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.codecs._ggml import Blocks
 from ernie_quant.codecs.rtn import RoundToNearest
+from ernie_quant.errors import PlanError
 from ernie_quant.plan import built_in
+from ernie_quant.plan.choose import folded_problems
+from ernie_quant.plan.imatrix import Statistics, importance, misfits
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.steps import Plan
 from ernie_quant.plan.taken import taken_over
@@ -19,16 +24,33 @@ from ernie_quant.weights.stored import Stored, resolve_quantized
 HOLDS = {4: "Q4_0", 8: "Q8_0"}  # bits of integer codes -> the type whose codes they are
 
 
-def gguf_plan(source: Checkpoint, *, settings: dict[str, Any], **options: Any) -> Plan:
+def gguf_plan(source: Checkpoint, *, settings: dict[str, Any], imatrix: Path | None = None, **options: Any) -> Plan:
     """As `make_plan`, with the options of the built-in recipe `gguf` in `settings`; without a `type` the one for the source.
 
-    Of a quantized source codes are taken over where a type holds them, other weights are decoded.
+    Of a quantized source codes are taken over where a type holds them, other weights are decoded. `imatrix`: a file of
+    `calibrate`, by which searches weigh the inputs of a weight. Raises PlanError, ConfigError or CheckpointError.
     """
     quantized = bool(evidence(source))
     settings = {**settings, "type": settings.get("type") or type_for(source, quantized=quantized)}
     made = built_in.make("gguf", **settings)
-    plan = make_plan(source, runtime=made.runtime, recipe=made.recipe, dequantize=quantized, **options)
-    return replace(plan, notes=(*plan.notes, *_taken(plan))) if quantized else plan
+    known = None if imatrix is None else importance(imatrix)
+    plan = make_plan(
+        source, runtime=made.runtime, recipe=made.recipe, dequantize=quantized, statistics=known, **options
+    )  # fmt: skip
+    notes = _taken(plan) if quantized else []
+    if imatrix is not None and known is not None:
+        notes += _weighed(plan, known, imatrix)
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def _weighed(plan: Plan, known: Statistics, imatrix: Path) -> list[str]:
+    """A note on what an imatrix is used for. Raises PlanError for that of another model."""
+    widths = {step.name: step.spec.shape[1] for step in plan.steps if isinstance(step.codec, Blocks)}
+    if wrong := misfits(known, widths, imatrix):
+        raise PlanError(f"{imatrix}: does not fit {plan.source.folder}", folded_problems(wrong))
+    missing = len(widths.keys() - known.keys())
+    without = f"; it says nothing of {missing} others" if missing else ""
+    return [f"errors of {len(widths) - missing} weights are weighed by their inputs in {imatrix.name}{without}"]
 
 
 def type_for(source: Checkpoint, *, quantized: bool) -> str:

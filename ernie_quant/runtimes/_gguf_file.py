@@ -31,7 +31,7 @@ def metadata(about: About) -> tuple[dict[str, Value], tuple[str, ...]]:
     """All keys, and notes on the tokenizer. Raises ConfigError or CheckpointError."""
     rows = about.table.dims["V"]
     about.source.bring(path for path in about.source.extra_files if path.name in vocabulary.FILES)
-    tokens = vocabulary.read(about.source.folder, rows, about.config)
+    tokens = vocabulary.read(about.source.folder, rows, about.config, links=about.source.links)
     model = _gguf.keys_of(about.config, about.table)
     if tokens.keys[vocabulary.MODEL] == vocabulary.NO_VOCABULARY:
         model[f"{model['general.architecture']}.vocab_size"] = rows

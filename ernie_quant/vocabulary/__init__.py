@@ -1,88 +1,80 @@
-"""A checkpoint's tokenizer as the keys of a GGUF file, by which llama.cpp makes the same tokens of a text.
+"""What a checkpoint's tokenizer is in a GGUF file, for llama.cpp: the keys `tokenizer.*` and their values.
 
-Source: ggml-org/llama.cpp, src/llama-vocab.cpp. Two of its defaults would change every text without a word, a token before it
-and a space; both are always written.
+Names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and `src/llama-vocab.cpp` of llama.cpp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ernie_quant.errors import CheckpointError
 from ernie_quant.ggml import Value
-from ernie_quant.jsonio import read_object
-from ernie_quant.vocabulary import bpe, sentencepiece, special
-from ernie_quant.vocabulary.tokens import Tokens
+from ernie_quant.vocabulary import bpe, sentencepiece
+from ernie_quant.vocabulary._files import BACKEND, FILES, PIECES, SETTINGS, Files
+from ernie_quant.vocabulary._special import added_tokens, special_ids, without_id
+from ernie_quant.vocabulary._table import MAX_ROWS, Loaded, Token, complete
+from ernie_quant.vocabulary._template import chat_template
 
-SENTENCEPIECE, TOKENIZERS = "tokenizer.model", "tokenizer.json"
-FILES = (SENTENCEPIECE, TOKENIZERS, *special.FILES)
-NO_VOCABULARY = "no_vocab"
-MODEL = "tokenizer.ggml.model"
+__all__ = ["FILES", "MODEL", "NO_VOCABULARY", "Vocabulary", "read"]
+
+MODEL, NO_VOCABULARY = "tokenizer.ggml.model", "no_vocab"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Keys in the order in which they are written, and what is worth a line."""
+    """Keys and values in the order in which they are written, and notes for a report.
+
+    Beside them llama.cpp needs `ARCHITECTURE.vocab_size`, the rows, where `MODEL` is `NO_VOCABULARY`.
+    """
 
     keys: Mapping[str, Value]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
-def read(folder: Path, rows: int, config: Mapping[str, Any]) -> Vocabulary:
-    """The tokenizer in a folder, for embeddings of so many rows. Raises CheckpointError."""
-    if (folder / SENTENCEPIECE).is_file():
-        tokens = sentencepiece.read(folder / SENTENCEPIECE)
-    elif (folder / TOKENIZERS).is_file():
-        tokens = bpe.read(folder / TOKENIZERS)
-    else:
-        note = f"no tokenizer ({SENTENCEPIECE} or {TOKENIZERS}) is there: programs take numbers of tokens only, no text"
-        return Vocabulary({MODEL: NO_VOCABULARY}, (note,))
-    said = _optional(folder, special.TOKENIZER_CONFIG)
-    tokens = special.with_added(tokens, _optional(folder, special.ADDED), said, rows)
-    tokens, notes = _filled(tokens, rows)
-    ids = special.ids(tokens, said, _optional(folder, special.GENERATION), config)
-    keys: dict[str, Value] = {
-        MODEL: tokens.model,
-        "tokenizer.ggml.pre": tokens.pre,
-        "tokenizer.ggml.tokens": tokens.texts,
-        **({"tokenizer.ggml.scores": tokens.scores} if tokens.scores else {}),
-        "tokenizer.ggml.token_type": tokens.kinds,
-        **({"tokenizer.ggml.merges": tokens.merges} if tokens.merges else {}),
-        **{f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items()},
-        "tokenizer.ggml.add_bos_token": said.get("add_bos_token") is True,
-        "tokenizer.ggml.add_space_prefix": _flag(said, "add_prefix_space", tokens.space_prefix),
-    }
-    if template := special.chat_template(folder, said):
-        keys["tokenizer.chat_template"] = template
-    return Vocabulary(keys, notes)
+def read(folder: Path, rows: int, config: Mapping[str, Any], *, links: bool = False) -> Vocabulary:
+    """The tokenizer in `folder`, for an embedding of `rows` rows; `config` is config.json.
+
+    Raises CheckpointError for a file that is broken, or whose tokens would be others in llama.cpp. Without a tokenizer the
+    keys say so, and a note.
+    """
+    files = Files(folder, links)
+    if not 0 < rows <= MAX_ROWS:
+        raise CheckpointError(f"an embedding of {rows} rows; a tokenizer may have {MAX_ROWS} tokens")
+    if files.has(PIECES):
+        return _vocabulary(files, rows, config, sentencepiece.load(files, rows))
+    if files.has(BACKEND):
+        return _vocabulary(files, rows, config, bpe.load(files, rows))
+    note = f"no tokenizer ({PIECES}, {BACKEND}): llama.cpp loads the file, but takes and gives ids, not texts"
+    return Vocabulary({MODEL: NO_VOCABULARY}, (note,))
 
 
-def _optional(folder: Path, name: str) -> dict[str, Any]:
-    return read_object(folder / name) if (folder / name).is_file() else {}
+def _vocabulary(files: Files, rows: int, config: Mapping[str, Any], loaded: Loaded) -> Vocabulary:
+    tokens, of_table = complete(loaded.tokens, [*loaded.added, *added_tokens(files)], rows)
+    template, of_template = chat_template(files)
+    ids, of_ids = special_ids(files, config, tokens, template)
+    notes = (*loaded.notes, *of_table, *without_id(files, tokens), *of_ids, *of_template, *_about_spaces(files, loaded))
+    keys: dict[str, Value] = {MODEL: loaded.model, "tokenizer.ggml.pre": loaded.pre}
+    keys |= _arrays(tokens, loaded)
+    keys |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+    # llama.cpp takes true for both where a file says nothing
+    keys["tokenizer.ggml.add_bos_token"] = files.settings().get("add_bos_token") is True
+    keys["tokenizer.ggml.add_space_prefix"] = loaded.space_prefix
+    return Vocabulary(keys | ({"tokenizer.chat_template": template} if template else {}), notes)
 
 
-def _flag(said: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = said.get(key)
-    return value if isinstance(value, bool) else default
+def _arrays(tokens: list[Token], loaded: Loaded) -> dict[str, Value]:
+    arrays: dict[str, Value] = {"tokenizer.ggml.tokens": tuple(token.text for token in tokens)}
+    if loaded.merges is None:
+        arrays["tokenizer.ggml.scores"] = tuple(token.score for token in tokens)
+    arrays["tokenizer.ggml.token_type"] = tuple(token.kind for token in tokens)
+    return arrays if loaded.merges is None else arrays | {"tokenizer.ggml.merges": loaded.merges}
 
 
-def _filled(tokens: Tokens, rows: int) -> tuple[Tokens, tuple[str, ...]]:
-    """A text for every row, no two alike: llama.cpp stops at a second one."""
-    if len(tokens.texts) > rows:
-        raise CheckpointError(f"{tokens.file}: has {len(tokens.texts)} tokens, the embeddings have {rows} rows")
-    missing = range(len(tokens.texts), rows)
-    texts, kinds = [*tokens.texts, *("" for _ in missing)], [*tokens.kinds, *(special.UNUSED for _ in missing)]
-    scores = [*tokens.scores, *(special.UNUSED_SCORE for _ in missing)] if tokens.scores else []
-    seen: dict[str, int] = {}
-    twice = []
-    for number, text in enumerate(texts):
-        if not text or seen.setdefault(text, number) != number:
-            twice += [number] if text else []
-            texts[number], kinds[number] = f"[PAD{number}]", special.UNUSED
-            if scores:
-                scores[number] = special.UNUSED_SCORE
-    notes = [f"{tokens.file}: {len(twice)} tokens repeat the text of another, the first is {twice[0]}: unused"] if twice else []
-    return replace(tokens, texts=tuple(texts), kinds=tuple(kinds), scores=tuple(scores)), tuple(notes)
+def _about_spaces(files: Files, loaded: Loaded) -> list[str]:
+    """Baidu's programs ask SentencePiece alone, which asks tokenizer.model."""
+    said = files.settings().get("add_prefix_space")
+    differs = loaded.merges is None and isinstance(said, bool) and said != loaded.space_prefix
+    return [f"{SETTINGS}: add_prefix_space is {said}, {PIECES} says {loaded.space_prefix}, which is written"] if differs else []

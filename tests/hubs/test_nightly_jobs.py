@@ -166,8 +166,8 @@ def test_every_recipe_can_be_asked_for_with_its_options(name: str, tmp_path: Pat
     target = f'[[target]]\nrepo = "me/tiny"\nrecipe = "{name}"\n{OPTIONS[name]}\n'
     (found,) = read_job(job_file(tmp_path, target)).targets
     assert (found.scheme, found.repo, found.private, found.tag) == ("hf", "me/tiny", None, False)
-    assert found.runtime == {"paddle": "fastdeploy", "wint2": "fastdeploy", "wint4": "transformers"}.get(name, "vllm")
-    assert found.recipe.name == {"pt": "keep", "paddle": "keep"}.get(name, name)
+    assert found.runtime == {"paddle": "fastdeploy", "wint2": "fastdeploy", "wint4": "transformers", "gguf": "llama_cpp"}.get(name, "vllm")
+    assert found.recipe.name == {"pt": "keep", "paddle": "keep", "gguf": "Q8_0"}.get(name, name)
     codecs = [rule.codec.describe() for rule in found.recipe.rules]
     assert codecs[0:1] == {
         "wint4": ["int4, per channel, absmax"],
