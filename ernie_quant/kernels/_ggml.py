@@ -6,7 +6,7 @@ Sources: ggml-org/llama.cpp, ggml/src/ggml-common.h (layouts) and ggml-quants.c 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +15,18 @@ from ernie_quant.dtypes import BLOCKS
 from ernie_quant.kernels import _ggml_bits as bits
 from ernie_quant.kernels import _ggml_choose as choose
 from ernie_quant.kernels import _ggml_search as search
+from ernie_quant.kernels._ggml_search import UNEVEN
 
 F = np.float32
 CHUNK = 1 << 18  # values
 HALF_MOST = F(65504.0)  # float16's largest
-NONE = np.empty(0, F)
 SHIFTS = np.array([-0.45, -0.15, 0.15, 0.45], F)  # steps between the lower end of a range and that of a grid
 # what is tried around stored integers: a larger step wants a larger minimum, the other two rarely win
 NEAR = np.array([(0, 0), (1, 1), (-1, -1), (1, 0), (0, 1), (-1, 0), (0, -1)], F)
 NEAR_STEP = np.array([(0, 0), (1, 0), (-1, 0)], F)
 SINGULAR = 1e-6
-UNEVEN = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), F)  # kvalues_iq4nl
+# divisors beside a type's own, in ends of its range: where inputs matter unequally the largest may be one that does not
+APART = (0.85, 1.2, 1.4, 1.7, 2.1)
 
 Array = np.ndarray[Any, Any]
 
@@ -34,8 +35,8 @@ Array = np.ndarray[Any, Any]
 class Kind:
     """Codes 0 to `most` are worth step * (code - edge) - minimum, or step * table[code], in sub-blocks of `size`.
 
-    `affine`: it has minima; `free`: of any sign. `top`: the largest integer that stands for a step in a block that has one
-    scale for several of them, (least, largest); None where a sub-block is a block.
+    `divisors`: what the search tries (`fit_affine`, `fit_step`). `affine`: it has minima; `free`: of any sign. `integers`: the
+    least and the largest that stand for a step in a block that has one scale for several of them; None where a sub-block is one.
     """
 
     dtype: str
@@ -55,9 +56,28 @@ class Kind:
         return BLOCKS[self.dtype][0] // self.size
 
     @property
-    def values(self) -> Array:
-        """The table, if it has one."""
-        return UNEVEN if self.table else NONE
+    def ends(self) -> tuple[float, float]:
+        """Levels of the first and of the last code."""
+        return (float(UNEVEN[0]), float(UNEVEN[-1])) if self.table else (-self.edge, self.most - self.edge)
+
+    def tried(self, weighted: bool) -> Array:
+        """Divisors float32, for inputs that matter equally or not."""
+        apart = [-end * a for a in APART for end in self.ends] if weighted and not self.affine else []
+        return np.array([*self.divisors, *apart], F)
+
+
+class Weights(NamedTuple):
+    """Of squared errors, or empty: float32 [sub-blocks, size], at most 1 in each, and what 1 is worth there.
+
+    `within` has those of a row, then as many as a tile from the first on again; `shares` those of a row.
+    """
+
+    within: Array
+    shares: Array
+
+    def of_sub_blocks(self, found: Array) -> Array:
+        """[…, sub-blocks] times their shares."""
+        return found * np.resize(self.shares, found.shape[-1]) if len(self.shares) else found
 
 
 @dataclass(frozen=True)
@@ -80,48 +100,70 @@ def halves(values: Array) -> Array:
     return np.clip(values, -HALF_MOST, HALF_MOST).astype(np.float16)
 
 
+def weights_of(kind: Kind, importance: torch.Tensor | None) -> Weights:
+    """Sub-blocks in which no input matters, or one infinitely: all matter equally there, and the others decide for the block."""
+    if importance is None or not importance.max() > importance.min():  # all matter equally, or some as much as no number says
+        return Weights(np.empty((0, kind.size), F), np.empty(0, F))
+    given = importance.float().contiguous().numpy().reshape(-1, kind.size)
+    largest = given.max(1)
+    good = (largest > 0) & (largest < np.inf)
+    shares = np.where(good, largest, F(0))
+    within = np.divide(given, largest[:, None], out=np.ones_like(given), where=good[:, None])
+    again = np.resize(within, (len(within) + search.LANES, kind.size))  # a tile begins in one row and ends in the next
+    return Weights(again, shares / shares.max() if good.any() else shares)
+
+
 def encode(kind: Kind, weight: torch.Tensor, importance: torch.Tensor | None) -> tuple[Scales, Array]:
     """Scales and codes uint8 [blocks, elements] of a weight [rows, in]; so many rows at a time as a cache holds."""
     rows = max(1, CHUNK // max(1, weight.shape[1]))
-    weights = np.empty((0, kind.size), F)
-    if importance is not None and importance.max() > 0:  # else all inputs are alike
-        weights = importance.float().contiguous().numpy().reshape(-1, kind.size)
-    found = [_encoded(kind, part.float().contiguous().numpy(), weights) for part in torch.split(weight, rows)]
-    parts = [[getattr(scales, field.name) for scales, _ in found] for field in fields(Scales)]
-    return Scales(*map(np.concatenate, parts)), np.concatenate([codes for _, codes in found])
+    weights, elements = weights_of(kind, importance), BLOCKS[kind.dtype][0]
+    codes = np.empty((weight.numel() // elements, elements), np.uint8)
+    found = []
+    for first, part in zip(range(0, len(weight), rows), torch.split(weight, rows), strict=True):
+        values = part.float().contiguous().numpy().reshape(-1, kind.size)
+        at = first * weight.shape[1] // elements
+        with np.errstate(all="ignore"):  # weights beyond float16, whose blocks are lost anyhow
+            found.append(_encoded(kind, values, weights, codes[at : at + part.numel() // elements].reshape(values.shape)))
+    return Scales(*(np.concatenate([getattr(scales, field.name) for scales in found]) for field in fields(Scales))), codes
 
 
-def _encoded(kind: Kind, rows: Array, weights: Array) -> tuple[Scales, Array]:
-    values = rows.reshape(-1, kind.size)
-    step, minimum = np.empty(len(values), F), np.empty(len(values), F)
-    edge, most, divisors = F(kind.edge), F(kind.most), np.array(kind.divisors, F)
-    search.fit_all(values, weights, kind.size, kind.affine, kind.free, edge, most, divisors, SHIFTS, kind.values, step, minimum)
-    scales = _rounded(kind, values, weights, step.reshape(-1, kind.per_block), minimum.reshape(-1, kind.per_block))
-    codes = np.empty(values.shape, np.uint8)
-    choose.nearest_all(values, kind.size, *scales.of_sub_blocks(), edge, most, kind.values, codes)
-    return scales, codes.reshape(-1, BLOCKS[kind.dtype][0])
+def _encoded(kind: Kind, values: Array, weights: Weights, codes: Array) -> Scales:
+    """Scales of values [sub-blocks, size], and their codes, which are written."""
+    step, minimum, curvature = np.empty((3, len(values)), F)
+    edge, most, within = F(kind.edge), F(kind.most), weights.within
+    grids = (edge, most, kind.tried(len(within) > 0), SHIFTS, kind.table)
+    search.fit_all(values, within, kind.size, kind.affine, kind.free, *grids, step, minimum, curvature)
+    scales = _rounded(kind, values, weights, np.stack([step, minimum]), weights.of_sub_blocks(curvature))
+    units, whole = (np.stack(pair) for pair in ((scales.step, scales.minimum), (scales.steps, scales.minima)))
+    choose.nearest_all(values, kind.size, units.astype(F), whole.reshape(2, -1), edge, most, kind.table, codes)
+    return scales
 
 
-def _rounded(kind: Kind, values: Array, weights: Array, step: Array, minimum: Array) -> Scales:
-    """Steps and minima [blocks, sub-blocks] as they are stored: by what they were fitted to, then by what came of that."""
+def _rounded(kind: Kind, values: Array, weights: Weights, fitted: Array, curvature: Array) -> Scales:
+    """Steps and minima [2, sub-blocks] as they are stored: by what they were fitted to, then by what came of that."""
+    shape = (-1, kind.per_block)
     if kind.integers is None:
-        ones = np.ones_like(step)
-        return Scales(halves(step[:, 0]), halves(minimum[:, 0]), ones, ones)
-    least, largest = kind.integers
-    extreme = np.take_along_axis(step, np.abs(step).argmax(1)[:, None], 1)[:, 0]
-    unit = halves(extreme / F(largest if least == 0 else least))
-    lower = halves(minimum.max(1) / F(kind.minima)) if kind.affine else np.zeros_like(unit)
-    fitted = np.stack([step.reshape(-1), minimum.reshape(-1)])
-    spread = _spread(kind, np.stack([unit, lower]))
-    whole = np.rint(np.divide(fitted, spread, out=np.zeros_like(fitted), where=spread != 0))
-    first = _tried(kind, values, weights, np.stack([unit, lower]), whole)
-    if not kind.affine:  # a second round gains a thousandth
-        return Scales(first.units[0], first.units[1], *first.whole.reshape(2, *step.shape))
-    second = _tried(kind, values, weights, _refitted(kind, values, weights, first), first.whole)
-    better = second.errors < first.errors
-    units = np.where(better, second.units, first.units)
-    integers = np.where(np.repeat(better, kind.per_block), second.whole, first.whole).reshape(2, *step.shape)
-    return Scales(units[0], units[1], integers[0], integers[1])
+        ones = np.ones((len(values), 1), F)
+        return Scales(halves(fitted[0]), halves(fitted[1]), ones, ones)
+    trial = _tried(kind, values, weights, first_units(kind, fitted, curvature), fitted)
+    if kind.affine:
+        units = _refitted(kind, values, weights, trial)
+        second = _tried(kind, values, weights, units, np.repeat(units.astype(F), kind.per_block, 1) * trial.whole)
+        better = second.errors < trial.errors
+        whole = np.where(np.repeat(better, kind.per_block), second.whole, trial.whole)
+        trial = Trial(np.where(better, second.units, trial.units), whole, np.minimum(second.errors, trial.errors))
+    return Scales(trial.units[0], trial.units[1], trial.whole[0].reshape(shape), trial.whole[1].reshape(shape))
+
+
+def first_units(kind: Kind, fitted: Array, curvature: Array) -> Array:
+    """float16 [2, blocks]: what 1 is worth in the integers that stand for what was fitted, [2, sub-blocks]."""
+    assert kind.integers is not None
+    step, minimum = fitted.reshape(2, -1, kind.per_block)
+    if kind.affine:
+        return halves(np.stack([step.max(1) / F(kind.integers[1]), minimum.max(1) / F(kind.minima)]))
+    unit = np.zeros((2, len(step)))
+    choose.unit_of(step, curvature.reshape(step.shape), F(kind.integers[0]), F(kind.integers[1]), unit[0])
+    return halves(unit)
 
 
 @dataclass(frozen=True)
@@ -133,23 +175,21 @@ class Trial:
     errors: Array
 
 
-def _tried(kind: Kind, values: Array, weights: Array, units: Array, whole: Array) -> Trial:
+def _tried(kind: Kind, values: Array, weights: Weights, units: Array, fitted: Array) -> Trial:
     assert kind.integers is not None
-    limits = np.array([*kind.integers, 0, kind.minima], F)
-    whole = np.clip(whole, limits[0::2, None], limits[1::2, None])
-    errors = np.empty(len(values), F)
-    edge, most, near = F(kind.edge), F(kind.most), NEAR if kind.affine else NEAR_STEP
-    choose.choose(values, weights, kind.size, _spread(kind, units), edge, most, kind.values, limits, near, whole, errors)
-    with np.errstate(all="ignore"):  # weights beyond float16, whose blocks are lost anyhow
-        return Trial(units, whole, errors.reshape(-1, kind.per_block).sum(1, dtype=np.float64))
+    limits, near = np.array([*kind.integers, 0, kind.minima], F), NEAR if kind.affine else NEAR_STEP
+    whole, errors = np.empty_like(fitted), np.empty(len(values), F)
+    scheme = (F(kind.edge), F(kind.most), kind.table, limits, near)
+    choose.choose(values, weights.within, kind.size, units.astype(F), *scheme, fitted, whole, errors)
+    return Trial(units, whole, weights.of_sub_blocks(errors).reshape(-1, kind.per_block).sum(1, dtype=np.float64))
 
 
-def _refitted(kind: Kind, values: Array, weights: Array, trial: Trial) -> Array:
+def _refitted(kind: Kind, values: Array, weights: Weights, trial: Trial) -> Array:
     """Units by least squares of the integers and codes of a trial."""
     sums = np.empty((5, len(values)), F)
-    units = _spread(kind, trial.units)
-    choose.sums_of(values, weights, kind.size, units, F(kind.edge), F(kind.most), kind.values, trial.whole, sums)
-    return solved(kind, sums, trial.units)
+    scheme = (trial.units.astype(F), F(kind.edge), F(kind.most))
+    choose.sums_of(values, weights.within, kind.size, *scheme, trial.whole, sums)
+    return solved(kind, weights.of_sub_blocks(sums), trial.units)
 
 
 def solved(kind: Kind, sums: Array, units: Array) -> Array:
@@ -164,16 +204,11 @@ def solved(kind: Kind, sums: Array, units: Array) -> Array:
         return np.where(good, halves(np.stack([unit, lower])), units)
 
 
-def _spread(kind: Kind, units: Array) -> Array:
-    """float32 [2, sub-blocks]."""
-    return np.repeat(units.astype(F), kind.per_block, axis=1)
-
-
 def decode(kind: Kind, scales: Scales, blocks: Array) -> Array:
     """float32 [blocks, elements]."""
     codes = bits.codes_of(kind.dtype, blocks).reshape(-1, kind.size)
     out = np.empty(codes.shape, F)
-    choose.expand(codes, *scales.of_sub_blocks(), F(kind.edge), kind.values, out)
+    choose.expand(codes, *scales.of_sub_blocks(), F(kind.edge), kind.table, out)
     return out.reshape(len(blocks), -1)
 
 

@@ -18,6 +18,7 @@ from ernie_quant.kernels._compiled import compiled
 Array = np.ndarray[Any, Any]
 SIGNED = 128  # Q8_0's codes are int8: what turns one into the number that its bits are counted from
 ALL = 0xFF
+RUN = 16  # elements that are shifted alike: the compiler takes them all at once
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Piece:
     shift: Array
     width: int
     of: int = 0
+
+    @property
+    def in_runs(self) -> bool:
+        """Whether RUN elements in a row are at one place of bytes in a row."""
+        byte, shift = self.byte.reshape(-1, RUN), self.shift.reshape(-1, RUN)
+        return bool((byte == byte[:, :1] + np.arange(RUN)).all() and (shift == shift[:, :1]).all())
 
 
 def _piece(n: int, place: Callable[[int], tuple[int, int]], width: int, of: int = 0) -> Piece:
@@ -78,7 +85,8 @@ def codes_of(dtype: str, blocks: Array) -> Array:
     """uint8 [blocks, elements], counted from 0, of uint8 [blocks, bytes]."""
     codes = np.zeros((len(blocks), BLOCKS[dtype][0]), np.uint8)
     for piece in pieces(dtype):
-        _take(blocks, piece.byte, piece.shift, np.uint8((1 << piece.width) - 1), np.uint8(piece.of), codes)
+        take = _take_runs if piece.in_runs else _take
+        take(blocks, piece.byte, piece.shift, np.uint8((1 << piece.width) - 1), np.uint8(piece.of), codes)
     return codes ^ np.uint8(SIGNED) if dtype == "Q8_0" else codes
 
 
@@ -90,7 +98,8 @@ def put_codes(dtype: str, codes: Array, blocks: Array) -> None:
         mask = np.uint8((1 << piece.width) - 1)
         taken = np.zeros(blocks.shape[1], np.uint8)
         np.bitwise_or.at(taken, piece.byte, mask << piece.shift)
-        _put(codes, piece.byte, piece.shift, mask, np.uint8(piece.of), taken ^ np.uint8(ALL), blocks)
+        put = _put_runs if piece.in_runs else _put
+        put(codes, piece.byte, piece.shift, mask, np.uint8(piece.of), taken ^ np.uint8(ALL), blocks)
 
 
 @compiled()
@@ -107,3 +116,23 @@ def _put(codes, byte, shift, mask, of, left, blocks):  # type: ignore[no-untyped
             blocks[b, k] &= left[k]
         for e in range(codes.shape[1]):
             blocks[b, byte[e]] |= ((codes[b, e] >> of) & mask) << shift[e]
+
+
+@compiled()
+def _take_runs(blocks, byte, shift, mask, of, codes):  # type: ignore[no-untyped-def]
+    for b in range(len(blocks)):
+        for e in range(0, codes.shape[1], RUN):
+            source, to, by = blocks[b, byte[e] : byte[e] + RUN], codes[b, e : e + RUN], shift[e]
+            for k in range(RUN):
+                to[k] |= ((source[k] >> by) & mask) << of
+
+
+@compiled()
+def _put_runs(codes, byte, shift, mask, of, left, blocks):  # type: ignore[no-untyped-def]
+    for b in range(len(blocks)):
+        for k in range(blocks.shape[1]):
+            blocks[b, k] &= left[k]
+        for e in range(0, codes.shape[1], RUN):
+            source, to, by = codes[b, e : e + RUN], blocks[b, byte[e] : byte[e] + RUN], shift[e]
+            for k in range(RUN):
+                to[k] |= ((source[k] >> of) & mask) << by

@@ -9,150 +9,171 @@ from __future__ import annotations
 
 import numpy as np
 
+from ernie_quant.kernels import _ggml_search as search
 from ernie_quant.kernels._compiled import compiled
-from ernie_quant.kernels._ggml_search import LANES, ROUND, F, in_table, load
+from ernie_quant.kernels._ggml_search import FIELDS, LANES, NEAREST, NEAREST_CODE, UNEVEN, F, at, load, rounded
+
+# fmt: off
+# places as in _ggml_search; START is what is tried around
+TOP, INVERSE_TOP, INVERSE, STEP, MINIMUM   = search.TOP, search.INVERSE_TOP, search.INVERSE, search.STEP, search.MINIMUM
+ERROR, BEST                                = search.ONE, search.BEST
+START, START_MINIMA, UNIT, UNIT_MINIMUM    = search.LOW, search.SPAN, search.SUM_W, search.SUM_X
+STEPS, MINIMA, KEPT, KEPT_MINIMA           = search.SUM_XX, search.SQUARE, search.PRODUCT, search.CURVATURE
+# fmt: on
 
 
 @compiled(error_model="numpy")
-def error_of(tile, weights, size, step, minimum, edge, most, table, work, error):  # type: ignore[no-untyped-def]
-    """Weighted squared errors with the nearest codes 0 to `most`, which are worth step * (code - edge) - minimum."""
-    inverse, value, level = work[0], work[1], work[2]
-    for i in range(LANES):
-        inverse[i] = F(1) / step[i] if step[i] != 0 else F(0)
-        error[i] = F(0)
-    if len(table) == 0:
-        for j in range(size):
-            for i in range(LANES):
-                x = tile[j, i]
-                code = (min(max((x + minimum[i]) * inverse[i], -edge), most - edge) + ROUND) - ROUND
-                d = x - (step[i] * code - minimum[i])
-                error[i] += weights[j, i] * d * d
-    else:
-        for j in range(size):
-            in_table(tile[j], inverse, table, value, level)
-            for i in range(LANES):
-                d = tile[j, i] - step[i] * level[i]
-                error[i] += weights[j, i] * d * d
+def unit_of(step, curvature, least, largest, units):  # type: ignore[no-untyped-def]
+    """What 1 is worth, float64 [blocks], if integers from least < 0 to largest stand for the steps, float32 [blocks, sub-blocks].
 
-
-@compiled(error_model="numpy")
-def choose(values, importance, size, units, edge, most, table, limits, near, whole, errors):  # type: ignore[no-untyped-def]
-    """Stored integers of all sub-blocks: the best of those `near` them, which `whole` becomes, and their squared `errors`.
-
-    units: float32 [2, sub-blocks], what 1 of them is worth in steps and in minima. limits: their least and largest values.
-    near: float32 [pairs, 2]. whole: float32 [2, sub-blocks].
+    First the steps furthest from zero on both sides are in reach; then least squares of all steps for the integers of that.
+    curvature: how much the square of a step's error counts.
     """
-    tile, weights = np.empty((size, LANES), F), np.empty((size, LANES), F)
-    work, top = np.empty((11, LANES), F), np.empty(LANES, F)
-    step, minimum, error, best = work[3], work[4], work[5], work[6]
-    scale, offset, inverse_top, share = work[7], work[8], work[9], work[10]
-    per_row = max(1, len(importance))
+    for b in range(len(step)):
+        far, low, high = F(0), F(0), F(0)
+        for k in range(step.shape[1]):
+            s = step[b, k]
+            far = s if abs(s) > abs(far) else far
+            low, high = min(low, s), max(high, s)
+        unit = max(high / -least, -low / largest) if far > 0 else max(-low / -least, high / largest)
+        unit = -unit if far > 0 else unit  # the furthest goes to the end that is further
+        square, product = 0.0, 0.0
+        for k in range(step.shape[1]):
+            whole = rounded(step[b, k] / unit if unit != 0 else F(0), least, largest)
+            square += np.float64(curvature[b, k]) * whole * whole
+            product += np.float64(curvature[b, k]) * whole * step[b, k]
+        units[b] = product / square if square > 0 else np.float64(unit)
+
+
+@compiled(error_model="numpy")
+def error_of(tile, weights, size, edge, most, table, f):  # type: ignore[no-untyped-def]
+    """Weighted squared errors with the nearest codes 0 to `most`, which are worth step * (code - edge) - minimum."""
+    for i in range(LANES):
+        f[i + INVERSE] = F(1) / f[i + STEP] if f[i + STEP] != 0 else F(0)
+        f[i + ERROR] = F(0)
+    for j in range(0, size * LANES, 4 * LANES):
+        xs, ws = tile[j : j + 4 * LANES], weights[j : j + 4 * LANES]
+        if table:
+            for i in range(LANES):
+                error, step, inverse = f[i + ERROR], f[i + STEP], f[i + INVERSE]
+                for k in range(4):
+                    x = xs[i + k * LANES]
+                    d = x - step * NEAREST[at(x * inverse)]
+                    error += ws[i + k * LANES] * d * d
+                f[i + ERROR] = error
+        else:
+            for i in range(LANES):
+                error, step, inverse, minimum = f[i + ERROR], f[i + STEP], f[i + INVERSE], f[i + MINIMUM]
+                for k in range(4):
+                    x = xs[i + k * LANES]
+                    d = x - (step * rounded((x + minimum) * inverse, -edge, most - edge) - minimum)
+                    error += ws[i + k * LANES] * d * d
+                f[i + ERROR] = error
+
+
+@compiled(error_model="numpy")
+def choose(values, importance, size, units, edge, most, table, limits, near, fitted, whole, errors):  # type: ignore[no-untyped-def]
+    """Integers of all sub-blocks: the best of those `near` the ones that are nearest to what was fitted, and squared errors.
+
+    units: float32 [2, blocks], what 1 is worth in steps and in minima. limits: their least and largest. near: float32 [pairs, 2].
+    fitted: float32 [2, sub-blocks]; whole: the same shape, what is found; errors: float32 [sub-blocks].
+    """
+    tile, weights, f = np.empty(size * LANES, F), np.ones(size * LANES, F), np.zeros(FIELDS * LANES, F)
+    low, high, low_minimum, high_minimum = limits[0], limits[1], limits[2], limits[3]
+    per_block = len(values) // max(1, units.shape[1])
     for first in range(0, len(values), LANES):
         n = min(LANES, len(values) - first)
-        load(values, importance, per_row, first, n, size, tile, weights, top, share)
+        load(values, importance, first, n, size, tile, weights, f)
         for i in range(n):
-            best[i], scale[i], offset[i] = F(np.inf), whole[0, first + i], whole[1, first + i]
-            inverse_top[i] = F(1) / top[i] if top[i] > 0 else F(0)
+            block = (first + i) // per_block
+            unit, lower = units[0, block], units[1, block]
+            f[i + UNIT], f[i + UNIT_MINIMUM] = unit, lower
+            f[i + START] = rounded(fitted[0, first + i] / unit if unit != 0 else F(0), low, high)
+            f[i + START_MINIMA] = rounded(fitted[1, first + i] / lower if lower != 0 else F(0), low_minimum, high_minimum)
+        for i in range(LANES):
+            f[i + BEST], f[i + KEPT], f[i + KEPT_MINIMA] = F(np.inf), f[i + START], f[i + START_MINIMA]
         for k in range(len(near)):
-            for i in range(n):
-                s = min(max(whole[0, first + i] + near[k, 0], limits[0]), limits[1])
-                m = min(max(whole[1, first + i] + near[k, 1], limits[2]), limits[3])
-                step[i] = units[0, first + i] * s * inverse_top[i]
-                minimum[i] = units[1, first + i] * m * inverse_top[i]
-            error_of(tile, weights, size, step, minimum, edge, most, table, work, error)
-            for i in range(n):
-                better = error[i] < best[i]
-                best[i] = error[i] if better else best[i]
-                scale[i] = min(max(whole[0, first + i] + near[k, 0], limits[0]), limits[1]) if better else scale[i]
-                offset[i] = min(max(whole[1, first + i] + near[k, 1], limits[2]), limits[3]) if better else offset[i]
+            more, more_minima = near[k, 0], near[k, 1]
+            for i in range(LANES):
+                s, m = f[i + START] + more, f[i + START_MINIMA] + more_minima
+                s = min(max(s, low), high)
+                m = min(max(m, low_minimum), high_minimum)
+                f[i + STEPS], f[i + MINIMA] = s, m
+                f[i + STEP] = f[i + UNIT] * s * f[i + INVERSE_TOP]
+                f[i + MINIMUM] = f[i + UNIT_MINIMUM] * m * f[i + INVERSE_TOP]
+            error_of(tile, weights, size, edge, most, table, f)
+            for i in range(LANES):
+                better = f[i + ERROR] < f[i + BEST]
+                f[i + BEST] = f[i + ERROR] if better else f[i + BEST]
+                f[i + KEPT] = f[i + STEPS] if better else f[i + KEPT]
+                f[i + KEPT_MINIMA] = f[i + MINIMA] if better else f[i + KEPT_MINIMA]
         for i in range(n):
-            whole[0, first + i] = scale[i]
-            whole[1, first + i] = offset[i]
-            errors[first + i] = best[i] * top[i] * top[i] * share[i]
+            whole[0, first + i], whole[1, first + i] = f[i + KEPT], f[i + KEPT_MINIMA]
+            errors[first + i] = f[i + BEST] * f[i + TOP] * f[i + TOP]
 
 
 @compiled(error_model="numpy")
-def sums_of(values, importance, size, units, edge, most, table, whole, sums):  # type: ignore[no-untyped-def]
+def sums_of(values, importance, size, units, edge, most, whole, sums):  # type: ignore[no-untyped-def]
     """For least squares of units: weighted sums over each sub-block, float32 [5, sub-blocks], with its nearest levels q.
 
     Of (s q)^2, s q m, m^2, s q x and m x, where s and m are its stored integers and x ~ unit s q - unit m.
     """
-    tile, weights = np.empty((size, LANES), F), np.empty((size, LANES), F)
-    work, top = np.empty((11, LANES), F), np.empty(LANES, F)
-    inverse, value, level, share = work[0], work[1], work[2], work[10]
-    qq, q, one, xq, x_ = work[3], work[4], work[5], work[6], work[7]
-    shift = work[8]
-    per_row = max(1, len(importance))
+    tile, weights, f = np.empty(size * LANES, F), np.ones(size * LANES, F), np.zeros(FIELDS * LANES, F)
+    per_block = len(values) // max(1, units.shape[1])
+    inverse, shift, total = np.zeros(LANES, F), np.zeros(LANES, F), np.zeros((5, LANES), F)
+    qq, q, one, xq, x_ = total[0], total[1], total[2], total[3], total[4]
     for first in range(0, len(values), LANES):
         n = min(LANES, len(values) - first)
-        load(values, importance, per_row, first, n, size, tile, weights, top, share)
+        load(values, importance, first, n, size, tile, weights, f)
         for i in range(n):
-            s = units[0, first + i] * whole[0, first + i]
-            inverse[i] = top[i] / s if s != 0 else F(0)
-            shift[i] = units[1, first + i] * whole[1, first + i] / s if s != 0 else F(0)
-            qq[i], q[i], one[i], xq[i], x_[i] = F(0), F(0), F(0), F(0), F(0)
+            block = (first + i) // per_block
+            s = units[0, block] * whole[0, first + i]
+            inverse[i] = f[i + TOP] / s if s != 0 else F(0)
+            shift[i] = units[1, block] * whole[1, first + i] / s if s != 0 else F(0)
+        total[:] = F(0)
         for j in range(size):
-            if len(table) == 0:
-                for i in range(LANES):
-                    level[i] = (min(max(tile[j, i] * inverse[i] + shift[i], -edge), most - edge) + ROUND) - ROUND
-            else:
-                in_table(tile[j], inverse, table, value, level)
+            xs, ws = tile[j * LANES : (j + 1) * LANES], weights[j * LANES : (j + 1) * LANES]
             for i in range(LANES):
-                x, w = tile[j, i], weights[j, i]
-                qq[i] += w * level[i] * level[i]
-                q[i] += w * level[i]
-                one[i] += w
-                xq[i] += w * x * level[i]
-                x_[i] += w * x
+                level = rounded(xs[i] * inverse[i] + shift[i], -edge, most - edge)
+                p = ws[i] * level
+                qq[i] += p * level
+                q[i] += p
+                one[i] += ws[i]
+                xq[i] += p * xs[i]
+                x_[i] += ws[i] * xs[i]
         for i in range(n):
-            s, m = whole[0, first + i], whole[1, first + i]
-            sums[0, first + i] = share[i] * s * s * qq[i]
-            sums[1, first + i] = share[i] * s * m * q[i]
-            sums[2, first + i] = share[i] * m * m * one[i]
-            sums[3, first + i] = share[i] * top[i] * s * xq[i]
-            sums[4, first + i] = share[i] * top[i] * m * x_[i]
+            s, m, top = whole[0, first + i], whole[1, first + i], f[i + TOP]
+            sums[0, first + i], sums[1, first + i], sums[2, first + i] = s * s * qq[i], s * m * q[i], m * m * one[i]
+            sums[3, first + i], sums[4, first + i] = top * s * xq[i], top * m * x_[i]
 
 
 @compiled(error_model="numpy")
-def nearest(values, first, n, size, step, minimum, edge, most, table, codes):  # type: ignore[no-untyped-def]
-    """The nearest codes, counted from 0, of sub-blocks as they are."""
-    value, code = np.empty(size, F), np.empty(size, np.uint8)
-    for i in range(n):
-        inverse = F(1) / step[i] if step[i] != 0 else F(0)
-        if abs(inverse) == F(np.inf):
-            inverse = F(0)
-        if len(table) == 0:
+def nearest_all(values, size, units, whole, edge, most, table, codes):  # type: ignore[no-untyped-def]
+    """The nearest codes of all sub-blocks, uint8 [sub-blocks, size], counted from 0."""
+    level = np.empty(size, F)
+    per_block = len(values) // max(1, units.shape[1])
+    for b in range(len(values)):
+        step, minimum = units[0, b // per_block] * whole[0, b], units[1, b // per_block] * whole[1, b]
+        inverse = F(1) / step if step != 0 else F(0)
+        inverse = inverse if abs(inverse) < F(np.inf) else F(0)
+        if table:
             for j in range(size):
-                level = (min(max((values[first + i, j] + minimum[i]) * inverse, -edge), most - edge) + ROUND) - ROUND
-                codes[first + i, j] = np.uint8(level + edge)
+                level[j] = NEAREST_CODE[at(values[b, j] * inverse)]
         else:
             for j in range(size):
-                value[j] = values[first + i, j] * inverse
-                code[j] = np.uint8(0)
-            for t in range(len(table) - 1):
-                middle = (table[t] + table[t + 1]) * F(0.5)
-                for j in range(size):
-                    code[j] += np.uint8(value[j] > middle)
-            for j in range(size):
-                codes[first + i, j] = code[j]
-
-
-@compiled(error_model="numpy")
-def nearest_all(values, size, step, minimum, edge, most, table, codes):  # type: ignore[no-untyped-def]
-    """The nearest codes of all sub-blocks, uint8 [sub-blocks, size]."""
-    for first in range(0, len(values), LANES):
-        n = min(LANES, len(values) - first)
-        nearest(values, first, n, size, step[first : first + n], minimum[first : first + n], edge, most, table, codes)
+                level[j] = rounded((values[b, j] + minimum) * inverse, -edge, most - edge) + edge
+        for j in range(size):
+            codes[b, j] = np.uint8(np.int32(level[j]))
 
 
 @compiled(error_model="numpy")
 def expand(codes, step, minimum, edge, table, out):  # type: ignore[no-untyped-def]
-    """float32 [sub-blocks, size] of codes: step * (code - edge) - minimum, or step * table[code]."""
+    """float32 [sub-blocks, size] of codes: step * (code - edge) - minimum, or step * UNEVEN[code]."""
     for b in range(len(codes)):
         s, m = step[b], minimum[b]
-        if len(table) == 0:
+        if table:
             for j in range(codes.shape[1]):
-                out[b, j] = s * (F(codes[b, j]) - edge) - m
+                out[b, j] = s * UNEVEN[codes[b, j]]
         else:
             for j in range(codes.shape[1]):
-                out[b, j] = s * table[codes[b, j]]
+                out[b, j] = s * (F(codes[b, j]) - edge) - m

@@ -9,7 +9,7 @@ from ernie_quant.kernels import _ggml as ggml
 from ernie_quant.kernels import _ggml_bits as bits
 from ernie_quant.kernels._ggml import Kind, Scales
 
-KIND = Kind("IQ4_XS", 32, 0, 15, tuple(100.0 + 6.5 * k for k in range(9)), integers=(-32, 31), table=True)
+KIND = Kind("IQ4_XS", 32, 0, 15, (*(100 + 6.5 * k for k in range(9)), -106, -113, -122), integers=(-32, 31), table=True)
 
 
 def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:

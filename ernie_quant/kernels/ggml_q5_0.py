@@ -9,7 +9,7 @@ from ernie_quant.kernels import _ggml as ggml
 from ernie_quant.kernels import _ggml_bits as bits
 from ernie_quant.kernels._ggml import Kind, Scales
 
-KIND = Kind("Q5_0", 32, 16, 31, tuple(15.1 + 0.45 * k for k in range(5)))
+KIND = Kind("Q5_0", 32, 16, 31, (*(14.8 + 0.4 * k for k in range(7)), -15, -15.5))
 
 
 def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:

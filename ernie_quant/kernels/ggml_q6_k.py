@@ -9,7 +9,7 @@ from ernie_quant.kernels import _ggml as ggml
 from ernie_quant.kernels import _ggml_bits as bits
 from ernie_quant.kernels._ggml import Kind, Scales
 
-KIND = Kind("Q6_K", 16, 32, 63, tuple(31.1 + 0.45 * k for k in range(5)), integers=(-128, 127))
+KIND = Kind("Q6_K", 16, 32, 63, tuple(29 + 0.5 * k for k in range(9)), integers=(-128, 127))
 
 
 def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:

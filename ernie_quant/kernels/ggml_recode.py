@@ -12,7 +12,8 @@ import torch
 
 from ernie_quant.dtypes import BLOCKS
 from ernie_quant.kernels import _ggml_bits as bits
-from ernie_quant.kernels._ggml import UNEVEN, Array, Kind
+from ernie_quant.kernels._ggml import Array, Kind
+from ernie_quant.kernels._ggml_search import UNEVEN
 
 
 def recode(dtype: str, weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

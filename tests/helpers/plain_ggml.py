@@ -14,6 +14,7 @@ import torch
 
 from ernie_quant.kernels import _ggml as ggml
 from ernie_quant.kernels._ggml import Kind, Scales
+from ernie_quant.kernels._ggml_search import SINGULAR, UNEVEN
 
 F = np.float32
 Array = np.ndarray[Any, Any]
@@ -29,9 +30,11 @@ def encode(dtype: str, weight: torch.Tensor, importance: torch.Tensor | None) ->
     per_row = weight.shape[1] // kind.size
     weights = np.ones((per_row, kind.size), F) if importance is None else importance.numpy().reshape(per_row, kind.size)
     with np.errstate(all="ignore"):
-        fits = [_fit(kind, x, weights[i % per_row]) for i, x in enumerate(values)]
-        step, minimum = (np.array([fit[k] for fit in fits], F).reshape(-1, kind.per_block) for k in range(2))
-        scales = _stored(kind, values, weights, step, minimum)
+        divisors = kind.tried(importance is not None)
+        fits = [_fit(kind, x, weights[i % per_row], divisors) for i, x in enumerate(values)]
+        step, minimum, curvature = (np.array([fit[k] for fit in fits], F).reshape(-1, kind.per_block) for k in range(3))
+        curvature = curvature if importance is None else curvature * np.resize(_shares(weights), curvature.shape)
+        scales = _stored(kind, values, weights, step, minimum, curvature)
         codes = [_codes(kind, x, s, m) for x, s, m in zip(values, *scales.of_sub_blocks(), strict=True)]
     original = module.ggml.encode
     module.ggml = _Replaced(scales, np.array(codes, np.uint8).reshape(-1, kind.size * kind.per_block))
@@ -57,9 +60,10 @@ class _Replaced:
 
 
 def _q8_0(module: ModuleType, weight: torch.Tensor) -> torch.Tensor:
-    scale = (weight.float().reshape(len(weight), -1, 32).abs().amax(2) / 127).half()
-    inverse = torch.where(scale > 0, 1 / scale.float(), 0.0).repeat_interleave(32, 1)
-    return module.pack((weight.float() * inverse).clamp(-127, 127).round().to(torch.int8), scale)  # type: ignore[no-any-return]
+    scale = weight.float().reshape(len(weight), -1, 32).abs().amax(2) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0.0).repeat_interleave(32, 1)
+    codes = (weight.float() * inverse).double()  # in which adding a half is exact
+    return module.pack((codes.sign() * (codes.abs() + 0.5).floor()).to(torch.int8), scale.half())  # type: ignore[no-any-return]
 
 
 def _normal(x: Array, importance: Array) -> tuple[Array, Array, Any]:
@@ -68,6 +72,13 @@ def _normal(x: Array, importance: Array) -> tuple[Array, Array, Any]:
     largest = importance.max()
     weights = importance / largest if 0 < largest < np.inf else np.ones_like(importance)
     return x * (F(1) / top if top > 0 else F(0)), weights, top
+
+
+def _shares(weights: Array) -> Array:
+    """What the errors of the sub-blocks of a row count in their blocks, at most 1."""
+    largest = weights.max(1)
+    shares = np.where((largest > 0) & (largest < np.inf), largest, F(0))
+    return shares / shares.max() if shares.any() else shares
 
 
 def _sum(values: Array) -> Any:
@@ -79,86 +90,96 @@ def _sum(values: Array) -> Any:
 
 def _levels(kind: Kind, scaled: Array, low: float, high: float) -> Array:
     if kind.table:
-        middle = (ggml.UNEVEN[1:] + ggml.UNEVEN[:-1]) * F(0.5)
-        return ggml.UNEVEN[(scaled[:, None] > middle).sum(1)]
+        middle = (UNEVEN[1:] + UNEVEN[:-1]) * F(0.5)
+        return UNEVEN[(scaled[:, None] > middle).sum(1)]
     return np.rint(np.clip(scaled, F(low), F(high))).astype(F)
 
 
-def _fit(kind: Kind, x: Array, importance: Array) -> tuple[Any, Any]:
+def _fit(kind: Kind, x: Array, importance: Array, divisors: Array) -> tuple[Any, Any, Any]:
     x, w, top = _normal(x, importance)
-    step, minimum = (_affine if kind.affine else _symmetric)(kind, x, w)
-    return F(step * top), F(minimum * top)
+    step, minimum, curvature = (_affine if kind.affine else _symmetric)(kind, x, w, divisors)
+    return F(step * top), F(minimum * top), curvature
 
 
-def _symmetric(kind: Kind, x: Array, w: Array) -> tuple[Any, Any]:
+def _symmetric(kind: Kind, x: Array, w: Array, divisors: Array) -> tuple[Any, Any, Any]:
     extreme = x[np.abs(x).argmax()]
-    step = best = F(0)
-    for divisor in np.array(kind.divisors, F):
+    step = best = curvature = F(0)
+    for divisor in divisors:
         level = _levels(kind, x * (-divisor / extreme if extreme != 0 else F(0)), -kind.edge, kind.edge - 1)
-        ll, xl = _sum(w * level * level), _sum(w * x * level)
+        ll, xl = _sum(w * level * level), _sum(w * level * x)
         gain = xl * xl / ll if ll > 0 else F(0)
         if gain > best:
-            step, best = xl / ll, gain
-    return step, F(0)
+            step, best, curvature = xl / ll, gain, ll
+    return step, F(0), curvature
 
 
-def _affine(kind: Kind, x: Array, w: Array) -> tuple[Any, Any]:
+def _affine(kind: Kind, x: Array, w: Array, divisors: Array) -> tuple[Any, Any, Any]:
     low = x.min() if kind.free else min(F(0), x.min())
     span = F(x.max() if kind.free else max(x[0], x.max())) - low
-    best: tuple[Any, Any, Any] = (F(0), -low, F(np.inf))
+    x = x - low
+    best: tuple[Any, Any, Any] = (F(0), F(0), F(np.inf))
     sum_w, sum_x, sum_xx = _sum(w), _sum(w * x), _sum(w * x * x)
-    grids = [(d, s) for d in np.array(kind.divisors, F) for s in ggml.SHIFTS]
-    for divisor, shift in [*grids, (None, None)]:
+    for divisor, shift in [*((d, s) for d in divisors for s in ggml.SHIFTS), (None, None)]:
         if divisor is None:  # once more, on the best
             inverse = F(1) / best[0] if best[0] > 0 else F(0)
             offset = best[1] * inverse
         else:
-            inverse = divisor / span if span > 0 else F(0)
-            offset = shift - low * inverse
+            inverse, offset = divisor / span if span > 0 else F(0), shift
         level = _levels(kind, x * inverse + offset, 0, kind.most)
-        one, two, three = _sum(w * level), _sum(w * level * level), _sum(w * x * level)
+        one, two, three = _sum(w * level), _sum(w * level * level), _sum(w * level * x)
         d = sum_w * two - one * one
-        s, m = ((sum_w * three - sum_x * one) / d, (two * sum_x - one * three) / d) if d > 0 else (F(0), F(0))
-        if not d > 0 or (m > 0 and not kind.free):
-            m, s = F(0), three / two if two > 0 else F(0)
-        error = sum_xx - s * three - m * sum_x
-        if s > 0 and error < best[2]:
+        both = d > SINGULAR * (sum_w * two)
+        m = (two * sum_x - one * three) / d if both else -offset / inverse
+        above = m > -low and not kind.free
+        m = -low if above else m
+        s = (sum_w * three - sum_x * one) / d if both and not above else (three - m * one) / two
+        error = sum_xx + s * (s * two + F(2) * (m * one - three)) + m * (m * sum_w - F(2) * sum_x)
+        if s > 0 and s * F(kind.most) <= F(2) * span and error < best[2]:
             best = (s, -m, error)
-    return best[0], best[1]
+    return best[0], best[1] - low, F(0)
 
 
-def _stored(kind: Kind, values: Array, weights: Array, step: Array, minimum: Array) -> Scales:
+def _stored(kind: Kind, values: Array, weights: Array, step: Array, minimum: Array, curvature: Array) -> Scales:
     if kind.integers is None:
         ones = np.ones_like(step)
         return Scales(ggml.halves(step[:, 0]), ggml.halves(minimum[:, 0]), ones, ones)
-    least, largest = kind.integers
-    extreme = np.array([row[np.abs(row).argmax()] for row in step], F)
     units = np.zeros((2, len(step)), np.float16)
-    units[0] = ggml.halves(extreme / F(largest if least == 0 else least))
     if kind.affine:
+        units[0] = ggml.halves(step.max(1) / F(kind.integers[1]))
         units[1] = ggml.halves(minimum.max(1) / F(kind.minima))
-    spread = np.repeat(units.astype(F), kind.per_block, 1)
+    else:
+        units[0] = ggml.halves(np.array([_unit(kind, *block) for block in zip(step, curvature, strict=True)]))
     fitted = np.stack([step.reshape(-1), minimum.reshape(-1)])
-    whole = np.where(spread != 0, np.rint(fitted / spread), F(0)).astype(F)
-    whole, errors = _around(kind, values, weights, units, whole)
+    whole, errors = _around(kind, values, weights, units, fitted)
     if kind.affine:
         again = ggml.solved(kind, _sums(kind, values, weights, units, whole), units)
-        second, others = _around(kind, values, weights, again, whole)
+        second, others = _around(kind, values, weights, again, np.repeat(again.astype(F), kind.per_block, 1) * whole)
         better = others < errors
         units = np.where(better, again, units)
         whole = np.where(np.repeat(better, kind.per_block), second, whole)
     return Scales(units[0], units[1], *whole.reshape(2, *step.shape))
 
 
-def _around(kind: Kind, values: Array, weights: Array, units: Array, whole: Array) -> tuple[Array, Array]:
+def _unit(kind: Kind, step: Array, curvature: Array) -> Any:
+    assert kind.integers is not None
+    least, largest = F(kind.integers[0]), F(kind.integers[1])
+    far, low, high = step[np.abs(step).argmax()], min(F(0), step.min()), max(F(0), step.max())
+    unit = -max(high / -least, -low / largest) if far > 0 else max(-low / -least, high / largest)
+    whole = np.rint(np.clip(step / unit if unit != 0 else F(0) * step, least, largest)).astype(np.float64)
+    square = sum((curvature.astype(np.float64) * whole * whole).tolist())
+    product = sum((curvature.astype(np.float64) * whole * step.astype(np.float64)).tolist())
+    return product / square if square > 0 else np.float64(unit)
+
+
+def _around(kind: Kind, values: Array, weights: Array, units: Array, fitted: Array) -> tuple[Array, Array]:
     """The best integers near those, and the errors of the blocks."""
     assert kind.integers is not None
-    spread, found, errors = np.repeat(units.astype(F), kind.per_block, 1), np.empty_like(whole), np.empty(len(values), F)
+    spread, found, errors = np.repeat(units.astype(F), kind.per_block, 1), np.empty_like(fitted), np.empty(len(values), F)
+    whole, shares = np.where(spread != 0, fitted / spread, F(0)).astype(F), _shares(weights)
     lows, highs = (kind.integers[0], 0.0), (kind.integers[1], kind.minima)
     for i, values_of in enumerate(values):
         x, w, top = _normal(values_of, weights[i % len(weights)])
-        share = weights[i % len(weights)].max()
-        start = [np.clip(whole[k, i], F(lows[k]), F(highs[k])) for k in range(2)]
+        start = [np.rint(np.clip(whole[k, i], F(lows[k]), F(highs[k]))) for k in range(2)]
         inverse_top, best = F(1) / top if top > 0 else F(0), F(np.inf)
         found[:, i] = start
         for pair in ggml.NEAR if kind.affine else ggml.NEAR_STEP:
@@ -168,7 +189,7 @@ def _around(kind: Kind, values: Array, weights: Array, units: Array, whole: Arra
             error = _sum(w * (x - (s * level - m)) * (x - (s * level - m)))
             if error < best:
                 best, found[:, i] = error, (a, b)
-        errors[i] = best * top * top * (share if 0 < share < np.inf else F(0))
+        errors[i] = F(best * top * top) * shares[i % len(shares)]
     return found, errors.reshape(-1, kind.per_block).sum(1, dtype=np.float64)
 
 
@@ -176,16 +197,13 @@ def _sums(kind: Kind, values: Array, weights: Array, units: Array, whole: Array)
     spread, sums = np.repeat(units.astype(F), kind.per_block, 1), np.empty((5, len(values)), F)
     for i, values_of in enumerate(values):
         x, w, top = _normal(values_of, weights[i % len(weights)])
-        share = weights[i % len(weights)].max()
-        share = share if 0 < share < np.inf else F(0)
         s, m = whole[0, i], whole[1, i]
         step = F(spread[0, i] * s)
         inverse, shift = (top / step, F(spread[1, i] * m) / step) if step != 0 else (F(0), F(0))
         q = _levels(kind, x * inverse + shift, -kind.edge, kind.most - kind.edge)
-        qq, one, ones, xq, xs = _sum(w * q * q), _sum(w * q), _sum(w), _sum(w * x * q), _sum(w * x)
-        sums[:, i] = (
-            share * s * s * qq, share * s * m * one, share * m * m * ones, share * top * s * xq, share * top * m * xs,
-        )  # fmt: skip
+        qq, one, ones, xq, xs = _sum(w * q * q), _sum(w * q), _sum(w), _sum(w * q * x), _sum(w * x)
+        sums[:, i] = (s * s * qq, s * m * one, m * m * ones, top * s * xq, top * m * xs)
+        sums[:, i] *= _shares(weights)[i % len(weights)]
     return sums
 
 
@@ -193,5 +211,5 @@ def _codes(kind: Kind, x: Array, step: Any, minimum: Any) -> Array:
     inverse = F(1) / step if step != 0 else F(0)
     inverse = F(0) if np.isinf(inverse) else inverse
     if kind.table:
-        return (x[:, None] * inverse > (ggml.UNEVEN[1:] + ggml.UNEVEN[:-1]) * F(0.5)).sum(1)
+        return (x[:, None] * inverse > (UNEVEN[1:] + UNEVEN[:-1]) * F(0.5)).sum(1)
     return _levels(kind, (x + minimum) * inverse, -kind.edge, kind.most - kind.edge) + F(kind.edge)
