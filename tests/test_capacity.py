@@ -17,7 +17,7 @@ from helpers.models import GOLDEN, copy
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError
 from ernie_quant.plan import built_in, recipe
-from ernie_quant.plan.capacity import GIB, Capacity, Limits, estimate
+from ernie_quant.plan.capacity import GGUF, GIB, Capacity, Limits, estimate
 from ernie_quant.plan.make import make_plan
 from ernie_quant.sources import open_source
 
@@ -48,6 +48,9 @@ def rows(source: Checkpoint, limits: Limits = Limits(), **options: Any) -> dict[
 # --- what is published -----------------------------------------------------------------------------------------------
 
 
+OF_GGUF = [f"GGUF {kind}" for kind in GGUF]
+
+
 @pytest.fixture(scope="module")
 def of_300b(geometry: Callable[[str], Checkpoint]) -> dict[str, Capacity]:
     return rows(geometry("300b"))
@@ -56,6 +59,7 @@ def of_300b(geometry: Callable[[str], Checkpoint]) -> dict[str, Capacity]:
 def test_the_300b_takes_8_gpus_in_wint8_4_in_wint4_and_2_in_wint2(of_300b: dict[str, Capacity]) -> None:
     assert {name: row.gpus for name, row in of_300b.items()} == {
         "bf16": 16, "fp8": 0, "wint8": 8, GROUPED: 4, CONTAINER: 4, "w4a8": 4, WINT2: 2,
+        "GGUF Q8_0": 5, "GGUF Q6_K": 4, "GGUF Q5_K_M": 3, "GGUF Q4_K_M": 3, "GGUF IQ4_XS": 3, "GGUF Q3_K_M": 3, "GGUF Q2_K": 2,
     }  # fmt: skip
 
 
@@ -211,7 +215,7 @@ def test_plan_gives_one_json_object(geometry: Callable[[str], Checkpoint], comma
         "kv_dtype": "fp8",
     }  # fmt: skip
     names = [row["format"] for row in found["formats"]]
-    assert names == ["bf16", "fp8", "wint8", GROUPED, CONTAINER, "w4a8", "wint2 from layer 3", "mine"]
+    assert names == ["bf16", "fp8", "wint8", GROUPED, CONTAINER, "w4a8", "wint2 from layer 3", *OF_GGUF, "mine"]
     assert {row["kv_bytes_per_token"] for row in found["formats"]} == {28672}
 
 
@@ -219,7 +223,7 @@ def test_a_dense_model_has_no_rows_for_experts(command: Command) -> None:
     """Not even FastDeploy's WINT4 container, which wint4 refuses to write for it."""
     code, out, _ = command("plan", GOLDEN / "dense/pt", "--json")
     assert code == 0
-    assert [row["format"] for row in json.loads(out)["formats"]] == ["bf16", "fp8", "wint8", GROUPED]
+    assert [row["format"] for row in json.loads(out)["formats"]] == ["bf16", "fp8", "wint8", GROUPED, *OF_GGUF]
 
 
 def test_a_broken_source_is_one_and_no_table(command: Command, tmp_path: Path) -> None:

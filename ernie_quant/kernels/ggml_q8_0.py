@@ -12,21 +12,18 @@ from ernie_quant.kernels._ggml import Kind, Scales
 F = np.float32
 KIND = Kind("Q8_0", 32, 128, 255, ())
 MOST = F(127)
-HALF = np.nextafter(F(0.5), F(0))  # added, then cut off: to the nearest whole number, halves away from zero
+ROUND = F(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to an integer, half to even
 
 
 def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
-    """uint8 [rows, bytes] of a weight [rows, in]: the very ones of ggml's encoder; importance does not matter.
-
-    The step is max |w| / 127. Codes are counted in steps as they were before float16.
-    """
+    """uint8 [rows, bytes] of a weight [rows, in], the nearest codes at max |w| / 127; importance does not matter."""
     values = weight.float().contiguous().numpy().reshape(-1, KIND.size)
     step = np.empty(len(values), F)
     _largest(values, step)
-    step = np.minimum(step / MOST, ggml.HALF_MOST)  # where ggml stores infinity: what float16 has
+    half = ggml.halves(step / MOST)
     blocks = ggml.empty(KIND, len(values))
-    ggml.put_half(blocks, 0, step.astype(np.float16))
-    _codes(values, step, blocks.view(np.int8))
+    ggml.put_half(blocks, 0, half)
+    _codes(values, half.astype(F), blocks.view(np.int8))
     return ggml.as_rows(blocks, len(weight))
 
 
@@ -44,9 +41,7 @@ def _codes(values, step, out):  # type: ignore[no-untyped-def]
     for b in range(len(values)):
         inverse = F(1) / step[b] if step[b] > 0 else F(0)
         for j in range(values.shape[1]):
-            x = values[b, j] * inverse
-            x = min(max(x + (HALF if x > 0 else -HALF), -MOST), MOST)
-            out[b, 2 + j] = np.int8(np.int32(x))
+            out[b, 2 + j] = np.int8((min(max(values[b, j] * inverse, -MOST), MOST) + ROUND) - ROUND)
 
 
 def decode(blocks: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from ernie_quant.names import EXPERT, IN, MTP, NORM, ROUTER, VISION_EXPERT
 from ernie_quant.plan import built_in
 from ernie_quant.plan.choose import Choice, choose, linears_of
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
-from ernie_quant.runtimes import Linear, _sharing
+from ernie_quant.runtimes import Linear, Runtime, _sharing
 from ernie_quant.weights.claims import refuse_quantized
 from ernie_quant.weights.layouts import LAYOUTS
 from ernie_quant.weights.plain import resolve
@@ -42,7 +42,6 @@ class Format:
     multiple: int = 1
     text_only: bool = False
     needs_experts: bool = False
-    by_layers: bool = False  # GPUs get layers, not shares of each
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def formats(wint4_layers: int) -> list[Format]:
             f"wint2 from layer {wint4_layers}", "FastDeploy", container("wint2", wint4_layers), fastdeploy, text_only=True,
             needs_experts=True,
         ),
-        *(Format(f"GGUF {t}", "llama.cpp", built_in.make("gguf", type=t).recipe, "llama_cpp", by_layers=True) for t in GGUF),
+        *(Format(f"GGUF {t}", "llama.cpp", built_in.make("gguf", type=t).recipe, "llama_cpp") for t in GGUF),
     ]  # fmt: skip
 
 
@@ -134,7 +133,7 @@ def estimate(
         rules = replace(form.recipe, keep_unfit=True).for_model(table.map)
         chosen = choose(joined[form.runtime], rules, target).chosen
         linears = [li for li in linears_of(chosen, target) if li.role != MTP]
-        if form.by_layers:
+        if target.BY_LAYERS:
             rows.append(by_layers(form.name, form.runtimes, Held.of(chosen), model, limits))
             continue
         sizes = _sharing.tp_sizes(target, linears, model.dims, model.heads)
@@ -189,10 +188,13 @@ def by_layers(name: str, programs: str, held: Held, model: Model, limits: Limits
     return Capacity(name, programs, total, (), 0, 0, kv, 0)
 
 
-def gpus_needed(chosen: Sequence[Choice], tp_sizes: Sequence[int], model: Model) -> dict[str, int]:
+def gpus_needed(chosen: Sequence[Choice], target: Runtime, tp_sizes: Sequence[int], model: Model) -> dict[str, int]:
     """How many GPUs of which memory take the result, with one sequence of 32768 tokens."""
     held = Held.of(chosen)
-    rows = {memory: capacity("", "", held, tp_sizes, model, Limits(gpu_memory=nbytes)) for memory, nbytes in GPUS}
+    rows = {
+        memory: by_layers("", "", held, model, limits) if target.BY_LAYERS else capacity("", "", held, tp_sizes, model, limits)
+        for memory, limits in ((memory, Limits(gpu_memory=nbytes)) for memory, nbytes in GPUS)
+    }
     return {memory: row.gpus for memory, row in rows.items() if row.gpus}
 
 

@@ -86,7 +86,7 @@ def make_plan(
         assert not (misread := target.misread(entry, linears)), misread[0]  # it is derived from what will be written
         config |= {**target.CONFIG, "quantization_config": entry}
     model = Model.of(table.config, table.map.dims)
-    tp_sizes = _sharing.tp_sizes(target, linears, model.dims, model.heads)
+    tp_sizes = () if target.BY_LAYERS else _sharing.tp_sizes(target, linears, model.dims, model.heads)
     options = {
         "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes,
         "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
@@ -103,7 +103,7 @@ def make_plan(
             *notes_of(source), *table.notes, *positions, *layout.left_out(table.weights), *along.notes, *choices.notes, *refused,
             *target.notes(linears), *said,
         ),
-        identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, tp_sizes, model),
+        identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, target, tp_sizes, model),
         calibration=calibration, metadata=metadata,
     )  # fmt: skip
     return fitting.judged(plan) if calibration else plan

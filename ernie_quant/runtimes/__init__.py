@@ -124,6 +124,11 @@ class Runtime(Protocol):
         ...
 
     @property
+    def BY_LAYERS(self) -> bool:
+        """Do several GPUs get whole layers, and no shares of each?"""
+        ...
+
+    @property
     def CASTS(self) -> bool:
         """May a kept weight have any plain dtype?"""
         ...

@@ -41,7 +41,7 @@ CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
 model_problems, stem, fallback, suited = usual.model_problems, usual.stem, usual.fallback, usual.suited
-PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = True, True, False, False
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, BY_LAYERS = True, True, False, False, False
 
 
 def folder(role: str) -> str:

@@ -32,7 +32,7 @@ ROWS = 1
 CODECS = (Keep, Blocks)
 CONFIG: dict[str, Any] = {}
 RECIPES = ("gguf",)
-PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, True, True
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, BY_LAYERS = False, False, True, True, True
 QUANT_METHOD = "gguf"
 FALLBACKS = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",

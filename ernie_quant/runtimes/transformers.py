@@ -15,7 +15,8 @@ from ernie_quant.runtimes import _promise as promise
 CODECS = vllm.CODECS
 LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
 RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
-QUANTIZES_VOCABULARY, CASTS, kept_as = vllm.QUANTIZES_VOCABULARY, vllm.CASTS, vllm.kept_as
+QUANTIZES_VOCABULARY, CASTS, BY_LAYERS = vllm.QUANTIZES_VOCABULARY, vllm.CASTS, vllm.BY_LAYERS
+kept_as = vllm.kept_as
 parts, constants, pack, unpack, weight_of = vllm.parts, vllm.constants, vllm.pack, vllm.unpack, vllm.weight_of
 layer_of, quantization_config, codecs_of = vllm.layer_of, vllm.quantization_config, vllm.codecs_of
 suited, misread = vllm.suited, vllm.misread

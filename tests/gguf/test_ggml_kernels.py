@@ -76,13 +76,6 @@ def test_errors_are_at_most_those_of_ggml(dtype: str) -> None:
 
 
 @needs_llama_cpp
-def test_q8_0_is_ggml_to_the_byte() -> None:
-    halves = torch.arange(-254, 2, dtype=torch.float32).repeat(6)[None] / 2  # the largest is 127: every second is halfway
-    for weight in (gaussian(300), gaussian(300).bfloat16().float(), halves, gaussian() * 1e-5, gaussian() * 1e-30):
-        assert np.array_equal(kernels("Q8_0").encode(weight).numpy(), Ggml().quantize(NUMBERS["Q8_0"], weight.numpy()))
-
-
-@needs_llama_cpp
 @every_type
 @pytest.mark.parametrize("of", ["outliers", "uneven inputs", "one input in sixteen"])
 def test_errors_are_at_most_those_of_ggml_where_few_values_decide(dtype: str, of: str) -> None:

@@ -60,10 +60,9 @@ class _Replaced:
 
 
 def _q8_0(module: ModuleType, weight: torch.Tensor) -> torch.Tensor:
-    scale = weight.float().reshape(len(weight), -1, 32).abs().amax(2) / 127
-    inverse = torch.where(scale > 0, 1 / scale, 0.0).repeat_interleave(32, 1)
-    codes = (weight.float() * inverse).double()  # in which adding a half is exact
-    return module.pack((codes.sign() * (codes.abs() + 0.5).floor()).to(torch.int8), scale.half())  # type: ignore[no-any-return]
+    scale = (weight.float().reshape(len(weight), -1, 32).abs().amax(2) / 127).half()
+    inverse = torch.where(scale > 0, 1 / scale.float(), 0.0).repeat_interleave(32, 1)
+    return module.pack((weight.float() * inverse).clamp(-127, 127).round().to(torch.int8), scale)  # type: ignore[no-any-return]
 
 
 def _normal(x: Array, importance: Array) -> tuple[Array, Array, Any]:

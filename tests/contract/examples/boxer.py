@@ -7,7 +7,8 @@ from ernie_quant.codecs.keep import Keep
 from ernie_quant.runtimes import Part, kept, vllm
 
 LAYOUT, FORMAT, ROWS, CONFIG, RECIPES = "pt", "box", 1, {}, ("pt",)
-PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, kept_as = False, False, False, False, vllm.kept_as
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, BY_LAYERS = False, False, False, False, False
+kept_as = vllm.kept_as
 CODECS = (Keep,)
 EXPERT = re.compile(r"experts\.(\d+)\.(\w+)\.weight$")
 folder, layer_of, share_multiple, metadata = vllm.folder, vllm.layer_of, vllm.share_multiple, vllm.metadata
