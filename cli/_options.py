@@ -91,14 +91,8 @@ def settings(recipe: str, options: dict[str, Any]) -> dict[str, Any]:
     return {key: int(value) if isinstance(value, str) and value.isdigit() else value for key, value in taken.items()}
 
 
-def write_options(command: F, shard_size: str | None = "5GB") -> F:
-    """Options of every command that writes a folder; without a `shard_size` there is one file unless somebody asks."""
-    size = click.option("--max-shard-size", type=Size(), default=shard_size, show_default=True, help="Largest output file.")
-    if shard_size is None:
-        size = click.option(
-            "--max-shard-size", type=Size(), default=built_in.ONE_FILE,
-            help="Split into files of at most this size, which Ollama does not pull from hubs.  [default: one file]",
-        )  # fmt: skip
+def write_options(command: F, shard_size: str = "5GB", files: str = "Largest output file.") -> F:
+    """Options of every command that writes a folder."""
     for option in reversed(
         [
             click.option("--dry-run", is_flag=True, help="Show what would happen to each group of tensors; write nothing."),
@@ -106,7 +100,7 @@ def write_options(command: F, shard_size: str | None = "5GB") -> F:
             click.option("--workers", type=click.IntRange(1, 64), help="Threads.  [default: one per processor, at most 8]"),
             click.option("--disk-budget", type=Size(), help="SRC on a hub: bytes of it on disk at once.  [default: the least]"),
             click.option("--no-space-check", is_flag=True, help="Begin though the disk reports too little free space."),
-            size,
+            click.option("--max-shard-size", type=Size(), default=shard_size, show_default=True, help=files),
             click.option("--copy", multiple=True, metavar="PATTERN",
                          help="Carry other files of SRC along too: 'figures/*', '*.pdf'."),
             click.option("--copy-code", is_flag=True, help="Carry Python files of the source along; they are never run."),
@@ -118,8 +112,8 @@ def write_options(command: F, shard_size: str | None = "5GB") -> F:
 
 
 def single_file_options(command: F) -> F:
-    """`write_options` of a command whose result is one file unless somebody asks for more."""
-    return write_options(command, None)
+    """`write_options` of a command whose result is one file, unless that is very large or somebody asks for more."""
+    return write_options(command, "45GB", "Split into files of at most this size; Ollama pulls no split ones from hubs.")
 
 
 def run_options(command: F) -> F:

@@ -151,7 +151,7 @@ def _target(table: Settings, beside: Path) -> JobTarget:
     size = table.pop("max_shard_size")
     copy, odd = _patterns(table), table.take("allow_odd_values", bool, False)
     rules, runtime = _recipe(table)
-    usual = built_in.ONE_FILE if runtime == built_in.LLAMA_CPP else SHARD_BYTES
+    usual = built_in.GGUF_BYTES if runtime == built_in.LLAMA_CPP else SHARD_BYTES
     shard_bytes = usual if size is None else table.attempt(lambda: parse_size(size), usual, "max_shard_size")
     if (asked := table.inner("calibration")) is not None:
         rules = replace(rules, calibration=calibration.read(asked, beside))

@@ -24,7 +24,7 @@ GGUF_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q3_K_M", "Q2_K",
 )  # fmt: skip
 GGUF_TYPE = "Q4_K_M"
-ONE_FILE = 1 << 62  # bytes of a file that is never split
+GGUF_BYTES = 45_000_000_000  # of a file: that of every type of the 21B is one; what hubs take is a little more
 
 WHICH: Mapping[str, Any] = {"experts_only": False, "mtp": False, "keep_unfit": False}
 INTEGERS: Mapping[str, Any] = {"group_size": GROUP_SIZE, "scale": SCALE, **WHICH}

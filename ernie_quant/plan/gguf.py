@@ -38,6 +38,8 @@ def gguf_plan(source: Checkpoint, *, settings: dict[str, Any], imatrix: Path | N
         source, runtime=made.runtime, recipe=made.recipe, dequantize=quantized, statistics=known, **options
     )  # fmt: skip
     notes = _taken(plan) if quantized else []
+    if len(plan.shards) > 1:
+        notes.append(f"{len(plan.shards)} files: a program is given the first; Ollama pulls no split files from hubs")
     if imatrix is not None and known is not None:
         notes += _weighed(plan, known, imatrix)
     return replace(plan, notes=(*plan.notes, *notes))

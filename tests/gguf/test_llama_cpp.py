@@ -118,6 +118,7 @@ def test_split_files_are_loaded_by_the_first(tmp_path: Path) -> None:
     assert len(files) > 2
     assert files[0].name.endswith(f"-F32-00001-of-{len(files):05d}.gguf")
     assert difference(files[0], "moe") <= 5e-5
+    assert any("Ollama pulls no split files" in note for note in plan.notes)
 
 
 def test_codes_of_wint4_and_wint8_are_taken_over(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
