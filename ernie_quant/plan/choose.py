@@ -77,7 +77,7 @@ def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime, *, narrow:
         rounded = [
             _as_kept(c, "BF16" if c.weight.role != names.ROUTER and c.spec.dtype == "F32" else c.spec.dtype) for c in rounded
         ]
-    return Choices(tuple(rounded), tuple(problems), (*notes, *_rounding_notes(rounded)))
+    return Choices(tuple(rounded), tuple(problems), (*notes, *_rounding_notes(rounded, beside=not narrow)))
 
 
 def _as_kept(choice: Choice, dtype: str) -> Choice:
@@ -87,12 +87,12 @@ def _as_kept(choice: Choice, dtype: str) -> Choice:
     return replace(choice, codec=Rounded(dtype))
 
 
-def _rounding_notes(chosen: Sequence[Choice]) -> list[str]:
+def _rounding_notes(chosen: Sequence[Choice], *, beside: bool) -> list[str]:
     notes = []
     for dtype in ("BF16", "F16"):  # float32 holds all values
         rounded = [c for c in chosen if c.codec == Rounded(dtype)]
         were = " and ".join(sorted({TORCH_NAMES[c.spec.dtype] for c in rounded if c.spec.dtype != dtype}))
-        because = ", the dtype of the scales beside them" if dtype == "BF16" else ""
+        because = ", the dtype of the scales beside them" if dtype == "BF16" and beside else ""
         notes += [f"{len(rounded)} tensors that are kept are {were}: rounded to {TORCH_NAMES[dtype]}{because}"] if were else []
     return notes
 
