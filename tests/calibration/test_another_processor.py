@@ -101,7 +101,7 @@ def lively(folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [INT4, WINT2], ids=lambda c: c[0])
 def test_a_wider_one_is_worth_the_same(command: tuple[str, ...], tmp_path: Path) -> None:
-    """Seen: a sixth of the codes differ, output errors by up to 7% and their mean by 1%, drifts by 24%, KL by 35%."""
+    """Seen: a quarter of the bytes differ, output errors by up to 15%, their mean by 2%, drifts by 13%, KL by 19%."""
     source, text = lively(tmp_path / "source"), book(tmp_path)
 
     def kl(out: Path) -> float:
@@ -119,6 +119,6 @@ def test_a_wider_one_is_worth_the_same(command: tuple[str, ...], tmp_path: Path)
         print(f"{command[0]}, {name}: {differing(one, other):.3f} of bytes, output errors of each {of_each:.3f}, of the mean")
         print(f"  {of_mean:.4f}, drift {of_drift:.3f}, KL {of_kl:.3f}")
         assert differing(one, other) < 0.6
-        assert of_each < 0.25
-        assert of_mean < 0.04
+        assert of_each < 0.4
+        assert of_mean < 0.06
         assert max(of_drift, of_kl) < 1
