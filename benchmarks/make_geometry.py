@@ -2,6 +2,7 @@
 
 python benchmarks/make_geometry.py vl-424b OUT                    # sparse files: 850 GB on paper, a few MB on disk
 python benchmarks/make_geometry.py 21b OUT --layers 3 --fill      # 3 layers of real bytes (Gaussian bf16)
+python benchmarks/make_geometry.py 300b OUT --layers 1 --first-moe 0 --experts 2 --fill    # a part of one of its MoE layers
 
 Sparse tensors read as zeros. Needs numpy only; the library under test takes no part in it.
 """
@@ -11,7 +12,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,7 @@ def moe_config(g: Geometry, layers: int) -> dict:
     return {
         "moe_num_experts": per_modality(g.experts),
         "moe_intermediate_size": per_modality(g.widths),
-        "moe_k": 8 if g.hidden == 8192 else 6,
+        "moe_k": min(8 if g.hidden == 8192 else 6, *g.experts),
         "moe_num_shared_experts": g.shared,
         "moe_layer_start_index": per_modality((g.first_moe, g.first_moe)),
         "moe_layer_end_index": per_modality((layers - 1, layers - 1)),
@@ -290,13 +291,21 @@ class Filler:
         # round to nearest even
         self.tile = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
-    def chunks(self, tensor: Tensor) -> Iterator[memoryview]:
-        """Yield the bytes of one tensor."""
-        _, shape, dtype = tensor
+    def chunks(self, tensor: Tensor) -> Iterator[memoryview | bytes]:
+        """Yield the bytes of one tensor. Norms are 1 and biases of routers 0, so that tokens spread over the experts."""
+        name, shape, dtype = tensor
         left = math.prod(shape)
-        if dtype == F32:
+        if name.endswith(("layernorm.weight", ".norm.weight")):
+            yield np.full(left, 0x3F80, np.uint16).data
+        elif name.endswith("e_score_correction_bias"):
+            yield bytes(4 * left)
+        elif dtype == F32:
             yield (self.rng.standard_normal(left, dtype=np.float32) * STD).data
-            return
+        else:
+            yield from self.windows(left)
+
+    def windows(self, left: int) -> Iterator[memoryview]:
+        """Yield so many values of the tile."""
         while left:
             start = int(self.rng.integers(0, self.tile.size // 2))
             count = min(left, self.tile.size - start)
@@ -319,6 +328,10 @@ def write_shard(path: Path, head: bytes, shard: list[Tensor], filler: Filler | N
 def write_checkpoint(args: argparse.Namespace) -> str:
     """Write all files and return one line about them."""
     g, paddle = GEOMETRIES[args.model], args.format == "paddle"
+    if args.experts:
+        g = replace(g, experts=(args.experts,) * len(g.experts))
+    if args.first_moe is not None:
+        g = replace(g, first_moe=args.first_moe)
     layers = args.layers or g.layers
     shards = into_shards(Layout(g, paddle).tensors(layers), args.shard_gb * 1e9)
     filler = Filler(args.seed) if args.fill else None
@@ -342,6 +355,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("model", choices=GEOMETRIES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="default: all of the release's")
+    parser.add_argument("--experts", type=int, help="of each modality; default: the release's")
+    parser.add_argument("--first-moe", type=int, help="first layer with experts; default: the release's")
     parser.add_argument("--format", default="paddle", choices=["paddle", "pt"])
     parser.add_argument("--fill", action="store_true", help="write real bytes")
     parser.add_argument("--shard-gb", type=float, default=5)
