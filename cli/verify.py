@@ -91,7 +91,7 @@ def _lines(result: Verified, source: str) -> Iterator[str]:
     if found.kept:
         yield f"{found.kept} kept: bit for bit those of {source}"
     if found.rounded:
-        yield f"{found.rounded} kept, rounded to bfloat16: the nearest to those of {source}"
+        yield f"{found.rounded} kept, in another dtype: the nearest to those of {source}"
     if found.decoded:
         yield f"{found.decoded} kept: bit for bit what {source} decodes to"
     if found.fitted:
