@@ -227,6 +227,12 @@ def as_rows(blocks: Array, rows: int) -> torch.Tensor:
     return torch.from_numpy(blocks.reshape(rows, -1))
 
 
+def one_step(blocks: Array) -> Scales:
+    """Of blocks that begin with the float16 step of all their codes."""
+    one, step = np.ones((len(blocks), 1), F), take_half(blocks, 0)
+    return Scales(step, np.zeros_like(step), one, one)
+
+
 def put_half(blocks: Array, at: int, values: Array) -> None:
     """float16 [blocks] at a byte of every block."""
     blocks[:, at : at + 2] = values.astype("<f2").view(np.uint8).reshape(-1, 2)

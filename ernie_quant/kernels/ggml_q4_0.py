@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from ernie_quant.kernels import _ggml as ggml
 from ernie_quant.kernels import _ggml_bits as bits
-from ernie_quant.kernels._ggml import Kind, Scales
+from ernie_quant.kernels._ggml import Kind
 
 KIND = Kind("Q4_0", 32, 8, 15, tuple(7.1 + 0.3 * k for k in range(7)))
 
@@ -24,10 +23,7 @@ def encode(weight: torch.Tensor, importance: torch.Tensor | None = None) -> torc
 def decode(blocks: torch.Tensor) -> torch.Tensor:
     """float32 [rows, in] of uint8 [rows, bytes]."""
     found = ggml.blocks_of(KIND, blocks)
-    one = np.ones((len(found), 1), np.float32)
-    step = ggml.take_half(found, 0)
-    scales = Scales(step, np.zeros_like(step), one, one)
-    return ggml.as_rows(ggml.decode(KIND, scales, found), len(blocks))
+    return ggml.as_rows(ggml.decode(KIND, ggml.one_step(found), found), len(blocks))
 
 
 def pack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from ernie_quant.kernels import _ggml as ggml
 from ernie_quant.kernels._compiled import compiled
-from ernie_quant.kernels._ggml import Kind, Scales
+from ernie_quant.kernels._ggml import Kind
 
 F = np.float32
 KIND = Kind("Q8_0", 32, 128, 255, ())
@@ -47,8 +47,7 @@ def _codes(values, step, out):  # type: ignore[no-untyped-def]
 def decode(blocks: torch.Tensor) -> torch.Tensor:
     """float32 [rows, in] of uint8 [rows, bytes]."""
     found = ggml.blocks_of(KIND, blocks)
-    one, step = np.ones((len(found), 1), F), ggml.take_half(found, 0)
-    return ggml.as_rows(ggml.decode(KIND, Scales(step, np.zeros_like(step), one, one), found), len(blocks))
+    return ggml.as_rows(ggml.decode(KIND, ggml.one_step(found), found), len(blocks))
 
 
 def pack(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
