@@ -122,7 +122,7 @@ def run(
         keep_freed_memory()
     with layers_bar(plan.calibration is not None, quiet) as watch, progress_bar(shared_bytes(plan, tp), quiet) as progress:
         how: dict[str, Any] = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget}
-        how |= {"progress": progress, "space_check": not no_space_check, "watch": watch}
+        how |= {"progress": progress, "space_check": not no_space_check, "watch": watch, "each": progress.file}
         result = run_shared(plan, out, tp, **how) if tp > 1 else run_plan(plan, out, **how)
     show_result(result, out, quiet, as_json)
 

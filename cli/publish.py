@@ -19,13 +19,15 @@ from ernie_quant.cli._show import print_json
 @click.option("--tag", default="", help="Name the commit so.")
 @click.option("--eval", "evaluated", type=_options.FOLDER, metavar="FILE",
               help="What eval --save has kept of this result: a table in its card.")  # fmt: skip
+@click.option("--name", default="", help="Of the model, in its card.  [default: the repository's]")
+@click.option("--base-model", default="", metavar="ORG/NAME", help="The source, for a card of one that was a folder.")
 @click.option("--delete-as-published", is_flag=True, help="Delete each weight file here as soon as it is uploaded.")
 @click.option("--allow-odd-values", is_flag=True, help="Publish a result whose weights hold NaN or infinity, too.")
 @_options.quiet
 @_options.json_option
 def command(
     out: Path, repo: str, private: bool | None, revision: str, pr: bool, tag: str, evaluated: Path | None,
-    delete_as_published: bool, allow_odd_values: bool, quiet: bool, as_json: bool,
+    name: str, base_model: str, delete_as_published: bool, allow_odd_values: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Publish a finished result to a hub repository: ORG/NAME on Hugging Face, modelscope://ORG/NAME or aistudio://ORG/NAME.
 
@@ -39,11 +41,14 @@ def command(
     """
     from ernie_quant import hubs, publish
 
-    scheme, _, name = repo.rpartition("://")
-    destination = publish.Destination(name, revision, private, pr, tag, delete_as_published, allow_odd_values)
+    scheme, _, repo = repo.rpartition("://")
+    scheme = scheme or "hf"
+    destination = publish.Destination(
+        repo, revision, private, pr, tag, delete_as_published, allow_odd_values, scheme, name, base_model
+    )
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) if out.is_dir() else 0
     with progress_bar(size, quiet) as progress:
-        result = publish.publish(out, hubs.publisher(scheme or "hf"), destination, progress, evaluated)
+        result = publish.publish(out, hubs.publisher(scheme), destination, progress, evaluated)
     if as_json:
         print_json(publish.as_json(result))
         return

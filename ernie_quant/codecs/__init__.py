@@ -47,6 +47,11 @@ class Codec(Protocol):
         ...
 
     @property
+    def rate(self) -> float:
+        """Million weights that one core encodes in a second, as `benchmarks/codec_rates.py` measured; 0 if nobody has."""
+        ...
+
+    @property
     def decodes_to(self) -> str:
         """The dtype of decoded weights; a kept one has its own."""
         ...
@@ -93,6 +98,7 @@ class DataFree:
     """Base of the codecs that look at the weight alone."""
 
     decodes_to = "BF16"
+    rate = 0.0
 
     def prepare(self, spec: TensorSpec, statistics: Encoded) -> Encoder | None:
         """Nothing is."""

@@ -33,6 +33,7 @@ class Blocks:
     adopts: ClassVar[int] = 0  # bits of integer codes that it holds as they are
     rows = 1
     decodes_to = "F32"
+    rate = 0.0
     version = 1
 
     @property

@@ -62,6 +62,7 @@ class ConvolutionalCode:
     damping: float = _feedback.DAMPING
     passes: int = _feedback.PASSES
     rows = 1
+    rate = 2.3
     decodes_to = "BF16"
     version = 1
     form = "wint2 (CCQ)"

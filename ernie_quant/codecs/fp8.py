@@ -34,6 +34,7 @@ class Float8Block(DataFree):
 
     quant_method: str = FP8
     rows = BLOCK
+    rate = 78.0
     version = 1
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ class IQ4NL(Blocks):
     """Rows of blocks of ggml's IQ4_NL."""
 
     dtype = "IQ4_NL"
+    rate = 92.0
 
 
 CODEC = IQ4NL

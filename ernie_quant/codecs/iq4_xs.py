@@ -12,6 +12,7 @@ class IQ4XS(Blocks):
     """Rows of blocks of ggml's IQ4_XS."""
 
     dtype = "IQ4_XS"
+    rate = 69.0
 
 
 CODEC = IQ4XS

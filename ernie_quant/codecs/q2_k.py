@@ -12,6 +12,7 @@ class Q2K(Blocks):
     """Rows of blocks of ggml's Q2_K."""
 
     dtype = "Q2_K"
+    rate = 27.0
 
 
 CODEC = Q2K

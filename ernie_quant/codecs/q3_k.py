@@ -12,6 +12,7 @@ class Q3K(Blocks):
     """Rows of blocks of ggml's Q3_K."""
 
     dtype = "Q3_K"
+    rate = 60.0
 
 
 CODEC = Q3K

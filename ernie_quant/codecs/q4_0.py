@@ -12,6 +12,7 @@ class Q40(Blocks):
     """Rows of blocks of ggml's Q4_0."""
 
     dtype = "Q4_0"
+    rate = 110.0
     adopts = 4
 
 

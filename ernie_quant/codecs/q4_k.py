@@ -12,6 +12,7 @@ class Q4K(Blocks):
     """Rows of blocks of ggml's Q4_K."""
 
     dtype = "Q4_K"
+    rate = 32.0
 
 
 CODEC = Q4K

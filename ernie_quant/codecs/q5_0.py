@@ -15,6 +15,7 @@ class Q50(Blocks):
     """Rows of blocks of ggml's Q5_0."""
 
     dtype = "Q5_0"
+    rate = 75.0
 
 
 CODEC = Q50

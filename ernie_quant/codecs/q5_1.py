@@ -15,6 +15,7 @@ class Q51(Blocks):
     """Rows of blocks of ggml's Q5_1."""
 
     dtype = "Q5_1"
+    rate = 59.0
 
 
 CODEC = Q51

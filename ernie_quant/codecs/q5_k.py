@@ -12,6 +12,7 @@ class Q5K(Blocks):
     """Rows of blocks of ggml's Q5_K."""
 
     dtype = "Q5_K"
+    rate = 31.0
 
 
 CODEC = Q5K

@@ -12,6 +12,7 @@ class Q6K(Blocks):
     """Rows of blocks of ggml's Q6_K."""
 
     dtype = "Q6_K"
+    rate = 60.0
 
 
 CODEC = Q6K

@@ -12,6 +12,7 @@ class Q80(Blocks):
     """Rows of blocks of ggml's Q8_0."""
 
     dtype = "Q8_0"
+    rate = 207.0
     adopts = 8
 
 

@@ -96,6 +96,10 @@ class Publisher(Protocol):
     default_branch: str
     pull_requests: bool  # can it open them?
 
+    def account(self) -> str:
+        """Whose token it is; empty where the hub does not say. Raises HubError where there is none, or a wrong one."""
+        ...
+
     def is_private(self, repo: str) -> bool | None:
         """None if there is no such repository."""
         ...

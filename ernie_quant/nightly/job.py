@@ -8,6 +8,7 @@ revision = "main"
 repo = "my-org/ERNIE-4.5-21B-A3B-WINT4"
 recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, gguf, wint2; or [[target.rule]] tables
 experts_only = true
+name = "ERNIE 4.5 21B in 4 bits"                # of the model, in its card
 [target.calibration]                            # as in a recipe file
 text = "auto"
 
@@ -19,6 +20,7 @@ max_hours = 8
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ from ernie_quant import hubs, runtimes, settings
 from ernie_quant.errors import PlanError
 from ernie_quant.plan import built_in, calibration, recipe
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
-from ernie_quant.plan.steps import SHARD_BYTES
 from ernie_quant.publish.places import folder_of
+from ernie_quant.runtimes import Place
 from ernie_quant.settings import Settings, parse_size
 from ernie_quant.sources import is_address
 
@@ -51,6 +53,8 @@ class JobTarget:
     shard_bytes: int
     copy: tuple[str, ...] = ()
     allow_odd_values: bool = False
+    name: str = ""  # of the model, in its card
+    base_model: str = ""  # of a source that is a folder
 
     @property
     def folder(self) -> str:
@@ -58,6 +62,11 @@ class JobTarget:
         hub = "" if self.scheme == "hf" else f"{self.scheme}--"
         place = f"--{self.place}" if self.place else ""
         return f"{hub}{self.repo}@{self.revision}{place}".replace("/", "--")
+
+    @property
+    def place_of_repo(self) -> Place:
+        """Where it is published."""
+        return Place(self.repo, self.scheme)
 
     @property
     def place(self) -> str:
@@ -75,6 +84,18 @@ class Job:
     max_hours: float | None
     follow_links: bool = False
     space_check: bool = True
+
+
+def read_jobs(paths: Sequence[Path]) -> tuple[Job, ...]:
+    """The jobs of several files. Raises PlanError with every mistake, also where two make the same repository."""
+    jobs = tuple(read_job(path) for path in paths)
+    makers: dict[str, list[str]] = {}
+    for path, job in zip(paths, jobs, strict=True):
+        for target in job.targets:
+            makers.setdefault(target.folder, []).append(str(path))
+    if twice := [f"{place}: is made by {' and by '.join(files)}" for place, files in makers.items() if len(files) > 1]:
+        raise PlanError(f"{len(paths)} jobs: {len(twice)} mistake(s)", twice)
+    return jobs
 
 
 def read_job(path: Path) -> Job:
@@ -150,15 +171,16 @@ def _target(table: Settings, beside: Path) -> JobTarget:
     tag, tp = table.take("tag", bool, False), table.take("tp", int, 1)
     size = table.pop("max_shard_size")
     copy, odd = _patterns(table), table.take("allow_odd_values", bool, False)
+    called, base = table.take("name", str, ""), table.take("base_model", str, "")
     rules, runtime = _recipe(table)
-    usual = built_in.GGUF_BYTES if runtime == built_in.LLAMA_CPP else SHARD_BYTES
+    usual = built_in.GGUF_BYTES if runtime == built_in.LLAMA_CPP else built_in.SHARD_BYTES
     shard_bytes = usual if size is None else table.attempt(lambda: parse_size(size), usual, "max_shard_size")
     if (asked := table.inner("calibration")) is not None:
         rules = replace(rules, calibration=calibration.read(asked, beside))
     table.end()
     if tp not in (1, 2, 4, 8, 16) or (tp > 1 and not runtimes.find(runtime).PER_RANK):
         table.wrong(f"tp is {tp}, not 1, or 2, 4, 8 or 16 with runtime fastdeploy")
-    return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes, copy, odd)
+    return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes, copy, odd, called, base)
 
 
 def _patterns(table: Settings) -> tuple[str, ...]:

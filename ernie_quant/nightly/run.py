@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ernie_quant.errors import AnotherPlanError, ErnieQuantError, RetryError
 from ernie_quant.hubs import Publisher
 from ernie_quant.jsonio import read_object
 from ernie_quant.nightly.job import Job, JobTarget
+from ernie_quant.nightly.outcome import PLANNED, UP_TO_DATE, JobResult, TargetResult, worst
 from ernie_quant.nightly.planned import plan_of, text_of
 from ernie_quant.paths import MANIFEST
 from ernie_quant.plan.identity import fingerprint
@@ -33,40 +34,13 @@ from ernie_quant.publish.places import remote_name
 from ernie_quant.report.rows import FILENAME, TensorReport, total
 from ernie_quant.result.room import unknown_space
 from ernie_quant.run.shared import run_shared
-from ernie_quant.run.whole import run_plan
+from ernie_quant.run.whole import FileDone, run_plan
 from ernie_quant.sources import open_source
 
 SAMPLE = 100  # about so many tensors, of which the quantized are decoded and recoded before they are published
 DROPPED = ".dropped"  # in the work folder: what is being deleted
 
 Log = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class TargetResult:
-    """What became of a target: published, up-to-date, failed or retry; the commit is that of the published repository."""
-
-    repo: str
-    status: str
-    commit: str = ""
-    bytes: int = 0
-    rel_error: float = 0.0
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """What became of a job; `status` is the worst of the targets'."""
-
-    status: str
-    source: str
-    source_commit: str
-    targets: tuple[TargetResult, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """0 done, 1 something failed that will fail again, 75 worth retrying."""
-        return {"failed": 1, "retry": RetryError.exit_code}.get(self.status, 0)
 
 
 def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = lambda **_: None) -> JobResult:
@@ -87,8 +61,30 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
             _attempt(target, plan, job, work, publishers[target.scheme], deadline, log)
             for target, plan in zip(job.targets, plans, strict=True)
         )
-        log(event="end", status=_worst(results))
-    return JobResult(_worst(results), job.source, source.revision, results)
+        result = JobResult(worst(results), job.source, source.revision, results)
+        log(event="end", status=result.status)
+    return result
+
+
+def look(job: Job, work: Path) -> JobResult:
+    """What `run_job` would do: every target is planned from headers and looked for on its hub, and every token is tried."""
+    texts = [text_of(target) for target in job.targets]
+    source = open_source(job.source, links=job.follow_links)
+    plans = [plan_of(source, target, text, job.disk_budget) for target, text in zip(job.targets, texts, strict=True)]
+    results = tuple(_look(target, plan, work) for target, plan in zip(job.targets, plans, strict=True))
+    return JobResult(worst(results), job.source, source.revision, results)
+
+
+def _look(target: JobTarget, plan: Plan, work: Path) -> TargetResult:
+    try:
+        hub = hubs.publisher(target.scheme)
+        account = hub.account()
+        if (commit := _published(hub, target, fingerprint(shared_identity(plan, target.tp)))) is not None:
+            return TargetResult(target.repo, UP_TO_DATE, commit, account=account)
+    except ErnieQuantError as error:
+        return TargetResult(target.repo, "retry" if isinstance(error, RetryError) else "failed", error=str(error))
+    begun = (work / target.folder).is_dir()
+    return TargetResult(target.repo, PLANNED, bytes=plan.nbytes, account=account, begun=begun)
 
 
 def _attempt(
@@ -117,12 +113,15 @@ def _target(
     if (commit := _published(hub, target, wanted)) is not None:
         _tag(hub, target, tag, commit)  # a run may have been killed just before it
         _forget(out)
-        return TargetResult(target.repo, "up-to-date", commit)
-    repair(out, target.repo)  # the last run may have been killed while it wrote the card
+        return TargetResult(target.repo, UP_TO_DATE, commit)
+    repair(out, target.place_of_repo)  # the last run may have been killed while it wrote the card
     report = _make(target, plan, job, out, deadline, log)
     checked = verify(out, progress=_until(deadline), sample=SAMPLE)
     log(event="verified", repo=target.repo, files=checked.files, tensors=checked.tensors, recoded=checked.recoded)
-    place = Destination(target.repo, target.revision, target.private, odd=target.allow_odd_values)
+    place = Destination(
+        target.repo, target.revision, target.private, odd=target.allow_odd_values, hub=target.scheme, name=target.name,
+        base_model=target.base_model,
+    )  # fmt: skip
     done = publish(out, hub, place, _until(deadline))
     _tag(hub, target, tag, done.commit)
     _forget(out)
@@ -163,6 +162,7 @@ def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | 
         log(event="note", repo=target.repo, note=note)
     how: dict[str, Any] = {"disk_budget": job.disk_budget, "progress": progress, "workers": 0, "space_check": job.space_check}
     how["watch"] = lambda *_: progress(0)
+    how["each"] = lambda done: log(event="file", repo=target.repo, **asdict(done), gb_per_second=_rate(done))
 
     def run(restart: bool) -> Any:
         if target.tp > 1:
@@ -180,6 +180,11 @@ def _make(target: JobTarget, plan: Plan, job: Job, out: Path, deadline: float | 
     changed = total([r for r in rows if r.changed])
     log(event="made", repo=target.repo, bytes=result.plan.nbytes, files_before=result.files_before, rel_error=changed.rel_error)
     return TargetResult(target.repo, "", bytes=result.plan.nbytes, rel_error=changed.rel_error)
+
+
+def _rate(done: FileDone) -> float:
+    """GB of the source a second."""
+    return round(done.nbytes_in / 1e9 / max(done.seconds, 1e-9), 3)
 
 
 def _until(deadline: float | None) -> Callable[[int], None]:
@@ -208,25 +213,3 @@ def _logged(log: Log) -> Iterator[None]:
     except ErnieQuantError as error:
         log(event="error", error=str(error), exit_code=error.exit_code)
         raise
-
-
-def _worst(results: tuple[TargetResult, ...]) -> str:
-    statuses = {result.status for result in results}
-    return next(status for status in ("failed", "retry", "published", "up-to-date") if status in statuses)
-
-
-def summary(result: JobResult) -> str:
-    """Text for a mail: one line for the job, one for each target."""
-    lines = [f"{result.status}: {result.source}{f' at {result.source_commit[:12]}' if result.source_commit else ''}"]
-    for target in result.targets:
-        more = {
-            "published": f"{target.bytes / 1e9:.2f} GB, relative error {target.rel_error:.3g}, commit {target.commit[:12]}",
-            "up-to-date": f"commit {target.commit[:12]}",
-        }.get(target.status, target.error)
-        lines.append(f"  {target.status}: {target.repo}: {more}")
-    return "\n".join(lines)
-
-
-def as_json(result: JobResult) -> dict[str, Any]:
-    """What the command prints with --json."""
-    return asdict(result)

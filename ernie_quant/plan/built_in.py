@@ -7,7 +7,7 @@ by the codecs. They and the runtimes are imported where they are used, for `--he
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ernie_quant.errors import PlanError
@@ -24,6 +24,7 @@ GGUF_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q3_K_M", "Q2_K",
 )  # fmt: skip
 GGUF_TYPE = "Q4_K_M"
+SHARD_BYTES = 5_000_000_000  # of other files
 GGUF_BYTES = 45_000_000_000  # of a file: that of every type of the 21B is one; what hubs take is a little more
 
 WHICH: Mapping[str, Any] = {"experts_only": False, "mtp": False, "keep_unfit": False}
@@ -89,7 +90,18 @@ def make(name: str, runtime: str = "", **given: Any) -> BuiltIn:
     form = KINDS[name].form(runtime)
     if unknown := sorted(given.keys() - form.options.keys()):
         raise PlanError(f"{name} for {runtime} has no option {', '.join(unknown)}", [])
-    return BuiltIn(form.build(name, **{**form.options, **given}), runtime)
+    recipe = form.build(name, **{**form.options, **given})
+    return BuiltIn(replace(recipe, words=_words(name, runtime, form.options, given)), runtime)
+
+
+def _words(name: str, runtime: str, usual: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The short command with its options; those that are its defaults are left unsaid, but for the type of a GGUF file."""
+    words = [COMMANDS.get(name, name)]
+    for key, default in sorted(usual.items(), key=lambda item: not isinstance(item[1], bool)):
+        value = given.get(key, default)
+        if value != default or key == "type":
+            words.append(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return " ".join([*words, *([f"--runtime {runtime}"] if runtime != KINDS[name].default_runtime else [])])
 
 
 def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
@@ -185,6 +197,7 @@ def _gguf(name: str, *, type: str, pure: bool, experts_only: bool, keep_unfit: b
     return Recipe(type, (), keep_unfit, rules_of=partial(mix.rules, type, pure=pure, experts_only=experts_only))
 
 
+COMMANDS = {"pt": "convert --to pt", "paddle": "convert --to paddle"}  # of recipes that have no command of their name
 VLLM, FASTDEPLOY, LLAMA_CPP = "vllm", "fastdeploy", "llama_cpp"
 KINDS: Mapping[str, _Kind] = {
     "pt": _Kind(VLLM, {"": _Form({}, _kept)}),

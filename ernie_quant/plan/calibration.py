@@ -20,6 +20,7 @@ from ernie_quant.settings import Settings
 
 AUTO = "auto"  # the texts that come with the package
 METHODS = ("nearest", "feedback", "descent")  # what codecs make of it
+VERSION = 1  # raised whenever the same text makes other codes
 TOKENS, SEED, METHOD = 16384, 0, "descent"
 LEAST_TOKENS, MOST_TOKENS = 512, 1 << 24
 
@@ -64,7 +65,7 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in an identity: texts by their hashes, wherever they lie."""
-        return {"texts": dict(self.sha256), **self._numbers}
+        return {"texts": dict(self.sha256), **self._numbers, "version": VERSION}
 
 
 def read(table: Settings, beside: Path) -> Asked:

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
-import ernie_quant
-from ernie_quant import codecs
+from ernie_quant import codecs, runtimes, writers
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs import Codec
 from ernie_quant.jsonio import dumps
@@ -28,12 +27,16 @@ Identity = Mapping[str, Any]
 
 
 def identity(source: Checkpoint, runtime: str, rules: Recipe, options: Mapping[str, object]) -> Identity:
-    """Source, recipe, options, and the versions of this program and of the codecs that it uses."""
+    """Source, recipe, options, and versions of what makes the bytes: codecs, runtime and file format.
+
+    Not that of the program: another release that writes the same bytes makes no result old.
+    """
+    target = runtimes.find(runtime)
     plain = {name: sorted(value) if isinstance(value, frozenset) else value for name, value in options.items()}
     return {
-        "version": ernie_quant.__version__,
         "codecs": _versions(rule.codec for rule in rules.rules),
         "runtime": runtime,
+        "versions": {"runtime": target.VERSION, "format": writers.find(target.FORMAT).VERSION},
         "recipe": recipe.as_dict(rules),
         "options": plain,
         "source": _of_source(source),

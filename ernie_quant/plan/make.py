@@ -18,16 +18,17 @@ from ernie_quant.names import EMBED
 from ernie_quant.paths import FILE
 from ernie_quant.plan import fitting
 from ernie_quant.plan.calibration import Calibration
-from ernie_quant.plan.capacity import Model, gpus_needed
+from ernie_quant.plan.capacity import gpus_needed, tp_sizes
 from ernie_quant.plan.carried import carried
 from ernie_quant.plan.choose import Choice, Choices, choose, folded_problems, linears_of, oriented
 from ernie_quant.plan.code import modules_of, without_missing
 from ernie_quant.plan.files import into_files
+from ernie_quant.plan.held import Item, Model
 from ernie_quant.plan.identity import identity, of_statistics
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
 from ernie_quant.plan.steps import SHARD_BYTES, Plan, Step
 from ernie_quant.plan.taken import taken_over
-from ernie_quant.runtimes import About, Runtime, _sharing
+from ernie_quant.runtimes import About, Runtime
 from ernie_quant.views.kinds import View
 from ernie_quant.weights.claims import notes_of, refuse_quantized
 from ernie_quant.weights.layouts import LAYOUTS, Layout
@@ -86,7 +87,6 @@ def make_plan(
         assert not (misread := target.misread(entry, linears)), misread[0]  # it is derived from what will be written
         config |= {**target.CONFIG, "quantization_config": entry}
     model = Model.of(table.config, table.map.dims)
-    tp_sizes = () if target.BY_LAYERS else _sharing.tp_sizes(target, linears, model.dims, model.heads)
     options = {
         "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes,
         "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
@@ -94,16 +94,17 @@ def make_plan(
         **({"calibration": calibration.as_dict()} if calibration else {}),
         **({"kept": rounded} if (rounded := _rounded(steps)) else {}),
     }  # fmt: skip
+    items = [Item(step.name, step.role, step.nbytes) for step in steps]
     shards = into_files(steps, target, shard_bytes, target.stem(about))
     if writers.find(target.FORMAT).SELF_CONTAINED:
         config |= {FILE: shards[0].filename}
     plan = Plan(
-        source, runtime, layout, recipe, shards, table.map.dims, config, along.files, tp_sizes,
+        source, runtime, layout, recipe, shards, table.map.dims, config, along.files, tp_sizes(target, linears, model),
         (
             *notes_of(source), *table.notes, *positions, *layout.left_out(table.weights), *along.notes, *choices.notes, *refused,
             *target.notes(linears), *said,
         ),
-        identity(source, runtime, recipe, options), shard_bytes, gpus_needed(choices.chosen, target, tp_sizes, model),
+        identity(source, runtime, recipe, options), shard_bytes, gpus_needed(items, target, linears, model),
         calibration=calibration, metadata=metadata,
     )  # fmt: skip
     return fitting.judged(plan) if calibration else plan

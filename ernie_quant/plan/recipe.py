@@ -89,6 +89,7 @@ class Recipe:
     keep_unfit: bool = False
     calibration: Asked | None = None  # what a file of rules says of it
     rules_of: Callable[[NameMap], Sequence[RecipeRule]] | None = None  # of a model, instead of `rules`
+    words: str = ""  # of the command that has it built in: `wint4 --experts-only`
 
     def codec_for(self, weight: Weight) -> Codec:
         """The codec for a tensor; only linears of quantizable roles, embeddings and head are ever changed."""

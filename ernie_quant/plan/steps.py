@@ -14,19 +14,18 @@ from ernie_quant.checkpoint import Checkpoint, Stamp, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.names import Row
+from ernie_quant.plan.built_in import SHARD_BYTES as SHARD_BYTES
 from ernie_quant.plan.calibration import Calibration
 from ernie_quant.plan.carried import target_of
 from ernie_quant.plan.identity import Identity
 from ernie_quant.plan.recipe import Recipe
 from ernie_quant.report.rows import TensorReport
-from ernie_quant.runtimes import Part
+from ernie_quant.runtimes import Part, Spread
 from ernie_quant.views import build
 from ernie_quant.views.kinds import View
 from ernie_quant.views.read import CPU, slabs
 from ernie_quant.weights.layouts import Layout
 from ernie_quant.weights.stored import Stored
-
-SHARD_BYTES = 5_000_000_000  # the field's usual size of an output file
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class Plan:
     notes: tuple[str, ...]
     identity: Identity
     shard_bytes: int = SHARD_BYTES
-    gpus: Mapping[str, int] = field(default_factory=dict)  # memory of a GPU -> how many take the result, where that is known
+    gpus: Mapping[str, Spread] = field(default_factory=dict)  # memory of a GPU -> how the fewest of them share the result
     weights: int = 0  # elements of the model, where the steps do not tell
     reports: tuple[TensorReport, ...] | None = None  # of an earlier run whose weights are only moved here
     calibration: Calibration | None = None  # what text quantized weights are fitted to

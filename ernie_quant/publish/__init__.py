@@ -15,6 +15,7 @@ from ernie_quant.hubs import Conflict, Head, LocalFile, Publisher, RemoteFile
 from ernie_quant.paths import MANIFEST, README
 from ernie_quant.publish.files import delete, entitled, local_files, refuse_odd, reported
 from ernie_quant.publish.places import folder_of, front_page, manifests, remote_name
+from ernie_quant.runtimes import Place
 
 FRONT_PAGE = ".ernie-quant-front-page.md"  # in the folder of a result; no file of it
 RACES = 5  # lost ones before we give up
@@ -35,6 +36,14 @@ class Destination:
     tag: str = ""
     delete: bool = False  # weight files, as soon as they are uploaded
     odd: bool = False  # even if weights hold NaN or infinity
+    hub: str = "hf"  # by the scheme of its addresses
+    name: str = ""  # of the model, as its card says it; of the repository, if there is none
+    base_model: str = ""  # ORG/NAME of the source; known already if that was on a hub
+
+    @property
+    def place(self) -> Place:
+        """Where commands look for it."""
+        return Place(self.repo, self.hub)
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,8 @@ def publish(
         raise HubError(f"{destination.repo}: this hub has no pull requests that a program could open; leave --pr out")
     if not destination.odd:
         refuse_odd(destination.repo, reported(out))
-    manifest = entitled(out, destination.repo, evaluated)
+    said = {"name": destination.name, "base_model": destination.base_model}
+    manifest = entitled(out, destination.place, evaluated, said)
     files = local_files(out, manifest, destination.repo)
     folder = folder_of(manifest)
     _open_repository(hub, destination)
@@ -71,7 +81,7 @@ def publish(
     for _ in range(RACES):
         head = _head(hub, destination)
         drop = _left_behind(hub, destination, head, files, folder)
-        page = _page(out, manifest, head, files, destination.repo) if folder else []
+        page = _page(out, manifest, head, files, destination.place) if folder else []
         missing = [file for file in [*files, *page] if not _is_there(file, head.files.get(file.name))]
         if tagged and (missing or drop or tagged.commit != head.commit):
             raise HubError(
@@ -123,10 +133,10 @@ def _head(hub: Publisher, destination: Destination) -> Head:
     return head
 
 
-def _page(out: Path, manifest: Mapping[str, Any], head: Head, files: list[LocalFile], repo: str) -> list[LocalFile]:
+def _page(out: Path, manifest: Mapping[str, Any], head: Head, files: list[LocalFile], place: Place) -> list[LocalFile]:
     """README.md at the top of a repository of several types, as it is with this one."""
     now = {file.name: RemoteFile(file.name, file.nbytes, file.sha256) for file in files}
-    data = front_page(manifest, {**head.files, **now}, repo)
+    data = front_page(manifest, {**head.files, **now}, place)
     write_file(out / FRONT_PAGE, data)
     return [LocalFile(README, len(data), hashlib.sha256(data).hexdigest(), out / FRONT_PAGE)]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ernie_quant import writers
@@ -23,18 +24,24 @@ from ernie_quant.report.rows import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
 from ernie_quant.report.saved import Report, read
 from ernie_quant.result import card
 from ernie_quant.result.manifest import read_manifest, sums
+from ernie_quant.runtimes import Place
 
 ANYWAY = "--allow-odd-values (in a job allow_odd_values = true) publishes it all the same"
 EVALUATION = "eval.json"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 UPLOADED = ".ernie-quant-published.json"  # what was uploaded and deleted here, for a publish that is interrupted
 
 
-def entitled(out: Path, repo: str, evaluated: Path | None = None) -> dict[str, Any]:
+def entitled(out: Path, place: Place, evaluated: Path | None = None, said: Mapping[str, str] = NOTHING) -> dict[str, Any]:
     """The manifest, after card, page and pictures were made under the repository's name and entered in it.
 
-    `evaluated`: the kept result of an evaluation, which becomes a file of the result and a table of the card.
+    `evaluated`: the kept result of an evaluation, which becomes a file of the result and a table of the card. `said`: name and
+    base_model of the card; what is not given stays as an earlier publish was told.
     """
     manifest = read_manifest(out)
+    before = manifest.get("card", {})
+    if any(said.values()):
+        manifest["card"] = {**before, **{key: value for key, value in said.items() if value}}
     found = _evaluation(out, manifest, evaluated)
     if README not in manifest["files"]:
         return manifest
@@ -42,14 +49,14 @@ def entitled(out: Path, repo: str, evaluated: Path | None = None) -> dict[str, A
     rows: list[TensorReport] = []
     made: dict[str, bytes] = {} if found is None else {EVALUATION: dumps(found).encode()}
     if FILENAME in manifest["files"]:
-        report = replace(read(out), name=repo.rpartition("/")[2])
+        report = replace(read(out), name=place.local)
         rows = list(report.rows)
         made[PAGE] = render(report)
         made |= {f"{PLOTS_FOLDER}/{name}": data for name, data in _pictures(report).items()}
     pictures = [name for name in made if name.startswith(PLOTS_FOLDER)]
-    made[README] = card.readme(manifest, config, rows, repo, pictures, found).encode()
+    made[README] = card.readme(manifest, config, rows, place, pictures, found).encode()
     entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in made.items()}
-    if any(manifest["files"].get(name) != entry for name, entry in entries.items()):
+    if manifest.get("card", {}) != before or any(manifest["files"].get(name) != entry for name, entry in entries.items()):
         for name, data in made.items():
             (out / name).parent.mkdir(exist_ok=True)
             write_file(out / name, data)
@@ -90,11 +97,11 @@ def _evaluation(out: Path, manifest: Mapping[str, Any], evaluated: Path | None) 
     return found
 
 
-def repair(out: Path, repo: str) -> None:
-    """Finish what a publish to `repo` was killed in: card, page, hashes and manifest follow from the other files."""
+def repair(out: Path, place: Place) -> None:
+    """Finish what a publish to `place` was killed in: card, page, hashes and manifest follow from the other files."""
     if (out / MANIFEST).is_file():
         with suppress(ErnieQuantError, KeyError, TypeError):  # what else is wrong is found by whoever reads it next
-            entitled(out, repo)
+            entitled(out, place)
 
 
 def _pictures(report: Report) -> dict[str, bytes]:

@@ -15,6 +15,8 @@ from typing import Any
 from ernie_quant import runtimes, writers
 from ernie_quant.hubs import RemoteFile
 from ernie_quant.paths import MANIFEST, README, SOURCE_README
+from ernie_quant.result import front_matter
+from ernie_quant.runtimes import Place
 
 DOCUMENTS = re.compile(r"(?i)licen[cs]e.*|notice.*|copying.*")
 
@@ -44,12 +46,8 @@ def manifests(names: Collection[str]) -> dict[str, str]:
     return found
 
 
-def front_page(manifest: Mapping[str, Any], files: Mapping[str, RemoteFile], repo: str) -> bytes:
+def front_page(manifest: Mapping[str, Any], files: Mapping[str, RemoteFile], place: Place) -> bytes:
     """README.md of a repository of several types: which there are, by the files that are there."""
-    facts, (_, _, source) = manifest["summary"], manifest["source_address"].partition("://")
-    lines = [f"base_model: {source}", "base_model_relation: quantized"] if source else []
-    lines += [f"{key}: {value}" for key, value in sorted(facts["front_matter"].items())]
-    head = "\n".join(["---", *lines, "library_name: gguf", "tags:", "- ernie4.5", "- ernie-quant", "- gguf", "---"])
     rows = []
     for folder in sorted(f for f in manifests(files) if f):
         mine = sorted(name for name in files if re.search(rf"-{re.escape(folder)}(-\d{{5}}-of-\d{{5}})?\.gguf$", name))
@@ -57,8 +55,11 @@ def front_page(manifest: Mapping[str, Any], files: Mapping[str, RemoteFile], rep
         shown = f"`{mine[0]}`" + (f" and {len(mine) - 1} more" if len(mine) > 1 else "") if mine else ""
         rows.append(f"| [{folder}]({folder}/{README}) | {size:.2f} | {shown} |")
     table = "\n".join(["| type | GB | file |", "|---|---|---|", *rows])
-    use = f"    ollama run hf.co/{repo}:TYPE\n    llama-server -hf {repo}:TYPE --jinja"
+    title = manifest.get("card", {}).get("name") or place.local
+    use = f"    ollama run hf.co/{place.name}:TYPE\n    llama-server -hf {place.name}:TYPE --jinja"
+    if place.hub != "hf":
+        use = "    llama-server -m FILE --jinja"
     return (
-        f"{head}\n\n# {repo.rpartition('/')[2]}\n\n{manifest['source_name']} for llama.cpp and what is built on it, by"
-        f" ernie-quant. What each type lost, and what it was made from, is behind its name.\n\n{table}\n\n{use}\n"
+        f"{front_matter.block(manifest, ('gguf',))}\n\n# {title}\n\n{manifest['source_name']} for llama.cpp and what is built"
+        f" on it, by ernie-quant. What each type lost, and what it was made from, is behind its name.\n\n{table}\n\n{use}\n"
     ).encode()

@@ -34,13 +34,19 @@ def read(file: Path) -> dict[str, Any]:
 
 def text(value: Mapping[str, Any]) -> str:
     """A row for each text and one for all of them."""
-    columns = ALONE if value["source"] is None else COMPARED
+    head, lines, note = columns(value)
+    return f"{table(head, lines)}\n\n{note}"
+
+
+def columns(value: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Head and rows of its table, and what the errors in it are."""
+    keys = ALONE if value["source"] is None else COMPARED
     rows = [*value["rows"], *([value["together"]] if len(value["rows"]) > 1 else [])]
-    lines = [(line_of(row["name"]), str(row["tokens"]), *(number(row[key]) for key in columns)) for row in rows]
+    lines = [(line_of(row["name"]), str(row["tokens"]), *(number(row[key]) for key in keys)) for row in rows]
     windows = int(value["rows"][0]["windows"])
     each = f"{windows} windows of {value['window']} tokens a text"
     over = each if windows > 1 else "tokens, which are correlated (one window)"
-    return f"{table(('text', 'tokens', *columns.values()), lines)}\n\n± one standard error, over {over}"
+    return ("text", "tokens", *keys.values()), lines, f"± one standard error, over {over}"
 
 
 def number(estimate: Mapping[str, float | None]) -> str:

@@ -18,6 +18,7 @@ from ernie_quant.result.carry import carry
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.result.manifest import describe, manifest, sums
 from ernie_quant.result.room import models
+from ernie_quant.runtimes import Place
 
 
 def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows: Sequence[TensorReport]) -> Plan:
@@ -48,7 +49,7 @@ def finish(folder: OutputFolder, plan: Plan, shards: Sequence[ShardResult], rows
         header |= {"calibration": plan.calibrated} if plan.calibrated else {}
         put(report.FILENAME, report.to_json(rows, header).encode())
     described = describe(plan)
-    put(README, card.readme(described, plan.config, rows, line_of(out.name)).encode())
+    put(README, card.readme(described, plan.config, rows, Place(line_of(out.name))).encode())
     text = dumps(manifest(described, plan, entries)).encode()
     write_file(out / SUMS, sums(entries, text).encode())
     write_file(out / MANIFEST, text)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ernie_quant
 from ernie_quant.errors import OutputError
 from ernie_quant.jsonio import read_object
 from ernie_quant.paths import MANIFEST, README, STATE
+from ernie_quant.plan.command import command_of
 from ernie_quant.plan.identity import fingerprint, libraries
 from ernie_quant.plan.steps import Plan, Shard
 from ernie_quant.plan.summary import bits_per_weight
 from ernie_quant.report import calibration
-from ernie_quant.result import card
+from ernie_quant.result import front_matter
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
@@ -45,6 +48,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         **plan.identity,
         "tool": "ernie-quant",
+        "version": ernie_quant.__version__,
+        "command": command_of(plan),
         "libraries": libraries(),
         "source_name": plan.origin.title,
         "source_address": plan.origin.address,
@@ -55,8 +60,8 @@ def describe(plan: Plan) -> dict[str, Any]:
             "bytes_out": plan.nbytes,
             "bits_per_weight": round(bits_per_weight(plan), 4),
             "tp_sizes": list(plan.tp_sizes),
-            "gpus": dict(first.gpus),
-            "front_matter": card.front_matter(source_card if source_card in plan.origin.extra_files else None),
+            "gpus": {memory: asdict(spread) for memory, spread in first.gpus.items()},
+            "front_matter": front_matter.of_source(source_card if source_card in plan.origin.extra_files else None),
             "notes": list(plan.notes),
             **({"calibration": calibration.summary(plan.calibrated)} if plan.calibrated else {}),
         },

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,15 +30,34 @@ class RunResult:
     changed: tuple[str, ...] = ()  # notes on what a finished result has carried along, and is otherwise today
 
 
+@dataclass(frozen=True)
+class FileDone:
+    """A weight file that has just been finished: number `number` of `of`; bytes of its source and of its own.
+
+    `seconds` since the one before it, or since the first was begun.
+    """
+
+    filename: str
+    number: int
+    of: int
+    nbytes_in: int
+    nbytes: int
+    seconds: float
+
+
+Each = Callable[[FileDone], None]  # is told of every file
+
+
 def run_plan(
     plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, disk_budget: int | None = None,
     progress: Progress = lambda _: None, runner: str = "local", space_check: bool = True, watch: Watch = lambda *_: None,
+    each: Each = lambda _: None,
 ) -> RunResult:  # fmt: skip
     """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError.
 
     `workers`: threads per file, 0 for as many as there are processors, at most 8. `disk_budget`: bytes of a hub's files
     that may lie on disk at a time. `runner`: a file of `ernie_quant.runners`. `space_check`: must the disk have room for it?
-    `watch` is told which layer and expert is calibrated.
+    `watch` is told which layer and expert is calibrated, `each` of every file that is finished.
     """
     folder = OutputFolder(out)
     copies = 2 if plan.calibration else 1  # calibrated weights lie on disk before the files of the result are written
@@ -45,7 +66,7 @@ def run_plan(
             return finished_before(plan, folder)
         if plan.calibration:
             plan = calibrate(plan, folder, workers, watch)
-        return write_all(plan, folder, workers, disk_budget, progress, runner)
+        return write_all(plan, folder, workers, disk_budget, progress, runner, each)
 
 
 def calibrate(plan: Plan, folder: OutputFolder, workers: int, watch: Watch) -> Plan:
@@ -64,7 +85,7 @@ def finished_before(plan: Plan, folder: OutputFolder) -> RunResult:
 
 def write_all(
     plan: Plan, folder: OutputFolder, workers: int = 0, disk_budget: int | None = None,
-    progress: Progress = lambda _: None, runner: str = "local",
+    progress: Progress = lambda _: None, runner: str = "local", each: Each = lambda _: None,
 ) -> RunResult:  # fmt: skip
     """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
     plan.origin.bring(plan.copies)
@@ -75,9 +96,14 @@ def write_all(
     with plan.source.download([shard.needs for shard in left], disk_budget) as download:
         stamps = {**download.stamps, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
         jobs = [ShardJob(shard, plan.runtime, plan.metadata_of(shard), stamps) for shard in left]
+        then, sizes = time.monotonic(), {shard.filename: shard.nbytes_in for shard in left}
         for result in runners.find(runner).map_jobs(work, jobs, progress, download):
             results[result.filename] = result
             folder.record(result)
+            now = time.monotonic()
+            done = (len(results), len(plan.shards), sizes[result.filename], result.nbytes, now - then)
+            each(FileDone(result.filename, *done))
+            then = now
     ordered = [results[shard.filename] for shard in plan.shards]
     reports = plan.reports
     if reports is None:

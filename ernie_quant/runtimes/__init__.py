@@ -4,75 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ernie_quant import plugins
-from ernie_quant.checkpoint import Checkpoint, TensorSpec
+from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.errors import ConfigError, PlanError
-from ernie_quant.names import NameMap
+from ernie_quant.runtimes._values import About as About
+from ernie_quant.runtimes._values import Linear as Linear
+from ernie_quant.runtimes._values import Part as Part
+from ernie_quant.runtimes._values import Place as Place
+from ernie_quant.runtimes._values import Spread as Spread
+from ernie_quant.runtimes._values import kept as kept
 
 if TYPE_CHECKING:
     import torch
 
     from ernie_quant.codecs import Encoded
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a weight [out, in] has of one stored tensor, and along which of its axes it grows with the weight's.
-
-    Where inputs are shared among ranks, `interleave` rows of the tensor take turns along `in_axis` and are cut together.
-    With an `index` the stored tensor is a stack of several weights' parts, one after the other along a new first axis, and
-    this is the one of that number.
-    """
-
-    spec: TensorSpec
-    out_axis: int | None = 0
-    in_axis: int | None = None
-    interleave: int = 1
-    index: int | None = None
-
-    def span(self, rows: tuple[int, int], out: int) -> tuple[int, int]:
-        """Where rows of a weight of `out` rows lie along `out_axis`."""
-        assert self.out_axis is not None
-        size = self.spec.shape[self.out_axis]
-        return rows[0] * size // out, -(-rows[1] * size // out)
-
-
-def kept(spec: TensorSpec) -> Part:
-    """The weight as it is."""
-    dims = len(spec.shape)
-    return Part(spec, 0 if dims else None, 1 if dims > 1 else None)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A weight matrix as runtimes see it: its name, [out, in], role, how it is stored, and which axis ranks share."""
-
-    name: str
-    spec: TensorSpec
-    role: str
-    codec: Codec
-    ranks: int | None
-
-    @property
-    def module(self) -> str:
-        """Name of the layer."""
-        return self.name.removesuffix(".weight")
-
-
-@dataclass(frozen=True)
-class About:
-    """What is written: the source, its flat config and table, the recipe's name, codecs and elements of the weights."""
-
-    source: Checkpoint
-    config: Mapping[str, Any]
-    table: NameMap
-    recipe: str
-    codecs: Sequence[tuple[Codec, int]]
 
 
 class Runtime(Protocol):
@@ -124,8 +72,33 @@ class Runtime(Protocol):
         ...
 
     @property
-    def BY_LAYERS(self) -> bool:
-        """Do several GPUs get whole layers, and no shares of each?"""
+    def PARALLEL(self) -> Collection[str]:
+        """How several GPUs can share a model: of TENSOR, EXPERTS and STAGES."""
+        ...
+
+    @property
+    def AT_LOAD(self) -> Mapping[str, str]:
+        """Built-in recipes that it makes itself of a plain checkpoint when it loads one, and its option for that."""
+        ...
+
+    @property
+    def VERSION(self) -> int:
+        """Raised whenever it stores the same codes in other bytes, names or words of config.json."""
+        ...
+
+    @property
+    def PROGRAM(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def LIBRARY(self) -> str:
+        """What hubs call the library that loads its files."""
+        ...
+
+    @property
+    def TAGS(self) -> tuple[str, ...]:
+        """By which hubs find programs that load them."""
         ...
 
     @property
@@ -220,8 +193,8 @@ class Runtime(Protocol):
         """A rank's share of the linear, along the axis that ranks share, must be a multiple of it; 0 where heads decide."""
         ...
 
-    def commands(self, out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
-        """(title, shell command) that run the result."""
+    def commands(self, place: Place, config: Mapping[str, Any], spread: Spread) -> list[tuple[str, str]]:
+        """(title, shell command) that run the result on GPUs that share it so."""
         ...
 
 

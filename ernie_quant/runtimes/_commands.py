@@ -1,13 +1,17 @@
-"""How PT checkpoints are run, and from which versions on."""
+"""How results are run, from which versions on: shell commands that can be pasted as they stand."""
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
+from ernie_quant.paths import FILE, MTP_FOLDER
+from ernie_quant.runtimes._values import Place, Spread
 
 Commands = list[tuple[str, str]]
 SPECIAL = set('"$`\\!')  # to a shell, in double quotes
@@ -16,23 +20,72 @@ SPECIAL = set('"$`\\!')  # to a shell, in double quotes
 VLLM = "vLLM >= 0.13"
 # up to 5.12 experts in integers are left random without a word; fp8 fails in 5.8 and in 5.16.0 (each tried)
 TRANSFORMERS = "transformers >= 5.17"
+LLAMA_CPP = "llama.cpp (tried: b11549)"
+FD_SOURCES = {"hf": "HUGGINGFACE", "modelscope": "MODELSCOPE", "aistudio": "AISTUDIO"}  # FD_MODEL_SOURCE (FastDeploy, envs.py)
+DOWNLOADS = {
+    "hf": "hf download {name} --local-dir {local}",
+    "modelscope": "modelscope download --model {name} --local_dir {local}",
+    "aistudio": "aistudio download --model {name} --local_dir {local}",
+}
 
 
-def vllm(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> Commands:
+def vllm(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
     """A server."""
-    most = f"   # or {', '.join(map(str, tp[1:]))}" if len(tp) > 1 else ""
-    trust = " --trust-remote-code" if is_vl(config) else ""
-    return [(VLLM, f"vllm serve {shlex.quote(str(out))} --tensor-parallel-size {tp[0] if tp else 1}{trust}{most}")]
+    words = [f"--tensor-parallel-size {spread.tensor}"]
+    words += [f"--pipeline-parallel-size {spread.stages}"] if spread.stages > 1 else []
+    words += ["--enable-expert-parallel"] if spread.experts_whole else []
+    words += ["--trust-remote-code"] if is_vl(config) else []
+    if place.hub == "aistudio":  # of which vLLM knows nothing
+        return [(VLLM, _downloaded(place, f"vllm serve {shlex.quote(place.local)} {' '.join(words)}"))]
+    hub = "VLLM_USE_MODELSCOPE=True " if place.hub == "modelscope" else ""
+    return [(VLLM, f"{hub}vllm serve {shlex.quote(place.name)} {' '.join(words)}")]
 
 
-def transformers(out: Path, config: Mapping[str, Any]) -> Commands:
+def transformers(place: Place, config: Mapping[str, Any]) -> Commands:
     """A pipeline; nothing for what it would not load."""
     if is_vl(config) or not _one_form_of_experts(config):
         return []
-    call = f"pipeline('text-generation', {str(out)!r})('Hello', max_new_tokens=20)"
+    elsewhere = place.hub not in ("", "hf")
+    call = f"pipeline('text-generation', {place.local if elsewhere else place.name!r})('Hello', max_new_tokens=20)"
     snippet = f"from transformers import pipeline; print({call})"
     quoted = shlex.quote(snippet) if SPECIAL & set(snippet) else f'"{snippet}"'
-    return [(TRANSFORMERS, f"python -c {quoted}")]
+    command = f"python -c {quoted}"
+    return [(TRANSFORMERS, _downloaded(place, command) if elsewhere else command)]
+
+
+def fastdeploy(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
+    """A server; with a draft model where there is one, which must lie in a folder."""
+    quantized = "quantization_config" in config
+    ready = "FD_USE_MACHETE=0 " if quantized else ""
+    size = config.get("tensor_parallel_size", spread.tensor)
+    sizes = f"--tensor-parallel-size {size} --max-model-len 32768 --max-num-seqs 32"
+
+    def server(name: str) -> str:
+        return f"{ready}python -m fastdeploy.entrypoints.openai.api_server --model {shlex.quote(name)} {sizes}"
+
+    source = f"FD_MODEL_SOURCE={FD_SOURCES[place.hub]} " if place.hub else ""
+    found = [("FastDeploy", source + server(place.name))]
+    if quantized and config.get("num_nextn_predict_layers"):
+        draft = json.dumps({"method": "mtp", "num_speculative_tokens": 1, "model": f"{place.local}/{MTP_FOLDER}"})
+        drafted = f"{server(place.local)} --speculative-config {shlex.quote(draft)}"
+        found.append(("FastDeploy with MTP", _downloaded(place, drafted)))
+    return found
+
+
+def llama_cpp(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
+    """A server, with the chat template that is in the file; layers go to GPUs by themselves."""
+    file = str(config.get(FILE, "model.gguf"))
+    if place.hub == "hf":
+        kind = re.sub(r"-\d{5}-of-\d{5}$", "", Path(file).stem).rpartition("-")[2]
+        return [(LLAMA_CPP, f"llama-server -hf {shlex.quote(f'{place.name}:{kind}')} --jinja")]
+    return [(LLAMA_CPP, _downloaded(place, f"llama-server -m {shlex.quote(f'{place.local}/{file}')} --jinja"))]
+
+
+def _downloaded(place: Place, command: str) -> str:
+    """The command, after a download if it needs one."""
+    if not place.hub:
+        return command
+    return f"{DOWNLOADS[place.hub].format(name=shlex.quote(place.name), local=shlex.quote(place.local))} && {command}"
 
 
 def is_vl(config: Mapping[str, Any]) -> bool:

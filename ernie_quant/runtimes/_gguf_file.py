@@ -1,23 +1,17 @@
-"""What a GGUF file of llama.cpp says beside its tensors, how it is called, and how it is run."""
+"""What a GGUF file of llama.cpp says beside its tensors, and how it is called."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from ernie_quant import vocabulary
 from ernie_quant.archs import _gguf
 from ernie_quant.codecs._ggml import Blocks
 from ernie_quant.codecs._rounded import Rounded
 from ernie_quant.ggml import Value
-from ernie_quant.paths import FILE
 from ernie_quant.runtimes import About
 
-LLAMA_CPP = "llama.cpp"
 # enum llama_ftype of llama.h, by the name of the mix; and what a file of one type is called
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16,
@@ -70,9 +64,3 @@ def stem(about: About) -> str:
 def name(title: str) -> str:
     """A model's name without the layout it comes from, which its file does not show."""
     return re.sub(r"(?i)-(paddle|pt|gguf)$", "", title) or title
-
-
-def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
-    """A server, with the chat template that is in the file."""
-    path = shlex.quote(str(out / str(config.get(FILE, "model.gguf"))))
-    return [(LLAMA_CPP, f"llama-server -m {path} --jinja")]

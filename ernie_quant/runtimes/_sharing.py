@@ -1,4 +1,4 @@
-"""Which tensor-parallel sizes heads, widths, groups and a runtime's kernels allow: the one place that says so.
+"""How many GPUs can share a model, as heads, widths, groups and a runtime's kernels allow: the one place that says so.
 
 q, k, v, gate and up are shared along their outputs, o and down along their inputs. Every rank has whole heads; where
 there are more ranks than kv heads, several ranks have the same kv head (vllm-project/vllm, QKVParallelLinear;
@@ -8,12 +8,14 @@ PaddlePaddle/FastDeploy, QKVParallelLinear).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from ernie_quant.names import OUT
-from ernie_quant.runtimes import Linear, Runtime
+from ernie_quant.names import EXPERT_ROLES, OUT
+from ernie_quant.runtimes import Linear, Runtime, Spread
+from ernie_quant.runtimes._values import EXPERTS, STAGES, TENSOR
 
-TP_SIZES = (1, 2, 4, 8, 16, 32, 64)
+TP_SIZES = range(1, 65)
 KV = ("k_proj.weight", "v_proj.weight")
 
 
@@ -30,13 +32,31 @@ class _Width(NamedTuple):
 
 
 def tp_sizes(runtime: Runtime, linears: Sequence[Linear], dims: Mapping[str, int], heads: int) -> tuple[int, ...]:
-    """The sizes, powers of two, for which there are no problems."""
+    """The sizes for which there are no problems."""
     widths = {width for linear in linears if (width := _width(runtime, linear))}  # few, however many linears
     return tuple(
         tp
         for tp in TP_SIZES
         if not any(_of_model(runtime, dims, heads, tp)) and all(width.fits(tp, dims["kv_heads"]) for width in widths)
     )
+
+
+def spreads(
+    runtime: Runtime, linears: Sequence[Linear], dims: Mapping[str, int], heads: int, *, layers: int, most: int
+) -> list[Spread]:  # fmt: skip
+    """Every way in which up to `most` GPUs share a model of so many layers: fewest first, then the plainest.
+
+    Experts that stay whole are cut nowhere, so that their widths forbid nothing; a GPU has one of them at least.
+    """
+    whole = [Spread()]
+    if TENSOR in runtime.PARALLEL:  # one GPU is a size, too, which widths may forbid
+        whole = [Spread(tp) for tp in tp_sizes(runtime, linears, dims, heads)]
+    if EXPERTS in runtime.PARALLEL and "E" in dims:
+        others = [linear for linear in linears if linear.role not in EXPERT_ROLES]
+        whole += [Spread(tp, 1, True) for tp in tp_sizes(runtime, others, dims, heads) if 1 < tp <= dims["E"]]
+    stages = range(1, min(most, layers) + 1) if STAGES in runtime.PARALLEL else (1,)
+    found = [replace(spread, stages=n) for spread in whole for n in stages if spread.tensor * n <= most]
+    return sorted(found, key=lambda s: (s.gpus, s.stages, s.experts_whole))
 
 
 def problems(runtime: Runtime, linears: Sequence[Linear], dims: Mapping[str, int], heads: int, of: int) -> Iterator[str]:

@@ -12,10 +12,7 @@ inputs, N its outputs:
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_quant.checkpoint import TensorSpec
@@ -25,9 +22,10 @@ from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.names import EXPERT_ROLES, MTP, OUT, ROUTER, VISION_EXPERT
 from ernie_quant.paths import MTP_FOLDER
-from ernie_quant.runtimes import About, Linear, Part, kept
+from ernie_quant.runtimes import About, Linear, Part, Place, Spread, _commands, kept
 from ernie_quant.runtimes import _usual as usual
 from ernie_quant.runtimes import _w4w2 as w4w2
+from ernie_quant.runtimes._values import TENSOR
 from ernie_quant.runtimes._w4w2 import GROUP, LINEAR, WINT2, WINT4, WINT8, wint2_from, wint4_to
 
 if TYPE_CHECKING:
@@ -41,7 +39,11 @@ CODECS = (Keep, RoundToNearest, ConvolutionalCode)
 CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
 model_problems, stem, fallback, suited = usual.model_problems, usual.stem, usual.fallback, usual.suited
-PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, BY_LAYERS = True, True, False, False, False
+VERSION = 1
+LIBRARY, TAGS = "PaddlePaddle", ("fastdeploy",)
+PROGRAM, PARALLEL = "FastDeploy", (TENSOR,)
+AT_LOAD = {"wint8": "--quantization wint8", "wint4": "--quantization wint4"}
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = True, True, False, False
 
 
 def folder(role: str) -> str:
@@ -225,13 +227,6 @@ def misread(config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
     ]
 
 
-def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
+def commands(place: Place, config: Mapping[str, Any], spread: Spread) -> list[tuple[str, str]]:
     """How to run it."""
-    ready = "FD_USE_MACHETE=0 " if "quantization_config" in config else ""
-    server = f"{ready}python -m fastdeploy.entrypoints.openai.api_server --model {shlex.quote(str(out))}"
-    size = config.get("tensor_parallel_size", tp[0] if tp else 1)
-    plain = f"{server} --tensor-parallel-size {size} --max-model-len 32768 --max-num-seqs 32"
-    if not ready or not config.get("num_nextn_predict_layers"):
-        return [("FastDeploy", plain)]
-    draft = json.dumps({"method": "mtp", "num_speculative_tokens": 1, "model": str(out / MTP_FOLDER)})
-    return [("FastDeploy", plain), ("FastDeploy with MTP", f"{plain} --speculative-config {shlex.quote(draft)}")]
+    return _commands.fastdeploy(place, config, spread)

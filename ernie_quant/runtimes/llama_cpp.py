@@ -19,8 +19,9 @@ from ernie_quant.codecs._rounded import Rounded
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import NORM, ROUTER
-from ernie_quant.runtimes import Linear, Part, _gguf_file
+from ernie_quant.runtimes import Linear, Part, _commands, _gguf_file
 from ernie_quant.runtimes import _usual as usual
+from ernie_quant.runtimes._values import STAGES
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +33,18 @@ ROWS = 1
 CODECS = (Keep, Blocks)
 CONFIG: dict[str, Any] = {}
 RECIPES = ("gguf",)
-PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, BY_LAYERS = False, False, True, True, True
+VERSION = 1
+LIBRARY, TAGS = "gguf", ("llama.cpp",)
+PROGRAM, PARALLEL = "llama.cpp", (STAGES,)
+AT_LOAD: dict[str, str] = {}
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, True, True
 QUANT_METHOD = "gguf"
 FALLBACKS = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
 }  # fmt: skip
 F32_ROLES = (NORM, ROUTER)
 suited = usual.suited
-metadata, model_problems, stem, commands = _gguf_file.metadata, _gguf_file.problems, _gguf_file.stem, _gguf_file.commands
+metadata, model_problems, stem, commands = _gguf_file.metadata, _gguf_file.problems, _gguf_file.stem, _commands.llama_cpp
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")

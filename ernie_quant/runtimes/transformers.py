@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.names import EXPERT_ROLES, VISION_EXPERT
-from ernie_quant.runtimes import Linear, _commands, vllm
+from ernie_quant.runtimes import Linear, Place, Spread, _commands, vllm
 from ernie_quant.runtimes import _promise as promise
+from ernie_quant.runtimes._values import STAGES
 
 CODECS = vllm.CODECS
 LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
 RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
-QUANTIZES_VOCABULARY, CASTS, BY_LAYERS = vllm.QUANTIZES_VOCABULARY, vllm.CASTS, vllm.BY_LAYERS
+QUANTIZES_VOCABULARY, CASTS = vllm.QUANTIZES_VOCABULARY, vllm.CASTS
+VERSION = vllm.VERSION
+LIBRARY, TAGS = "transformers", ()
+PROGRAM, PARALLEL = "transformers", (STAGES,)
+AT_LOAD: dict[str, str] = {}
 kept_as = vllm.kept_as
 parts, constants, pack, unpack, weight_of = vllm.parts, vllm.constants, vllm.pack, vllm.unpack, vllm.weight_of
 layer_of, quantization_config, codecs_of = vllm.layer_of, vllm.quantization_config, vllm.codecs_of
@@ -62,6 +66,6 @@ def unsupported(linears: Sequence[Linear]) -> list[str]:
     return []
 
 
-def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
-    """How to run it."""
-    return _commands.transformers(out, config)
+def commands(place: Place, config: Mapping[str, Any], spread: Spread) -> list[tuple[str, str]]:
+    """How to run it; layers go to GPUs by themselves."""
+    return _commands.transformers(place, config)

@@ -14,7 +14,6 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_quant import kernels
@@ -24,9 +23,10 @@ from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.names import EXPERT_ROLES, IN, VISION_EXPERT
-from ernie_quant.runtimes import About, Linear, Part, _commands, _modules, kept
+from ernie_quant.runtimes import About, Linear, Part, Place, Spread, _commands, _modules, kept
 from ernie_quant.runtimes import _promise as promise
 from ernie_quant.runtimes import _usual as usual
+from ernie_quant.runtimes._values import EXPERTS, STAGES, TENSOR
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,10 @@ LAYOUT, FORMAT = "pt", "safetensors"
 ROWS = 1
 CONFIG: dict[str, Any] = {}
 RECIPES = ("pt", "wint4", "wint8", "fp8")
-PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, BY_LAYERS = False, False, False, False, False
+VERSION = 1
+LIBRARY, TAGS = "transformers", ("vllm",)
+PROGRAM, PARALLEL, AT_LOAD = "vLLM", (TENSOR, EXPERTS, STAGES), {"fp8": "--quantization fp8"}
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 CODECS = (Keep, RoundToNearest, Float8Block)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
@@ -207,6 +210,6 @@ def share_multiple(linear: Linear) -> int:
     return 1
 
 
-def commands(out: Path, config: Mapping[str, Any], tp: Sequence[int]) -> list[tuple[str, str]]:
+def commands(place: Place, config: Mapping[str, Any], spread: Spread) -> list[tuple[str, str]]:
     """How to run it, here and in transformers where that loads it."""
-    return _commands.vllm(out, config, tp) + _commands.transformers(out, config)
+    return _commands.vllm(place, config, spread) + _commands.transformers(place, config)

@@ -64,7 +64,7 @@ def describe(checkpoint: Checkpoint) -> Described:
         for entry in entries
     ]  # fmt: skip
     return Described(
-        _method(checkpoint, plugins.name_of(target)),
+        method(checkpoint, plugins.name_of(target)),
         LAYOUTS[target.LAYOUT],
         table_of(checkpoint, target),
         _grouped(found),
@@ -82,7 +82,7 @@ def _foreign(checkpoint: Checkpoint, why: str) -> Described:
     arch, layout = archs.find(checkpoint.config), layout_of(checkpoint.refs)
     table = arch.name_map(arch.flat(checkpoint.config), list(checkpoint.refs))
     if problem := table.size_problem(len(checkpoint.refs)):
-        return Described(_method(checkpoint), layout, table, (), (problem,))
+        return Described(method(checkpoint), layout, table, (), (problem,))
     modules = {t.name.removesuffix(".weight"): (row, t) for row in table.rows() for t in layout.stored(row)}
     parts, unknown = _by_module(checkpoint, modules)
     problems = [
@@ -100,7 +100,24 @@ def _foreign(checkpoint: Checkpoint, why: str) -> Described:
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     notes = [f"of no weight that is known: {unknown[0]}{more}"] if unknown else []
     notes.append(f"what it is was taken from the sizes of its tensors; no command here reads it: {why}")
-    return Described(_method(checkpoint), layout, table, _grouped(found), tuple(problems), tuple(map(line_of, notes)))
+    return Described(method(checkpoint), layout, table, _grouped(found), tuple(problems), tuple(map(line_of, notes)))
+
+
+def stored_bytes(checkpoint: Checkpoint) -> tuple[NameMap, list[tuple[str, str, int]]]:
+    """Of a checkpoint whose tensors no command understands: its table, and (name, role, bytes) of every module that has any.
+
+    Raises ConfigError for one whose names are not an ERNIE model's.
+    """
+    arch, layout = archs.find(checkpoint.config), layout_of(checkpoint.refs)
+    table = arch.name_map(arch.flat(checkpoint.config), list(checkpoint.refs))
+    if problem := table.size_problem(len(checkpoint.refs)):
+        raise ConfigError(problem)
+    modules = {t.name.removesuffix(".weight"): row.rule.role for row in table.rows() for t in layout.stored(row)}
+    parts, _ = _by_module(checkpoint, modules)
+    found = [(module, modules[module], sum(ref.spec.nbytes for ref in stored)) for module, stored in parts.items()]
+    if not found:
+        raise ConfigError(f"{checkpoint.folder}: none of its tensors belongs to a weight that is known")
+    return table, found
 
 
 def _by_module(checkpoint: Checkpoint, modules: Mapping[str, object]) -> tuple[dict[str, list[TensorRef]], list[str]]:
@@ -141,7 +158,7 @@ def _grouped(found: Sequence[tuple[str, str, int, int]]) -> tuple[Form, ...]:
     return tuple(Form(*key, *lines[key]) for key in order)
 
 
-def _method(checkpoint: Checkpoint, runtime: str = "") -> str:
+def method(checkpoint: Checkpoint, runtime: str = "") -> str:
     """What config.json calls it, and which program's files these are where that is known."""
     said = ", ".join(_words(checkpoint.config.get("quantization_config"))) or "config.json does not say how"
     return line_of(f"quantized{f' for {runtime}' if runtime else ''} ({said:.200})")

@@ -39,6 +39,11 @@ class Format(Protocol):
     """What the file of a format has."""
 
     @property
+    def VERSION(self) -> int:
+        """Raised whenever the same tensors become other bytes of a file."""
+        ...
+
+    @property
     def EXTENSION(self) -> str:
         """Of its files: `.safetensors`."""
         ...

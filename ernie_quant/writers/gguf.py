@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.ggml import ALIGNMENT, ARRAY, BOOL, F32, I32, MAGIC, NUMBERS, SCALARS, STRING, U16, U32, VERSION, Number
+from ernie_quant.ggml import ALIGNMENT, ARRAY, BOOL, F32, I32, MAGIC, NUMBERS, SCALARS, STRING, U16, U32, Number
+from ernie_quant.ggml import VERSION as GGUF_VERSION
 from ernie_quant.writers import FileLayout, Specs
 
+VERSION = 1
 EXTENSION = ".gguf"
 INDEX = ""
 SELF_CONTAINED = True
@@ -38,7 +40,7 @@ def metadata_of(metadata: Mapping[str, Any], files: Sequence[Specs], number: int
 
 def lay_out(specs: Specs, metadata: Mapping[str, Any]) -> FileLayout:
     """Magic, version, counts, keys, the table; every tensor begins at a multiple of 32 bytes, and the file ends at one."""
-    head = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(specs), len(metadata)))
+    head = bytearray(MAGIC + struct.pack("<IQQ", GGUF_VERSION, len(specs), len(metadata)))
     for key, value in metadata.items():
         head += _string(key) + _typed(value)
     at = 0

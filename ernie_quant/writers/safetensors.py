@@ -10,6 +10,7 @@ from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.dtypes import ITEMSIZE
 from ernie_quant.writers import FileLayout, Specs
 
+VERSION = 1
 EXTENSION = ".safetensors"
 INDEX = "model.safetensors.index.json"
 SELF_CONTAINED = False

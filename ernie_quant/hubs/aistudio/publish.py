@@ -44,6 +44,12 @@ class AiStudioPublisher:
         self._large: dict[str, bool] = {}  # files of the commit that follows
         self._begun: set[tuple[str, str]] = set()  # repositories without a commit, and branches that will be there
 
+    def account(self) -> str:
+        """Nobody's name, for the package asks for none; but there is a token."""
+        if not self.hub.headers().get("Authorization", "").removeprefix("token").strip():
+            raise HubError("AI Studio: there is no token: AISTUDIO_ACCESS_TOKEN")
+        return ""
+
     def is_private(self, repo: str) -> bool | None:
         """As Gitea's repoGet says of a repository; None if there is none, or none that the token may see."""
 

@@ -52,6 +52,18 @@ class HuggingFacePublisher:
 
         return patiently(once, what, time.sleep)
 
+    def account(self) -> str:
+        """Whose token it is."""
+        from huggingface_hub.errors import LocalTokenNotFoundError
+
+        def work(api: HfApi) -> str:
+            try:
+                return str(api.whoami().get("name", ""))
+            except LocalTokenNotFoundError:
+                raise HubError("Hugging Face: there is no token: `hf auth login`, or HF_TOKEN") from None
+
+        return self._call("the token of Hugging Face", work)
+
     def is_private(self, repo: str) -> bool | None:
         """None if there is no such repository, or none that the token may see."""
         from huggingface_hub.errors import RepositoryNotFoundError

@@ -51,6 +51,10 @@ class ModelScopePublisher:
 
         return patiently(once, what, time.sleep)
 
+    def account(self) -> str:
+        """Whose token it is."""
+        return self._call("the token of ModelScope", lambda api: str(api.whoami().username or ""))
+
     def is_private(self, repo: str) -> bool | None:
         """None if there is no such repository, or none that the token may see; "internal" is not public."""
         errors = importlib.import_module("modelscope_hub.errors")

@@ -2,7 +2,7 @@
 
 from ernie_quant.writers import FileLayout
 
-EXTENSION, INDEX, SELF_CONTAINED = ".box", "", False
+VERSION, EXTENSION, INDEX, SELF_CONTAINED = 1, ".box", "", False
 
 
 def order(specs):

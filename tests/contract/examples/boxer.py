@@ -7,7 +7,10 @@ from ernie_quant.codecs.keep import Keep
 from ernie_quant.runtimes import Part, kept, vllm
 
 LAYOUT, FORMAT, ROWS, CONFIG, RECIPES = "pt", "box", 1, {}, ("pt",)
-PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, BY_LAYERS = False, False, False, False, False
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
+VERSION = 1
+LIBRARY, TAGS = "boxer", ()
+PROGRAM, PARALLEL, AT_LOAD = "Boxer", ("tensor",), {}
 kept_as = vllm.kept_as
 CODECS = (Keep,)
 EXPERT = re.compile(r"experts\.(\d+)\.(\w+)\.weight$")
