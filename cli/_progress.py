@@ -47,12 +47,13 @@ class Lines(Meter):
     """For a log: `3 of 12 files, 14.02 of 44.91 GB, 0.31 GB/s, 1 h 40 min left`; nothing for what is over in a moment."""
 
     def __init__(
-        self, total: int, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic, every: float = EVERY
+        self, total: int, say: Callable[[str], object], clock: Callable[[], float] = time.monotonic, every: float | None = None
     ) -> None:
-        self._total, self._say, self._clock, self._every = total, say, clock, every
+        self._total, self._say, self._clock = total, say, clock
+        self._every = EVERY if every is None else every
         self._done, self._files = 0, ""
         self._begun = clock()
-        self._next = self._begun + min(FIRST, every)
+        self._next = self._begun + min(FIRST, self._every)
 
     def __call__(self, done: int) -> None:
         """A line, if it is time for one."""

@@ -277,7 +277,7 @@ def test_the_command_of_every_row_makes_it(family: str, command: Command, tmp_pa
             assert command(name, source, tmp_path / "out", *options, "--dry-run")[0] == 1, form
 
 
-@pytest.mark.parametrize("family", ["moe", "vl"])
+@pytest.mark.parametrize("family", ["moe", "dense"])
 def test_a_quantized_checkpoint_is_planned_as_it_is(family: str, command: Command, tmp_path: Path) -> None:
     source, out = GOLDEN / family / "paddle", tmp_path / "out"
     assert command("wint4", source, out, "--group-size", 32)[0] == 0

@@ -203,8 +203,8 @@ def test_wint2_reshard_dequantize_and_verify_give_one_json_object_each(container
 
 def test_plan_gives_one_json_object(command: Command) -> None:
     found = json_of(command, "plan", SOURCE, "--gpu-memory", "24GB")
-    assert found["rule"]["gpu_memory"] == 24 * 10**9
-    assert (found["formats"][0]["format"], found["formats"][0]["gpus"]) == ("bf16", 1)
+    assert found["gpus"][0]["memory"] == 24 * 10**9
+    assert (found["formats"][0]["form"], found["formats"][0]["fits"][0]["gpus"]) == ("convert --to pt", 1)
 
 
 def test_a_dry_run_leaves_a_strangers_folder_alone(command: Command, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from ernie_quant.plan.identity import changes
 from ernie_quant.plan.recipe import Recipe, RecipeRule
 from ernie_quant.run import whole
 from ernie_quant.run.whole import run_plan
+from ernie_quant.runtimes import vllm
 from ernie_quant.sources import open_source
+from ernie_quant.writers import safetensors
 
 COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
 
@@ -92,10 +94,26 @@ def test_another_recipe_is_named(source: Path, tmp_path: Path) -> None:
     )
 
 
-def test_another_version_of_the_program_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, now = begun(source, tmp_path / "out"), ernie_quant.__version__
+def test_another_release_of_the_program_makes_nothing_old(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """What it writes is the same as long as codecs, runtimes and formats say so."""
+    out = begun(source, tmp_path / "out")
     monkeypatch.setattr(ernie_quant, "__version__", "99.0")
-    assert refusal(source, out) == f"version: is 99.0, was {now}"
+    result = run_plan(planned(source), out)
+    assert (result.files_before, result.complete_before) == (1, False)
+    assert json.loads((out / "ernie-quant.json").read_text())["version"] == "99.0"
+    monkeypatch.setattr(ernie_quant, "__version__", "100.0")
+    assert run_plan(planned(source), out).complete_before
+
+
+@pytest.mark.parametrize(("module", "key"), [(vllm, "runtime"), (safetensors, "format")])
+def test_another_version_of_a_runtime_or_a_format_is_named(
+    module: Any, key: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    out = begun(source, tmp_path / "out")
+    monkeypatch.setattr(module, "VERSION", 7)
+    assert refusal(source, out) == f"versions {key}: is 7, was 1"
 
 
 def test_another_version_of_a_codec_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_all_imports_are_seen() -> None:
     assert "ernie_quant.names" in IMPORTS["ernie_quant.plan.choose"]
     assert "ernie_quant.plan.make" in IMPORTS["ernie_quant.cli._execute"]  # in a function
     assert "ernie_quant.plan.recipe" in IMPORTS["ernie_quant.cli._execute"]  # for types
-    assert "ernie_quant.runtimes._sharing" in IMPORTS["ernie_quant.plan.make"]  # from a package
+    assert "ernie_quant.runtimes._sharing" in IMPORTS["ernie_quant.plan.capacity"]  # from a package
     assert "ernie_quant.plan" in ROOMS["ernie_quant.cli"]
 
 

@@ -28,13 +28,8 @@ def run_shared(
     with folder.begin(replace(plan, identity=known), restart=restart, copies=2, space_check=space_check) as complete:
         if complete:
             return finished_before(plan, folder)
-        how: dict[str, Any] = {
-            "workers": workers,
-            "disk_budget": disk_budget,
-            "space_check": space_check,
-            "watch": watch,
-            "each": each,
-        }
+        how: dict[str, Any] = {"workers": workers, "disk_budget": disk_budget, "space_check": space_check}
+        how |= {"watch": watch, "each": each}
         unsplit = replace(plan, copies=())  # they are copied once, at the end
         quantized = run_plan(unsplit, folder.unsplit, progress=progress, **how)
         if quantized.complete_before:

@@ -15,8 +15,9 @@ from helpers.models import GOLDEN, random_model
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError
 from ernie_quant.plan import built_in
-from ernie_quant.plan.capacity import Limits, estimate, formats
+from ernie_quant.plan.capacity import estimate
 from ernie_quant.plan.make import make_plan
+from ernie_quant.plan.offers import KEEP_UNFIT, all_offers
 from ernie_quant.plan.recipe import KEEP_ALL, Recipe
 from ernie_quant.plan.reshard import check_size, make_reshard_plan
 from ernie_quant.run.whole import run_plan
@@ -47,24 +48,27 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
 
 @pytest.mark.parametrize("model", [*RELEASES, *FAMILIES])
 def test_plan_and_dry_run_agree(model: str, opened: Callable[[str], Checkpoint]) -> None:
-    """Every row of `plan` that a command can make has the sizes of that command's plan, and takes as many GPUs."""
+    """Every row of `plan` that a command makes has the sizes, the bytes and the GPUs of that command's plan."""
     source = opened(model)
-    written = {form.name: form for form in formats(7)}
+    made = {offer.words: offer for offer in all_offers(7) if not offer.at_load}
+    found = estimate(source)
     compared = 0
-    for row in estimate(source, Limits(), 7):
-        form = written[row.format]
-        if row.format in ("wint8", "w4a8"):  # FastDeploy makes the first itself; nothing writes the second yet
+    for row in found.rows:
+        if row.at_load:
             continue
-        rules = replace(form.recipe, keep_unfit=True)
-        try:
-            plan = make_plan(source, runtime=form.runtime, recipe=rules, unsupported=True)
-        except PlanError:  # its widths do not fit the container, and `plan` says that no size does, or counts it as kept
-            assert form.runtime == "fastdeploy"
-            continue
-        assert row.tp_sizes == plan.tp_sizes, row.format
-        assert plan.gpus.get("80GiB", 0) == row.gpus, row.format
+        words = row.form.removesuffix(KEEP_UNFIT).strip()
+        rules = replace(made[words].recipe, keep_unfit=row.form != words)
+        plan = make_plan(source, runtime=made[words].runtime, recipe=rules)
+        assert row.tp_sizes == plan.tp_sizes, row.form
+        assert row.disk_bytes == plan.nbytes, row.form
+        assert plan.gpus.get("80GiB") == row.fits[0].spread, row.form
         compared += 1
-    assert compared >= 3
+    for words in found.refused:
+        if words in made:
+            with pytest.raises(PlanError):
+                make_plan(source, runtime=made[words].runtime, recipe=made[words].recipe)
+            compared += 1
+    assert compared == len(made)
 
 
 @pytest.mark.parametrize("model", [*RELEASES, *FAMILIES])
@@ -72,9 +76,13 @@ def test_plan_and_dry_run_agree(model: str, opened: Callable[[str], Checkpoint])
 @pytest.mark.parametrize("name", ["wint4", "wint8"])
 def test_every_group_size_agrees(name: str, group: int | str, model: str, opened: Callable[[str], Checkpoint]) -> None:
     rules = built_in.make(name, group_size=group, keep_unfit=True).recipe
-    row = estimate(opened(model), Limits(), recipe=rules)[-1]
+    found = estimate(opened(model), recipe=rules)
     plan = make_plan(opened(model), runtime="vllm", recipe=rules)
-    assert (row.tp_sizes, row.gpus) == (plan.tp_sizes, plan.gpus.get("80GiB", 0))
+    row = found.rows[-1]
+    if not row.form.startswith("quantize"):  # nothing would be quantized
+        assert all(step.kept for step in plan.steps)
+        return
+    assert (row.tp_sizes, row.disk_bytes, row.fits[0].spread) == (plan.tp_sizes, plan.nbytes, plan.gpus.get("80GiB"))
 
 
 def test_sizes_by_hand(opened: Callable[[str], Checkpoint]) -> None:

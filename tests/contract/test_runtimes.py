@@ -25,7 +25,7 @@ from ernie_quant.errors import ErnieQuantError, PlanError
 from ernie_quant.plan import built_in, recipe
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.steps import Plan
-from ernie_quant.runtimes import Linear, Part, fastdeploy, llama_cpp
+from ernie_quant.runtimes import Linear, Part, Place, Spread, fastdeploy, llama_cpp
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts
 
@@ -226,7 +226,7 @@ def test_config_of_another_program_is_refused(runtime: ModuleType) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_commands_name_the_folder(runtime: ModuleType, family: str) -> None:
     plan = plan_of(GOLDEN / family / "paddle", runtime, KEEP)
-    commands = runtime.commands(Path("some/folder"), plan.config, plan.tp_sizes)
+    commands = runtime.commands(Place("some/folder"), plan.config, Spread(2))
     if runtime is runtimes.find("transformers") and family == "vl":
         assert commands == []  # no one-line command runs a VL model there
         return
@@ -238,8 +238,8 @@ def test_commands_name_the_folder(runtime: ModuleType, family: str) -> None:
 def test_a_shell_gives_commands_the_folder_in_one_word(runtime: ModuleType, name: str) -> None:
     """With an MTP block the draft's folder stands in a JSON text; in Python's it is a text too."""
     config = {"quantization_config": {}, "num_nextn_predict_layers": 1}
-    for _, command in runtime.commands(Path(name), config, (1, 2)):
-        words = shlex.split(command, comments=True)
+    for _, command in runtime.commands(Place(name), config, Spread(2)):
+        words = shlex.split(command)
         if "-c" in words:
             (path,) = re.findall(r"pipeline\('text-generation', (.*)\)\('Hello'", words[words.index("-c") + 1])
             assert ast.literal_eval(path) == name
@@ -252,7 +252,7 @@ def test_a_shell_gives_commands_the_folder_in_one_word(runtime: ModuleType, name
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensor_parallel_sizes_divide_heads_and_begin_with_one(runtime: ModuleType, family: str) -> None:
     plan = plan_of(GOLDEN / family / "paddle", runtime, KEEP)
-    if runtime.BY_LAYERS:
+    if "tensor" not in runtime.PARALLEL:
         assert plan.tp_sizes == ()
         return
     heads = 2 if family == "vl" else 4

@@ -19,6 +19,7 @@ from ernie_quant.check.verify import verify
 from ernie_quant.errors import PlanError
 from ernie_quant.plan import built_in
 from ernie_quant.plan.make import make_plan
+from ernie_quant.runtimes import Place, Spread
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts
 
@@ -153,7 +154,7 @@ def test_the_run_command_says_machete_is_off(folder: Path) -> None:
         card = (folder / f"{case}-src/README.md").read_text()
         assert f"\nFD_USE_MACHETE=0 python -m fastdeploy.entrypoints.openai.api_server --model {case}-src " in card
         assert "FD_USE_MACHETE=0 is needed" in card
-    assert "FD_USE_MACHETE" not in "".join(c for _, c in runtimes.find("fastdeploy").commands(Path("out"), {}, (1,)))
+    assert "FD_USE_MACHETE" not in "".join(c for _, c in runtimes.find("fastdeploy").commands(Place("out"), {}, Spread()))
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------

@@ -194,6 +194,7 @@ class Trial:
         last = json.loads(lines[-1]) if lines else {"event": "nothing"}
         return {
             "nothing": "start", "source": "start", "target": "download, quantize", "restart": "download, quantize",
+            "file": "download, quantize",
             "made": "verify", "verified": "publish", "result": "between targets", "end": "end",
         }[last["event"]]  # fmt: skip
 

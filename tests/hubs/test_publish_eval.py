@@ -13,7 +13,7 @@ from helpers.models import copy
 from helpers.publishing import REPO, hashes, on_hub
 from helpers.words import byte_tokenizer
 
-from ernie_quant.report import evaluation
+from ernie_quant.report import evaluation, tables
 
 pytestmark = [uploads, pytest.mark.usefixtures("no_pictures", "waits")]
 
@@ -35,7 +35,9 @@ def test_the_card_has_what_was_found(hub: LoopbackHub, out: Path, kept: Path, co
     assert command("publish", out, REPO, "--eval", kept, "-q")[0] == 0
     card = hub.repo(REPO).read("README.md").decode()
     assert "## Evaluation" in card
-    assert evaluation.text(json.loads(kept.read_text())) in card
+    head, lines, note = evaluation.columns(json.loads(kept.read_text()))
+    assert tables.markdown(head, lines) in card
+    assert note in card
     assert "KL: of (source || this), nats per token." in card
     assert "book.txt" in card
     assert json.loads(hub.repo(REPO).read("eval.json")) == json.loads(kept.read_text())

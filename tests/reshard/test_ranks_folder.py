@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import CheckpointError, VerifyError
-from ernie_quant.plan.built_in import fastdeploy_container
+from ernie_quant.plan.built_in import make
 from ernie_quant.plan.make import make_plan
 from ernie_quant.plan.reshard import make_reshard_plan
 from ernie_quant.run import whole
@@ -96,7 +96,7 @@ def test_a_second_reshard_says_complete(folder: Path, command: Command, tmp_path
 @pytest.mark.parametrize("calls", [1, 3, 5], ids=["while quantizing", "at the first rank", "at the last rank"])
 def test_a_killed_run_with_tp_goes_on(calls: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two files are quantized (model and MTP block), then four are shared out."""
-    plan = make_plan(open_source(folder / "src"), runtime="fastdeploy", recipe=fastdeploy_container("wint2", 2, effort=1))
+    plan = make_plan(open_source(folder / "src"), runtime="fastdeploy", recipe=make("wint2", wint4_layers=2, effort=1).recipe)
     original, done = whole.run_shard, []
 
     def run_shard(job: Any, **how: Any) -> Any:
