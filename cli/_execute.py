@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,23 +42,16 @@ def execute(
     **options: Any,
 ) -> None:  # fmt: skip
     """Plan, then run, then say what happened."""
-    from ernie_quant.plan.make import make_plan
-    from ernie_quant.plan.recipe import with_method
+    from ernie_quant.run.asked import plan_of, text_of
     from ernie_quant.sources import open_source
 
-    asked, text = asked_for(rules.calibration, calibration, calibration_tokens, method, fit), None
+    asked = asked_for(rules.calibration, calibration, calibration_tokens, method, fit)
     if asked is not None:
-        from ernie_quant.calibration.asked import calibration_of, check_source
-
         refuse_two_methods(rules, method)
-        rules, text = with_method(rules, asked.method), calibration_of(asked)
-    source = open_source(src, links=follow_links)
-    if text is not None:
-        check_source(source)
-    plan = make_plan(
-        source, runtime=runtime, recipe=rules, vl_config=vl_config, fixes=frozenset(fixes),
-        copy=copy, copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported, dequantize=dequantize,
-        calibration=text,
+    text = text_of(asked)
+    plan = plan_of(
+        open_source(src, links=follow_links), rules, runtime, text, vl_config=vl_config, fixes=frozenset(fixes), copy=copy,
+        copy_code=copy_code, shard_bytes=max_shard_size, unsupported=unsupported, dequantize=dequantize,
     )  # fmt: skip
     run(plan, out, tp=tp, **options)
 
@@ -103,6 +95,7 @@ def run(
     """Show a plan, or run it and say what happened."""
     from ernie_quant.plan.reshard import check_size
     from ernie_quant.result.room import unknown_space
+    from ernie_quant.run.memory import suit
     from ernie_quant.run.shared import run_shared, shared_bytes
     from ernie_quant.run.whole import run_plan
 
@@ -116,32 +109,9 @@ def run(
 
     if not no_space_check and (note := unknown_space(out)):
         click.echo(f"note: {note}; --no-space-check leaves this out", err=True)
-    if plan.calibration is None:
-        return_freed_memory()
-    else:
-        keep_freed_memory()
+    suit(plan)
     with layers_bar(plan.calibration is not None, quiet) as watch, progress_bar(shared_bytes(plan, tp), quiet) as progress:
         how: dict[str, Any] = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget}
         how |= {"progress": progress, "space_check": not no_space_check, "watch": watch, "each": progress.file}
         result = run_shared(plan, out, tp, **how) if tp > 1 else run_plan(plan, out, **how)
     show_result(result, out, quiet, as_json)
-
-
-def return_freed_memory() -> None:
-    """Give every freed slab back to the system at once.
-
-    glibc moves its threshold for that up to 32 MiB when blocks below it are freed; slabs of changing sizes then leave
-    holes: 0.9 GB at the peak instead of 0.37 on the tensors of the 300B.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD in malloc.h; setting it stops it from moving
-
-
-def keep_freed_memory() -> None:
-    """Calibration makes and drops activations of some tens of MB all the time, and would spend much of its time on getting
-    their pages from the system and giving them back."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 32 << 20)  # the largest that glibc takes
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

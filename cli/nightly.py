@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from ernie_quant.cli import _options
-from ernie_quant.cli._execute import return_freed_memory
 from ernie_quant.cli._show import print_json
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ def command(
     ernie-quant nightly job.toml vl.toml --work /data/nightly --max-hours 8
     """
     from ernie_quant.nightly import job
+    from ernie_quant.run.memory import return_freed_memory
 
     jobs = job.read_jobs(job_files)
     if check:

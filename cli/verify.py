@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 from ernie_quant.cli import _options
-from ernie_quant.cli._execute import return_freed_memory
 from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli._show import print_json
 
@@ -50,6 +49,7 @@ def command(
     ernie-quant verify out --against ERNIE-4.5-21B-A3B-Paddle
     """
     from ernie_quant.check import verify
+    from ernie_quant.run.memory import return_freed_memory
 
     if full and ctx.get_parameter_source("sample") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--sample does not go with --full")

@@ -106,8 +106,8 @@ class DataFree:
 
 
 def name_of(codec: Codec) -> str:
-    """The name by which a recipe asks for it: that of its file."""
-    return type(codec).__module__.rpartition(".")[2]
+    """The name by which a recipe asks for it."""
+    return plugins.name_of_module(type(codec).__module__)
 
 
 def make(name: str, options: dict[str, Any]) -> Codec:

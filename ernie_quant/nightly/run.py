@@ -23,7 +23,7 @@ from ernie_quant.hubs import Publisher
 from ernie_quant.jsonio import read_object
 from ernie_quant.nightly.job import Job, JobTarget
 from ernie_quant.nightly.outcome import PLANNED, UP_TO_DATE, JobResult, TargetResult, worst
-from ernie_quant.nightly.planned import plan_of, text_of
+from ernie_quant.nightly.planned import plan_of
 from ernie_quant.paths import MANIFEST
 from ernie_quant.plan.identity import fingerprint
 from ernie_quant.plan.reshard import shared_identity
@@ -33,6 +33,7 @@ from ernie_quant.publish.files import refuse_odd, repair
 from ernie_quant.publish.places import remote_name
 from ernie_quant.report.rows import FILENAME, TensorReport, total
 from ernie_quant.result.room import unknown_space
+from ernie_quant.run.asked import text_of
 from ernie_quant.run.shared import run_shared
 from ernie_quant.run.whole import FileDone, run_plan
 from ernie_quant.sources import open_source
@@ -50,7 +51,7 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
     deadline = time.monotonic() + 3600 * hours if hours else None
     with _logged(log), hold(work / "lock", f"{work}: another run of a job is at work here"):
         shutil.rmtree(work / DROPPED, ignore_errors=True)
-        texts = [text_of(target) for target in job.targets]
+        texts = [text_of(target.recipe.calibration) for target in job.targets]
         source = open_source(job.source, links=job.follow_links)
         log(event="source", source=job.source, commit=source.revision, bytes=source.nbytes)
         plans = [  # every refusal comes before any work
@@ -68,7 +69,7 @@ def run_job(job: Job, work: Path, *, max_hours: float | None = None, log: Log = 
 
 def look(job: Job, work: Path) -> JobResult:
     """What `run_job` would do: every target is planned from headers and looked for on its hub, and every token is tried."""
-    texts = [text_of(target) for target in job.targets]
+    texts = [text_of(target.recipe.calibration) for target in job.targets]
     source = open_source(job.source, links=job.follow_links)
     plans = [plan_of(source, target, text, job.disk_budget) for target, text in zip(job.targets, texts, strict=True)]
     results = tuple(_look(target, plan, work) for target, plan in zip(job.targets, plans, strict=True))
