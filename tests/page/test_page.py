@@ -184,7 +184,7 @@ def run(*arguments: object) -> Result:
 def test_the_command_writes_the_page_beside_the_weights(results: dict[str, Path], tmp_path: Path) -> None:
     out = Path(shutil.copytree(results["moe"], tmp_path / "out"))
     (out / report.PAGE).unlink()
-    assert run(out).output == f"{out / 'report.html'}: 0.05 MB\n"
+    assert run(out).output == f"{out / 'report.html'}: 0.07 MB\n"
     assert (out / report.PAGE).read_text().startswith("<!DOCTYPE html>")
     verify.verify(out)  # which is not disturbed by it
     assert run(out, "--quiet").output == ""
