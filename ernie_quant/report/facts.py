@@ -36,30 +36,33 @@ def facts(report: Report) -> dict[str, Any]:
         "changed": changed.tensors,
         "bits": shown(everything.bits_per_weight),
         "error": shown(changed.rel_error) if changed.tensors else None,
+        "error_of_all": shown(everything.rel_error),
     }
 
 
 def _made(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The command if the manifest tells it, rules, options and versions: what would make the result again."""
     command, recipe = manifest.get("command"), as_object(manifest.get("recipe"))
-    rules = map(as_object, as_list(recipe.get("rules")))
+    rules = None if "rules" not in recipe else [as_object(rule) for rule in as_list(recipe["rules"])]
     return {
         "command": whole(command) if isinstance(command, str) else "",
         "address": as_text(manifest.get("source_address")),
-        "rules": [[as_text(rule.get("applies_to")), as_text(rule.get("codec"))] for rule in rules],
+        "rules": rules and [[as_text(rule.get("applies_to")), as_text(rule.get("codec"))] for rule in rules],
         "options": _pairs({"keep_unfit": recipe.get("keep_unfit"), **as_object(manifest.get("options"))}),
         "libraries": _pairs(as_object(manifest.get("libraries"))),
     }
 
 
-def _pairs(values: Mapping[str, Any]) -> list[list[str]]:
-    """Names and values of options that are set."""
-    plain = {key: value for key, value in values.items() if value not in (None, False, "", [], {})}
-    return [[line_of(str(key)), "yes" if value is True else line_of(_words(value))] for key, value in sorted(plain.items())]
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _pairs(values: Mapping[str, Any], before: str = "") -> list[list[str]]:
+    """Names and values of what is set; those of an object inside under both names."""
+    found = []
+    for key, value in sorted(values.items()):
+        if isinstance(value, dict) and not before:
+            found += _pairs(value, f"{key}.")
+        elif value not in (None, False, "", [], {}):
+            words = ", ".join(map(str, value)) if isinstance(value, list) else "yes" if value is True else str(value)
+            found.append([line_of(before + key), line_of(words)])
+    return found
 
 
 def whole(text: str) -> str:

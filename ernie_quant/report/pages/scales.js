@@ -99,7 +99,7 @@ function drawLegend(legend, scales, codecs, panels, mode) {
   const times = mode === "" || mode === "same" ? "" : TIMES;
   const scale = (codec, ...names) => {
     const { low, high } = scales.get(codec);
-    return el("span", { className: "scale" }, ...names, showError(low) + times, ramp(), showError(high) + times);
+    return el("span", { className: "scale" }, ...names, el("span", { className: "ramp" }, showError(low) + times, ramp(), showError(high) + times));
   };
   const name = codec => (codecs.length > 1 ? codecChip(codec) : el("span", { textContent: DATA.codecs[codec] }));
   const items = mode === "" ? codecs.map(codec => scale(codec, name(codec))) : [scale(codecs[0]), ...codecs.map(name)];
@@ -110,7 +110,7 @@ function drawLegend(legend, scales, codecs, panels, mode) {
 }
 
 function ramp() {
-  const canvas = el("canvas", { className: "ramp", width: 120, height: 12 }), context = canvas.getContext("2d");
+  const canvas = el("canvas", { width: 120, height: 12 }), context = canvas.getContext("2d");
   for (let x = 0; x < 120; x++) {
     context.fillStyle = `rgb(${VIRIDIS[Math.round((x / 119) * 255)].join()})`;
     context.fillRect(x, 0, 1, 12);
