@@ -9,7 +9,7 @@ from ernie_quant.errors import OutputError, line_of
 from ernie_quant.report.columns import layers_first, numbered_codecs, of_codecs, sums
 from ernie_quant.report.facts import as_object, facts
 from ernie_quant.report.numbers import shown
-from ernie_quant.report.rows import TensorReport, grouped, layer_of
+from ernie_quant.report.rows import TensorReport, grouped, layer_of, total
 from ernie_quant.report.saved import Report
 from ernie_quant.report.series import alike, named, series
 
@@ -30,6 +30,7 @@ def compared(a: Report, b: Report) -> dict[str, Any]:
     return {
         "facts": [facts(a), facts(b)],
         "warnings": _warnings(a, b),
+        "both": _of_both([(one, two) for one, two in pairs if one.changed and two.changed]),
         "codecs": [line_of(name) for name in codecs],
         "of_codecs": of_codecs(both, codecs),
         "roles": [line_of(name) for name in roles],
@@ -49,6 +50,12 @@ def _keyed(rows: Sequence[TensorReport]) -> dict[Key, TensorReport]:
         count = seen[row.name, row.shape] = seen.get((row.name, row.shape), -1) + 1
         found[row.name, row.shape, count] = row
     return found
+
+
+def _of_both(pairs: Sequence[tuple[TensorReport, TensorReport]]) -> dict[str, Any]:
+    """Errors over the tensors that both have quantized: only these compare like with like."""
+    errors = [shown(total([pair[side] for pair in pairs]).rel_error) if pairs else None for side in (0, 1)]
+    return {"tensors": len(pairs), "error": errors}
 
 
 def _warnings(a: Report, b: Report) -> list[str]:

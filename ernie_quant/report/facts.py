@@ -36,18 +36,18 @@ def facts(report: Report) -> dict[str, Any]:
         "changed": changed.tensors,
         "bits": shown(everything.bits_per_weight),
         "error": shown(changed.rel_error) if changed.tensors else None,
-        "error_of_all": shown(everything.rel_error),
     }
 
 
 def _made(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The command if the manifest tells it, rules, options and versions: what would make the result again."""
     command, recipe = manifest.get("command"), as_object(manifest.get("recipe"))
-    rules = None if "rules" not in recipe else [as_object(rule) for rule in as_list(recipe["rules"])]
+    rules = [as_object(rule) for rule in as_list(recipe.get("rules"))]
+    words = [[as_text(rule.get("applies_to")), as_text(rule.get("codec"))] for rule in rules]
     return {
         "command": whole(command) if isinstance(command, str) else "",
         "address": as_text(manifest.get("source_address")),
-        "rules": rules and [[as_text(rule.get("applies_to")), as_text(rule.get("codec"))] for rule in rules],
+        "rules": words if "rules" in recipe else None,
         "options": _pairs({"keep_unfit": recipe.get("keep_unfit"), **as_object(manifest.get("options"))}),
         "libraries": _pairs(as_object(manifest.get("libraries"))),
     }

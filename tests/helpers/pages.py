@@ -82,7 +82,7 @@ def folder_of(out: Path, rows: list[TensorReport], **header: Any) -> Path:
     return out
 
 
-RESULTS = ("dense", "moe", "moe_mtp", "vl", "converted", "container", "calibrated", "large", "hostile")
+RESULTS = ("dense", "moe", "moe_mtp", "vl", "converted", "container", "calibrated", "gguf", "large", "hostile")
 over_results = pytest.mark.parametrize("name", RESULTS)
 
 

@@ -125,6 +125,7 @@ def test_tensors_that_differ_most_come_first(two: Make, browser: Browser) -> Non
     assert browser.js(NAMES) == [f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate")]
     totals = {name: numbers for name, *numbers in browser.js(LINES % "total-table")}
     assert totals["quantized"] == ["2", "3", "1.50"]
+    assert totals["relative error, of the 2 tensors that both quantized"] == ["0.0110", "0.00605", "0.55"]
     assert totals["tensors on disk"] == ["19.2 kB", "12.8 kB", "0.67"]
     assert browser.js("document.querySelectorAll('#curves .dot').length") == 2
     assert browser.js("document.getElementById('alone').hidden") is True

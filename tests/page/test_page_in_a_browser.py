@@ -41,6 +41,7 @@ def test_it_opens_without_a_word_and_asks_for_nothing(name: str, results: dict[s
         "converted": 0,
         "container": 3,
         "calibrated": 4,
+        "gguf": 4,
         "large": 4,
         "hostile": 1,
     }
@@ -114,10 +115,12 @@ def test_bars_are_as_wide_as_their_bytes(results: dict[str, Path], browser: Brow
         assert whole > 1000
         widths = browser.js("[...document.getElementById('whole').children].map(p => p.getBoundingClientRect().width)")
         assert widths == pytest.approx([whole * n / sum(sums) for n in sums], abs=0.1)
-        both = "[...document.querySelectorAll('#roles .track')].map(t => [t, ...t.children].map(b => b.getBoundingClientRect().width))"
+        tracks = "[...document.querySelectorAll('#roles .track')].map(t => [t, ...t.children])"
         weights = [sum(math.prod(r.shape) for r in rows) for rows in found.values()]
         widest = max(*sums, *(2 * n for n in weights))
-        for size, (track, before, stored) in zip(sums, browser.js(both), strict=True):
+        for size, (track, before, stored) in zip(
+            sums, browser.js(f"{tracks}.map(of => of.map(b => b.getBoundingClientRect().width))"), strict=True
+        ):
             assert stored == pytest.approx(track * size / widest, abs=0.1)
             assert any(before == pytest.approx(track * 2 * n / widest, abs=0.1) for n in weights)
 
@@ -125,9 +128,10 @@ def test_bars_are_as_wide_as_their_bytes(results: dict[str, Path], browser: Brow
 def test_small_parts_are_not_inflated_by_letters_or_borders(results: dict[str, Path], browser: Browser) -> None:
     browser.open(results["large"] / report.PAGE)
     assert browser.js("[...document.getElementById('whole').children].map(p => p.textContent)") == ["experts 93 %", "", "", ""]
-    style = "[...document.querySelectorAll('#whole > div, .track div')].flatMap(b => { const s = getComputedStyle(b); return [%s] })"
+    parts = "[...document.querySelectorAll('#whole > div, .track div')]"
     keys = ("minWidth", "paddingLeft", "paddingRight", "borderLeftWidth", "borderRightWidth", "marginLeft")
-    assert set(browser.js(style % ", ".join(f"s.{key}" for key in keys))) <= {"0px", "auto"}
+    styles = ", ".join(f"getComputedStyle(part).{key}" for key in keys)
+    assert set(browser.js(f"{parts}.flatMap(part => [{styles}])")) <= {"0px", "auto"}
 
 
 def test_each_codec_has_a_scale_of_its_own(results: dict[str, Path], browser: Browser) -> None:

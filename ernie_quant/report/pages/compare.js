@@ -16,8 +16,8 @@ const showSize = n => (n === null ? NONE : showBytes(n));
 function totals() {
   const [a, b] = DATA.facts, rows = [
     ["tensors on disk", f => f.bytes, showBytes], ["bits per weight", f => f.bits, x => showFixed(x, 3)],
-    ["relative error, of what is quantized", f => f.error, showError], ["relative error, of all weights", f => f.error_of_all, showError],
-    ["SQNR dB, of what is quantized", f => decibels(f.error), x => showFixed(x, 1), true],
+    ["relative error, of what is quantized", f => f.error, showError], ["SQNR dB, of what is quantized", f => decibels(f.error), x => showFixed(x, 1), true],
+    [`relative error, of the ${plural(DATA.both.tensors, "tensor")} that both quantized`, f => DATA.both.error[DATA.facts.indexOf(f)], showError],
     ["weights", f => f.weights, showWeights], ["tensors", f => f.tensors, showCount], ["quantized", f => f.changed, showCount],
   ];
   const cell = (f, [, value, show]) => el("td", { className: "number" }, show(value(f)));
