@@ -21,7 +21,7 @@ function totals() {
     ["weights", f => f.weights, showWeights], ["tensors", f => f.tensors, showCount], ["quantized", f => f.changed, showCount],
   ];
   const cell = (f, [, value, show]) => el("td", { className: "number" }, show(value(f)));
-  const lines = rows.map(row => el("tr", {}, el("td", { className: "words", textContent: row[0] }), cell(a, row), cell(b, row),
+  const lines = rows.map(row => el("tr", {}, el("td", { className: "label", textContent: row[0] }), cell(a, row), cell(b, row),
     el("td", { className: "number" }, row[3] ? NONE : showTimes(ratio(row[1](b), row[1](a))))));
   const head = name => el("th", { scope: "col", className: "plain number" }, name);
   const table = el("table", { "aria-label": "Totals" },
@@ -40,15 +40,21 @@ function roleTable() {
     ...pairOf("size", ofSide("bytes"), showSize),
     ...pairOf("rel. error", ofSide("error"), showError),
     ...pairOf("bits", ofSide("bits"), x => showFixed(x, 3)).slice(0, 2),
-    ...codecColumns(),
+    codecsColumn,
   ];
   byId("roles").append(sortedTable(columns, DATA.by_role, { sort: 1, label: "Roles" }).box);
 }
 
-function codecColumns() {
-  const words = sums => (sums?.codecs ?? []).map(codec => DATA.codecs[codec]).join("; ");
-  return SIDES.map((name, n) => ({ head: `codecs ${name}`, value: r => words(r.of[n]), kind: "words", cell: r => (r.of[n] ? words(r.of[n]) || KEPT : NONE) }));
-}
+const codecWords = sums => (sums ? sums.codecs.map(codec => DATA.codecs[codec]).join("; ") || KEPT : NONE);
+
+// Once where both have the same, or a line for each.
+const codecsColumn = {
+  head: "codecs", kind: "words", value: r => r.of.map(codecWords).join(),
+  cell: r => {
+    const [a, b] = r.of.map(codecWords);
+    return a === b ? a : el("span", {}, ...[a, b].map((words, n) => el("span", { className: "line" }, side(n), ` ${words}`)));
+  },
+};
 
 function layersTable() {
   const columns = [
@@ -56,7 +62,7 @@ function layersTable() {
     ...pairOf("rel. error", ofSide("error"), showError),
     ...pairOf("worst", ofSide("worst"), showError).slice(0, 2),
     ...pairOf("size", ofSide("bytes"), showSize),
-    ...codecColumns(),
+    codecsColumn,
   ];
   byId("layer-table").append(sortedTable(columns, DATA.by_layer, { sort: 0, descending: false, low: true, label: "Layers" }).box);
 }

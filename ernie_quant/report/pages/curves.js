@@ -1,4 +1,4 @@
-// Error by layer: a line for each result, A with dots and B, dashed, with squares.
+// Error by layer: a line for each result, A with dots and B, dashed, with hollow squares.
 
 const CHART = { height: 240, left: 58, right: 14, top: 12, bottom: 26 };
 
@@ -34,7 +34,7 @@ function drawCurves(points, axis, [first, last], width) {
     const kind = SIDES[n].toLowerCase();
     svg.append(svgEl("path", { class: `curve ${kind}`, d: list.map(([layer, error], i) => `${i ? "L" : "M"}${x(layer)} ${y(error)}`).join("") }));
     for (const [layer, error] of list) {
-      const dot = n ? svgEl("rect", { class: `dot ${kind}`, x: x(layer) - 3, y: y(error) - 3, width: 6, height: 6 }) : svgEl("circle", { class: `dot ${kind}`, cx: x(layer), cy: y(error), r: 3.5 });
+      const dot = n ? svgEl("rect", { class: `dot ${kind}`, x: x(layer) - 4, y: y(error) - 4, width: 8, height: 8 }) : svgEl("circle", { class: `dot ${kind}`, cx: x(layer), cy: y(error), r: 3 });
       const title = svgEl("title", {});
       title.textContent = `${SIDES[n]}, layer ${layer}: ${showError(error)}`;
       dot.append(title);
