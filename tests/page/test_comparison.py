@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from ernie_quant.cli.main import group
 from helpers.browser import Browser
+from helpers.models import GOLDEN, invoke, write
 from helpers.pages import HOSTILE, KEPT, WINT4, WINT8, data_of, folder_of, large, row
 
+from ernie_quant.check.verify import verify
 from ernie_quant.errors import OutputError
 from ernie_quant.report import page, saved
 from ernie_quant.report import rows as report
@@ -58,6 +60,18 @@ def test_the_command_writes_it_beside_the_page(results: dict[str, Path], tmp_pat
     assert not (a / report.PAGE).exists()
     assert run(a, "--against", b, "--out", tmp_path / "x.html", "--quiet").output == ""
     assert (tmp_path / "x.html").read_bytes() == (a / report.COMPARISON).read_bytes()
+
+
+def test_it_is_no_file_of_the_result(results: dict[str, Path], tmp_path: Path) -> None:
+    """`verify` does not mind it, what is made of the result does not carry it along, and a new run sweeps it away."""
+    out = tmp_path / "out"
+    write(GOLDEN / "moe/paddle", out)
+    assert run(out, "--against", results["moe"], "--quiet").exit_code == 0
+    verify(out)
+    invoke("convert", out, tmp_path / "back", "--to", "paddle", "--quiet")
+    assert not (tmp_path / "back" / report.COMPARISON).exists()
+    invoke("convert", GOLDEN / "moe/paddle", out, "--to", "pt", "--restart", "--quiet")
+    assert not (out / report.COMPARISON).exists()
 
 
 def test_what_cannot_be_compared_is_refused(results: dict[str, Path], tmp_path: Path) -> None:
