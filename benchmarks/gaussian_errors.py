@@ -2,7 +2,7 @@
 
 python benchmarks/gaussian_errors.py [rtn]
 
-Prints a line per description of a codec; with `rtn` one per kind of integers, with an error for each number of weights that
+Prints millionths, a line per description of a codec; with `rtn` one per kind of integers, with an error for each number of weights that
 share a scale.
 """
 
@@ -37,7 +37,7 @@ def of_groups() -> None:
             for scale in SCALES:
                 codec = RoundToNearest(bits, CHANNEL, scale, full_range)
                 errors = [measured(codec, width) for width in SHARING]
-                print(f"{codec.describe()}: {', '.join(f'{error:.4g}' for error in errors)}", flush=True)
+                print(f"{codec.describe()}: {', '.join(f'{1e6 * error:.3g}' for error in errors)}", flush=True)
 
 
 def of_others() -> None:
@@ -45,7 +45,7 @@ def of_others() -> None:
     for module in plugins.modules(codecs):
         for codec in () if module.__name__.endswith((".rtn", ".keep")) else module.EXAMPLES:
             if getattr(codec, "method", NEAREST) == NEAREST:
-                print(f"{codec.describe()}: {measured(codec, 4096):.4g}", flush=True)
+                print(f"{codec.describe()}: {1e6 * measured(codec, 4096):.4g}", flush=True)
 
 
 if __name__ == "__main__":
