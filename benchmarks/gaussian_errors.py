@@ -2,8 +2,8 @@
 
 python benchmarks/gaussian_errors.py [rtn]
 
-Prints millionths, a line per description of a codec; with `rtn` one per kind of integers, with an error for each number of weights that
-share a scale.
+Prints millionths, a line per description of a codec; with `rtn` one per kind of integers, with an error for each number of
+weights that share a scale.
 """
 
 from __future__ import annotations

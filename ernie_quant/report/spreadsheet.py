@@ -39,10 +39,9 @@ def _lines(report: Report) -> Iterator[tuple[Cell, ...]]:
     yield HEAD
     of_codecs = usual.by_codec(report.rows)
     for row in report.rows:
-        mark = of_codecs[row.codec].mark(row.rel_error) if row.changed and row.codec in of_codecs else ""
         yield (
             row.name, row.role, row.codec, "x".join(map(str, row.shape)), row.bytes, row.bits_per_weight, row.rel_error,
-            row.sqnr_db, row.max_abs_error, _gaussian(row), mark, row.output_error, row.calibration_tokens,
+            row.sqnr_db, row.max_abs_error, _gaussian(row), usual.mark(row, of_codecs), row.output_error, row.calibration_tokens,
             "yes" if row.fitted else "", row.not_finite, "yes" if row.only_zeros else "", " ".join(row.sources), row.crc32,
         )  # fmt: skip
 

@@ -8,8 +8,8 @@ not move), and by a quarter at least.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
 from ernie_quant.report.numbers import short
@@ -55,7 +55,19 @@ def of(errors: Sequence[float]) -> Usual | None:
 
 
 def by_codec(rows: Sequence[TensorReport]) -> dict[str, Usual]:
-    """Codec -> what is usual for its tensors; of those that changed."""
-    groups = grouped([row for row in rows if row.changed], lambda row: row.codec)
-    found = {codec: of([row.rel_error for row in group]) for codec, group in groups.items()}
-    return {codec: usual for codec, usual in found.items() if usual is not None}
+    """Codec -> what is usual for its tensors; of those that changed.
+
+    What makes up for errors before it is meant to differ from the source: it counts only where a codec has nothing else.
+    """
+    found = {}
+    for codec, group in grouped([row for row in rows if row.changed], lambda row: row.codec).items():
+        plain = [row for row in group if not row.fitted]
+        if (usual := of([row.rel_error for row in plain or group])) is not None:
+            found[codec] = usual if plain else replace(usual, low=None, high=None)
+    return found
+
+
+def mark(row: TensorReport, of_codecs: Mapping[str, Usual]) -> str:
+    """`high`, `low`, or nothing."""
+    usual = of_codecs.get(row.codec) if row.changed and not row.fitted else None
+    return "" if usual is None else usual.mark(row.rel_error)

@@ -39,11 +39,13 @@ function nameNode(i) {
 
 const usualOf = (codec, kind = "error") => DATA.of_codecs[codec][kind] ?? null;
 const timesGaussian = i => ratio(T.error[i], seriesOf(i).expected);
-const timesMedian = i => (seriesOf(i).changed ? ratio(T.error[i], usualOf(seriesOf(i).codec)?.median) : null);
+// of what makes up for errors before it: its weight is meant to differ, and its error is compared with nothing
+const meant = (i, kind = "error") => Boolean(seriesOf(i).fitted) && kind === "error";
+const timesMedian = i => (seriesOf(i).changed && !meant(i) ? ratio(T.error[i], usualOf(seriesOf(i).codec)?.median) : null);
 
 // 1 for an outlier above what is usual, -1 for one below
 function outlier(i, values = T.error, kind = "error") {
-  const usual = seriesOf(i).changed ? usualOf(seriesOf(i).codec, kind) : null;
+  const usual = seriesOf(i).changed && !meant(i, kind) ? usualOf(seriesOf(i).codec, kind) : null;
   if (usual === null || usual.low === null || !(values[i] > 0)) return 0;
   return values[i] > usual.high ? 1 : values[i] < usual.low ? -1 : 0;
 }

@@ -34,13 +34,18 @@ function rowMedians(p, y) {
 function scalesOf(panels, shown, mode) {
   const ends = new Map(), usualOnly = mode === "" || mode === "same";
   panels.forEach((p, n) => p.cells.forEach((i, at) => {
-    if (i < 0 || !(shown[n][at] > 0) || (usualOnly && outlier(i, KINDS[kind], kind))) return;
+    if (i < 0 || !(shown[n][at] > 0) || (usualOnly && beyond(i))) return;
     const { codec } = seriesOf(i), of = ends.get(codec) ?? { low: Infinity, high: 0 };
     ends.set(codec, { low: Math.min(of.low, shown[n][at]), high: Math.max(of.high, shown[n][at]) });
   }));
   const all = [...ends.values()], lows = Math.min(...all.map(of => of.low)), highs = Math.max(...all.map(of => of.high));
   const codecs = codecsIn(panels), one = all.length ? widened(lows, highs) : widened(1, 1);
   return new Map(codecs.map(codec => [codec, mode === "" && ends.has(codec) ? widened(ends.get(codec).low, ends.get(codec).high) : one]));
+}
+
+// Whatever would stretch the scale of a codec; where all of it does, nothing is beyond.
+function beyond(i) {
+  return outlier(i, KINDS[kind], kind) !== 0 || (meant(i, kind) && usualOf(seriesOf(i).codec, kind)?.low != null);
 }
 
 function widened(low, high) {

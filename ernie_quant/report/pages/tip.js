@@ -21,7 +21,7 @@ function errorLines(i) {
   const beside = [expected && `${showTimes(timesGaussian(i))}${TIMES} that of Gaussian weights`, usual && `${showTimes(timesMedian(i))}${TIMES} the median of its codec`];
   return [
     `relative error ${showError(T.error[i])} (${showFixed(decibels(T.error[i]), 1)} dB), max |error| ${showError(T.largest[i])}`,
-    beside.filter(Boolean).join(", "),
+    meant(i) ? "makes up for errors before it: it is meant to differ from the source" : beside.filter(Boolean).join(", "),
     mark && `${SIGN[mark]} outlier: ${mark > 0 ? "more" : "less"} than is usual, ${showError(usual.low)} to ${showError(usual.high)}`,
   ].filter(Boolean);
 }
