@@ -113,6 +113,7 @@ def test_what_makes_up_for_errors_is_no_outlier(results: dict[str, Path], browse
     assert browser.js("DATA.series.filter(s => s.fitted).every(s => outlier(s.first) === 0 && timesMedian(s.first) === null)")
     texts = "[...document.querySelector('.legend .ramp').childNodes].filter(node => node.nodeType === 3)"
     low, high = browser.js(f"{texts}.map(node => Number(node.data))")
+    assert browser.js("document.querySelector('.legend').textContent").endswith("meant to differ")
     assert low < high < max(r.rel_error for r in fitted) / 5  # colours are for what can be compared
 
 

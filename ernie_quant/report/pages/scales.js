@@ -12,7 +12,7 @@ function values(p, mode) {
     const medians = mode === "relative" ? rowMedians(p, y) : null;
     for (let at = y * p.columns; at < (y + 1) * p.columns; at++) {
       const i = p.cells[at];
-      if (i < 0 || !seriesOf(i).changed) continue;
+      if (i < 0 || !seriesOf(i).changed || setAside(i)) continue;
       const of = mode === "relative" ? medians.get(seriesOf(i).codec) : mode === "expected" ? seriesOf(i).expected ?? NaN : 1;
       shown[at] = errors[i] / of;
     }
@@ -34,7 +34,7 @@ function rowMedians(p, y) {
 function scalesOf(panels, shown, mode) {
   const ends = new Map(), usualOnly = mode === "" || mode === "same";
   panels.forEach((p, n) => p.cells.forEach((i, at) => {
-    if (i < 0 || !(shown[n][at] > 0) || (usualOnly && beyond(i))) return;
+    if (i < 0 || !(shown[n][at] > 0) || (usualOnly && outlier(i, KINDS[kind], kind))) return;
     const { codec } = seriesOf(i), of = ends.get(codec) ?? { low: Infinity, high: 0 };
     ends.set(codec, { low: Math.min(of.low, shown[n][at]), high: Math.max(of.high, shown[n][at]) });
   }));
@@ -43,10 +43,8 @@ function scalesOf(panels, shown, mode) {
   return new Map(codecs.map(codec => [codec, mode === "" && ends.has(codec) ? widened(ends.get(codec).low, ends.get(codec).high) : one]));
 }
 
-// Whatever would stretch the scale of a codec; where all of it does, nothing is beyond.
-function beyond(i) {
-  return outlier(i, KINDS[kind], kind) !== 0 || (meant(i, kind) && usualOf(seriesOf(i).codec, kind)?.low != null);
-}
+// Grey as what is kept, beside tensors of its codec that can be compared.
+const setAside = i => meant(i, kind) && usualOf(seriesOf(i).codec, kind)?.low != null;
 
 function widened(low, high) {
   const by = Math.max(1, Math.sqrt((LEAST_RANGE * low) / high)); // or noise would look like a difference
@@ -110,7 +108,8 @@ function drawLegend(legend, scales, codecs, panels, mode) {
   const items = mode === "" ? codecs.map(codec => scale(codec, name(codec))) : [scale(codecs[0]), ...codecs.map(name)];
   const cells = panels.flatMap(p => [...p.cells]).filter(i => i >= 0);
   if (cells.some(i => outlier(i, KINDS[kind], kind))) items.push(el("span", {}, el("span", { className: "framed" }), "outlier of its codec"));
-  if (cells.some(i => !seriesOf(i).changed)) items.push(el("span", {}, swatch("var(--cell-kept)"), "kept"));
+  const grey = [["kept", i => !seriesOf(i).changed], ["meant to differ", setAside]].filter(([, is]) => cells.some(is)).map(([words]) => words);
+  if (grey.length) items.push(el("span", {}, swatch("var(--cell-kept)"), grey.join(", or ")));
   legend.replaceChildren(...items);
 }
 
