@@ -1,8 +1,4 @@
-"""The data of the page: the rows of a report as columns, sums by role and by layer, and facts about the result.
-
-Tensors that differ only in the numbers in their names (and in their errors) are one series, so that 54 layers of 128
-experts take half a megabyte.
-"""
+"""The data of the page: the rows of a report as columns, sums by role and by layer, and facts about the result."""
 
 from __future__ import annotations
 
@@ -13,46 +9,73 @@ from typing import Any
 
 from ernie_quant.codecs.keep import KEPT
 from ernie_quant.errors import line_of
+from ernie_quant.report import usual
 from ernie_quant.report.calibration import drift_of, tokens_of_experts
-from ernie_quant.report.place import Place
+from ernie_quant.report.facts import as_object, as_text, facts
+from ernie_quant.report.numbers import shown
 from ernie_quant.report.rows import TensorReport, grouped, layer_of, output_error, total
 from ernie_quant.report.saved import Report
-
-DIGITS, OF_OUTPUTS = 4, 3  # significant ones, of errors of weights and of outputs
+from ernie_quant.report.series import series
 
 
 def columns(report: Report) -> dict[str, Any]:
     """All that the page shows, as small as plain JSON can say it."""
-    by_codec, by_role = grouped(report.rows, lambda r: r.codec), grouped(report.rows, lambda r: r.role)
-    names = sorted(by_codec, key=lambda name: (name != KEPT, total(by_codec[name]).bits_per_weight, name))
-    codecs, roles = {name: i for i, name in enumerate(names)}, {name: i for i, name in enumerate(by_role)}
-    layers = grouped(report.rows, lambda r: layer_of(r.name))
+    by_role, layers = grouped(report.rows, lambda r: r.role), grouped(report.rows, lambda r: layer_of(r.name))
+    codecs, roles = numbered_codecs(report.rows), {name: i for i, name in enumerate(by_role)}
     found: dict[str, Any] = {
-        "facts": _facts(report),
+        "facts": facts(report),
         "codecs": [line_of(name) for name in codecs],
+        "of_codecs": of_codecs(report.rows, codecs),
         "roles": [line_of(name) for name in roles],
-        "by_role": [_sums(group, codecs) for group in by_role.values()],
-        "by_layer": [{"name": line_of(name), **_sums(layers[name], codecs)} for name in sorted(layers, key=_layers_first)],
-        "series": _series(report.rows, roles, codecs),
+        "by_role": [sums(group, codecs) for group in by_role.values()],
+        "by_layer": [{"name": line_of(name), **sums(layers[name], codecs)} for name in sorted(layers, key=layers_first)],
+        "series": series(report.rows, roles, codecs),
     }
     if output_error(report.rows) is not None:
-        said = _object(report.header.get("calibration"))
+        said = as_object(report.header.get("calibration"))
         found["calibration"] = _calibration(said)
         of_layers = {f"layer {layer}": value for layer, value in drift_of(said).items()}
         for line in found["by_layer"]:
-            line |= {"drift": _short(of_layers[line["name"]])} if line["name"] in of_layers else {}
+            line |= {"drift": shown(of_layers[line["name"]])} if line["name"] in of_layers else {}
     return found
+
+
+def numbered_codecs(rows: Sequence[TensorReport]) -> dict[str, int]:
+    """Codec -> its number on the page: kept first, then by bits."""
+    by_codec = grouped(rows, lambda r: r.codec)
+    names = sorted(by_codec, key=lambda name: (name != KEPT, total(by_codec[name]).bits_per_weight, name))
+    return {name: i for i, name in enumerate(names)}
+
+
+def of_codecs(rows: Sequence[TensorReport], codecs: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Of each codec whether it changes weights, what is usual of the errors of its tensors, and of those of outputs."""
+    changed, errors = [row for row in rows if row.changed], usual.by_codec(rows)
+    lossy = {row.codec for row in changed}
+    outputs = grouped([row for row in changed if row.output_error is not None], lambda row: row.codec)
+    found = []
+    for codec in codecs:
+        entry: dict[str, Any] = {"changed": codec in lossy}
+        if (of_errors := errors.get(codec)) is not None:
+            entry["error"] = _bounds(of_errors)
+        if (of_outputs := usual.of([row.output_error or 0.0 for row in outputs.get(codec, ())])) is not None:
+            entry["output"] = _bounds(of_outputs)
+        found.append(entry)
+    return found
+
+
+def _bounds(of: usual.Usual) -> dict[str, Any]:
+    return {"median": of.median, "least": of.least, "largest": of.largest, "low": of.low, "high": of.high}
 
 
 def _calibration(said: Mapping[str, Any]) -> dict[str, Any]:
     """What was run through the model, and what is known of layers and experts."""
     return {
-        "name": _text(said.get("name")),
+        "name": as_text(said.get("name")),
         "tokens": _whole(said.get("tokens")),
         "judging": _whole(said.get("judging_tokens")),
-        "method": _text(said.get("method")),
+        "method": as_text(said.get("method")),
         "fit": said.get("fit") is True,
-        "drift": [[layer, _short(value)] for layer, value in drift_of(said).items()],
+        "drift": [[layer, shown(value)] for layer, value in drift_of(said).items()],
         "experts": {str(layer): counts for layer, counts in tokens_of_experts(said).items()},
     }
 
@@ -61,50 +84,13 @@ def _whole(value: Any) -> int:
     return value if type(value) is int and 0 <= value < 2**53 else 0
 
 
-def _layers_first(name: str) -> tuple[bool, int]:
+def layers_first(name: str) -> tuple[bool, int]:
     """The layers by number; all else keeps its order."""
     numbered = re.fullmatch(r"layer ([0-9]{1,6})", name)
     return (not numbered, int(numbered[1]) if numbered else 0)
 
 
-def _facts(report: Report) -> dict[str, Any]:
-    everything, changed = total(report.rows), total([row for row in report.rows if row.changed])
-    source, recipe = _object(report.manifest.get("source")), _object(report.manifest.get("recipe"))
-    files = [_object(file) for file in _object(source.get("files")).values()]
-    weight_files = [file["bytes"] for file in files if "header" in file and type(file.get("bytes")) is int]
-    rules = map(_object, _list(recipe.get("rules")))
-    return {
-        "name": line_of(report.name),
-        "source": _text(report.manifest.get("source_name")),
-        "revision": _text(source.get("revision")),
-        "version": _text(report.manifest.get("version")),
-        "recipe": _text(report.header.get("recipe")),
-        "rules": [[_text(rule.get("applies_to")), _text(rule.get("codec"))] for rule in rules],
-        "runtime": _text(report.header.get("runtime")),
-        "notes": [_text(note) for note in _list(report.header.get("notes"))],
-        "source_bytes": max(0, sum(weight_files)),
-        "bytes": everything.bytes,
-        "weights": everything.weights,
-        "tensors": everything.tensors,
-        "changed": changed.tensors,
-        "bits": _short(everything.bits_per_weight),
-        "error": _short(changed.rel_error) if changed.tensors else None,
-    }
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _text(value: Any) -> str:
-    return line_of(value) if isinstance(value, str) else ""
-
-
-def _sums(group: Sequence[TensorReport], codecs: Mapping[str, int]) -> dict[str, Any]:
+def sums(group: Sequence[TensorReport], codecs: Mapping[str, int]) -> dict[str, Any]:
     """One line of a table; the errors are those of the tensors that changed."""
     changed = [row for row in group if row.changed]
     everything, lossy = total(group), total(changed)
@@ -117,61 +103,9 @@ def _sums(group: Sequence[TensorReport], codecs: Mapping[str, int]) -> dict[str,
         "changed": lossy.tensors,
         "weights": everything.weights,
         "bytes": everything.bytes,
-        "bits": _short(everything.bits_per_weight),
-        "error": _short(lossy.rel_error) if changed else None,
-        "worst": _short(lossy.worst) if changed else None,
+        "bits": shown(everything.bits_per_weight),
+        "error": shown(lossy.rel_error) if changed else None,
+        "worst": shown(lossy.worst) if changed else None,
         "codecs": [codecs[codec] for codec in sorted(weights, key=lambda c: (-weights[c], c))],
-        **({} if of_outputs is None else {"output": _short(of_outputs)}),
+        **({} if of_outputs is None else {"output": shown(of_outputs)}),
     }
-
-
-def _series(rows: Sequence[TensorReport], roles: Mapping[str, int], codecs: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Tensors alike: what they share once, and a column of each of the ids in their names and of their errors."""
-    alike: dict[tuple[Any, ...], list[tuple[Place, TensorReport]]] = {}
-    for row in rows:
-        place = Place.of(line_of(row.name))
-        key = (place.parts, row.role, row.codec, row.shape, row.bytes, row.bits_per_weight)
-        alike.setdefault(key, []).append((place, row))
-    series = []
-    for (parts, role, codec, shape, nbytes, bits), group in alike.items():
-        group.sort(key=lambda pair: pair[0].ids)
-        first = group[0][0]
-        entry = {
-            "parts": parts,
-            "ids": [[place.ids[i] for place, _ in group] for i in range(len(first.ids))],
-            "role": roles[role],
-            "codec": codecs[codec],
-            "shape": shape,
-            "bytes": nbytes,
-            "bits": _short(bits),
-            "n": len(group),
-        }
-        if first.layer is not None:
-            entry |= {"layer": first.layer, "block": first.block, "projection": first.projection}
-        if first.expert is not None:
-            entry["expert"] = first.expert
-        if any(row.rel_error or row.max_abs_error for _, row in group):
-            entry |= {
-                "error": [_short(row.rel_error) for _, row in group],
-                "largest": [_short(row.max_abs_error) for _, row in group],
-            }
-        if any(row.output_error is not None for _, row in group):
-            entry |= {
-                "output": [None if row.output_error is None else _short(row.output_error, OF_OUTPUTS) for _, row in group],
-                "tokens": _once([row.calibration_tokens for _, row in group]),
-            }
-        series.append(entry)
-    return series
-
-
-def _once(values: list[int | None]) -> list[int | None] | int | None:
-    """The value that all have, if they have one."""
-    return values[0] if len(set(values)) == 1 else values
-
-
-def _short(value: float, digits: int = DIGITS) -> float | int | None:
-    """The number with so many significant digits, or None for one that JSON has no word for."""
-    if not math.isfinite(value):
-        return None
-    short = float(f"{value:.{digits}g}")
-    return int(short) if short == int(short) and short < 1e15 else short

@@ -10,17 +10,23 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ernie_quant.disk import write_file
 from ernie_quant.errors import OutputError
 from ernie_quant.report.columns import columns
+from ernie_quant.report.compared import compared
 from ernie_quant.report.saved import Report
 
 PAGES = Path(__file__).parent / "pages"
 OF_TEXT = "calibration.js"  # of calibrated results alone
-SCRIPTS = ("data.js", "tables.js", "bars.js", "histogram.js", "heatmap.js", OF_TEXT, "main.js")
+ALWAYS = ("base.js", "table.js", "data.js", "made.js")
+PICTURES = ("bars.js", "codecs.js", "histogram.js", "panels.js", "scales.js", "heatmap.js", "tip.js")
+SCRIPTS = (*ALWAYS, "tensors.js", *PICTURES, OF_TEXT, "main.js")
+OF_TWO = (*ALWAYS, "compare.js", "curves.js", "main_of_two.js")
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,9 @@ class Written:
     bytes: int
 
 
-def write(report: Report, path: Path) -> Written:
-    """Write the page. Raises OutputError."""
-    return put(path, render(report))
+def write(report: Report, path: Path, against: Report | None = None) -> Written:
+    """Write the page of a result, or of two side by side. Raises OutputError."""
+    return put(path, render(report) if against is None else render_two(report, against))
 
 
 def put(path: Path, data: bytes) -> Written:
@@ -47,9 +53,17 @@ def put(path: Path, data: bytes) -> Written:
 
 def render(report: Report) -> bytes:
     """The page: the same report, the same bytes."""
-    style = (PAGES / "report.css").read_text(encoding="utf-8")
     shown = columns(report)
-    scripts = [name for name in SCRIPTS if name != OF_TEXT or "calibration" in shown]
+    return _filled("report.html", [name for name in SCRIPTS if name != OF_TEXT or "calibration" in shown], shown)
+
+
+def render_two(report: Report, against: Report) -> bytes:
+    """The page of two results side by side. Raises OutputError where they have no tensor in common."""
+    return _filled("compare.html", OF_TWO, compared(report, against))
+
+
+def _filled(template: str, scripts: Sequence[str], shown: Mapping[str, Any]) -> bytes:
+    style = (PAGES / "report.css").read_text(encoding="utf-8")
     script = "\n".join((PAGES / name).read_text(encoding="utf-8") for name in scripts)
     data = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     values = {
@@ -60,7 +74,7 @@ def render(report: Report) -> bytes:
         "script": script,
         "data": data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
     }
-    html = (PAGES / "report.html").read_text(encoding="utf-8")
+    html = (PAGES / template).read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], html).encode()
 
 

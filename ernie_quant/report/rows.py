@@ -13,7 +13,7 @@ from ernie_quant.codecs._rounded import ROUNDED
 from ernie_quant.codecs.keep import KEPT
 
 FIRST = 5  # of many names
-FILENAME, PAGE = "report.json", "report.html"
+FILENAME, PAGE, COMPARISON = "report.json", "report.html", "comparison.html"
 PLOTS_FOLDER, PLOTS = "plots", ("error-heatmap.png", "error-histogram.png", "bytes-by-role.png")  # beside the page
 
 

@@ -60,6 +60,10 @@ def _believed(row: TensorReport) -> TensorReport:
             raise ValueError(f"{key} is no such number")
     if type(row.fitted) is not bool or not (row.output_error is None or _is_part(row.output_error)):
         raise ValueError("fitted or output_error is no such value")
+    if not (row.sqnr_db is None or (type(row.sqnr_db) in (int, float) and abs(row.sqnr_db) <= 1e100)):
+        raise ValueError("sqnr_db is no such number")
+    if not all(isinstance(text, str) for text in (row.crc32, *row.sources)):
+        raise ValueError("crc32 or sources are no text")
     if row.calibration_tokens is not None and (
         type(row.calibration_tokens) is not int or not 0 <= row.calibration_tokens <= MOST
     ):

@@ -145,7 +145,8 @@ class OutputFolder:
             os.replace(self.path / MANIFEST, self.state / SWEPT)
             fsync_folder(self.path)
         copied = self._copied()
-        own = {MANIFEST, SUMS, *writers.indexes(), report.FILENAME, report.PAGE, CONFIG, README, SOURCE_README, *copied}
+        pages = (report.FILENAME, report.PAGE, report.COMPARISON)
+        own = {MANIFEST, SUMS, *writers.indexes(), *pages, CONFIG, README, SOURCE_README, *copied}
         for folder in weight_folders(self.path):
             found = [p for p in folder.iterdir() if p.is_symlink() or p.is_file()]
             _unlink(p for p in found if p.name in own or _is_shard(p) or p.name.endswith(PARTIAL))

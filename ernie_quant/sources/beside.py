@@ -14,7 +14,9 @@ from ernie_quant.readers import by_suffix
 from ernie_quant.sources.sets import INDEXES
 
 # never carried along: what is written anew, other weights, and what makes a loader look for some
-OWN_FILES = {"config.json", "ernie-quant.json", "report.json", "report.html", "eval.json", "SHA256SUMS", *INDEXES}
+OWN_FILES = {
+    "config.json", "ernie-quant.json", "report.json", "report.html", "comparison.html", "eval.json", "SHA256SUMS", *INDEXES,
+}  # fmt: skip
 OTHER_WEIGHTS = {".pt", ".pth", ".onnx", ".msgpack", ".h5", ".npz", ".pdiparams", ".pdopt"}
 ADAPTER = "adapter_config.json"
 # what a name of a model's file may be, in small letters

@@ -82,7 +82,7 @@ def folder_of(out: Path, rows: list[TensorReport], **header: Any) -> Path:
     return out
 
 
-RESULTS = ("dense", "moe", "moe_mtp", "vl", "converted", "container", "calibrated", "large", "hostile")
+RESULTS = ("dense", "moe", "moe_mtp", "vl", "converted", "container", "calibrated", "gguf", "large", "hostile")
 over_results = pytest.mark.parametrize("name", RESULTS)
 
 
@@ -93,4 +93,14 @@ def text_of(out: Path) -> str:
 def data_of(text: str) -> dict[str, Any]:
     (found,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)
     value: dict[str, Any] = json.loads(found)
+    for s in value["series"]:
+        s["ids"] = [column(ids) for ids in s["ids"]]
     return value
+
+
+def column(ids: Any) -> list[int]:
+    """Numbers in names, which may come as runs: a value, and how often it stands there."""
+    if isinstance(ids, list):
+        return ids
+    pairs = zip(ids["runs"][::2], ids["runs"][1::2], strict=True)
+    return [value for value, count in pairs for _ in range(count)]

@@ -9,7 +9,7 @@ import pytest
 from helpers.browser import CHROMIUM, Browser
 from helpers.calibrated import calibrated, worded
 from helpers.disk import no_waiting
-from helpers.models import random_model, write
+from helpers.models import invoke, random_model, write
 from helpers.pages import HOSTILE, folder_of, large, measured, row
 from helpers.paths import GOLDEN
 
@@ -35,6 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )  # fmt: skip
         write(base / "src", base / "container", "fastdeploy", recipe=built_in.fastdeploy_container("wint2", 2, effort=1))
         calibrated(worded(base / "src-of-text"), base / "calibrated")
+        invoke("gguf", GOLDEN / "moe/paddle", base / "gguf", "--type", "Q4_0", "--keep-unfit", "--quiet")
         rows, said = measured(large())
         folder_of(base / "large-calibrated", rows, calibration=said)
         folder_of(base / "large", large(), notes=["FD_USE_MACHETE=0 is needed"])

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def test_scripts_make_no_markup() -> None:
     code = "\n".join(p.read_text() for p in page.PAGES.glob("*.js"))
     forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(|\bfetch\b|XMLHttpRequest|import\("
     assert re.findall(forbidden, code) == []
-    assert {p.name for p in page.PAGES.glob("*.js")} == set(page.SCRIPTS)
+    assert {p.name for p in page.PAGES.glob("*.js")} == {*page.SCRIPTS, *page.OF_TWO}
 
 
 def test_a_folder_without_a_result_is_refused(results: dict[str, Path], tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_a_folder_without_a_result_is_refused(results: dict[str, Path], tmp_path
     [
         {"name": 3}, {"role": None}, {"codec": ["x"]}, {"shape": [4, "4"]}, {"shape": 5}, {"shape": [2**40, 2**40]},
         {"bytes": -1}, {"bytes": True}, {"rel_error": "0"}, {"rel_error": 1e300}, {"squared_norm": -1.0},
-        {"bits_per_weight": None},
+        {"bits_per_weight": None}, {"sqnr_db": "=1"}, {"sqnr_db": True}, {"crc32": 7}, {"sources": [7]},
     ],
     ids=str,
 )  # fmt: skip
@@ -135,6 +136,29 @@ def test_facts_of_any_type_are_shown_or_left_out(tmp_path: Path) -> None:
             (out / "ernie-quant.json").write_text(json.dumps(value))
         facts = data_of(page.render(saved.read(out)).decode())["facts"]
         assert (facts["notes"], facts["recipe"], facts["error"]) == ([], "", 0)
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "numba", "numpy", "scipy", "transformers", "safetensors"):
+            raise ImportError(f"a report needs no {name}")
+
+sys.meta_path.insert(0, Refuses())
+from ernie_quant.cli.main import group
+out, other, folder = sys.argv[1:]
+group(["report", out, "--out", f"{folder}/page.html", "--csv", f"{folder}/rows.csv", "--quiet"], standalone_mode=False)
+group(["report", out, "--against", other, "--out", f"{folder}/two.html", "--quiet"], standalone_mode=False)
+"""
+
+
+def test_no_heavy_package_is_needed(results: dict[str, Path], tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, results["moe"], results["moe_mtp"], tmp_path], check=True)
+    assert (tmp_path / "page.html").read_bytes() == (results["moe"] / report.PAGE).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "rows.csv", "two.html"]
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -184,7 +208,7 @@ def run(*arguments: object) -> Result:
 def test_the_command_writes_the_page_beside_the_weights(results: dict[str, Path], tmp_path: Path) -> None:
     out = Path(shutil.copytree(results["moe"], tmp_path / "out"))
     (out / report.PAGE).unlink()
-    assert run(out).output == f"{out / 'report.html'}: 0.05 MB\n"
+    assert run(out).output == f"{out / 'report.html'}: 0.07 MB\n"
     assert (out / report.PAGE).read_text().startswith("<!DOCTYPE html>")
     verify.verify(out)  # which is not disturbed by it
     assert run(out, "--quiet").output == ""

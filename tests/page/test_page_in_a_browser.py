@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 from helpers.browser import Browser
-from helpers.pages import HOSTILE, TIMES, WINT2, WINT4, over_results
+from helpers.pages import HOSTILE, TIMES, WINT2, WINT4, folder_of, over_results, row
 
+from ernie_quant.report import page, saved
 from ernie_quant.report import rows as report
 
 CELLS = """(() => {
@@ -38,6 +41,7 @@ def test_it_opens_without_a_word_and_asks_for_nothing(name: str, results: dict[s
         "converted": 0,
         "container": 3,
         "calibrated": 4,
+        "gguf": 4,
         "large": 4,
         "hostile": 1,
     }
@@ -84,9 +88,9 @@ def test_the_large_one_opens_at_once(results: dict[str, Path], browser: Browser)
 def test_cells_have_the_colours_of_their_errors(results: dict[str, Path], browser: Browser) -> None:
     browser.open(results["large"] / report.PAGE)
     gate, up = browser.js(CELLS % 0), browser.js(CELLS % 1)
-    assert "253,231,37" in up  # the worst of all, in yellow
-    assert "253,231,37" not in gate
+    assert "253,231,37" in up  # the worst of all, and the worst that is usual, in yellow
     assert "68,1,84" in gate | up  # the best
+    assert gate.keys() & up.keys() >= {"194,84,0", "0,114,178"}  # beside the rows which codec they have
     assert gate["223,227,232"] > 1000  # the layer that is kept
     assert len(gate) > 30
     legend = browser.js("document.querySelector('.legend').textContent")
@@ -99,6 +103,128 @@ def test_cells_have_the_colours_of_their_errors(results: dict[str, Path], browse
     least, most, _ = browser.js("document.querySelector('.legend .scale').textContent").split(TIMES)
     assert 0.85 < float(least) < 1
     assert 2 < float(most) < 2.5
+
+
+def test_bars_are_as_wide_as_their_bytes(results: dict[str, Path], browser: Browser) -> None:
+    """Of a role with a ten millionth of the bytes too: nothing is drawn that is not there."""
+    for name in ("large", "vl", "converted"):
+        found = report.grouped(saved.read(results[name]).rows, lambda r: r.role)
+        sums = sorted((sum(r.bytes for r in rows) for rows in found.values()), reverse=True)
+        browser.open(results[name] / report.PAGE)
+        whole = browser.js("document.getElementById('whole').getBoundingClientRect().width")
+        assert whole > 1000
+        widths = browser.js("[...document.getElementById('whole').children].map(p => p.getBoundingClientRect().width)")
+        assert widths == pytest.approx([whole * n / sum(sums) for n in sums], abs=0.1)
+        tracks = "[...document.querySelectorAll('#roles .track')].map(t => [t, ...t.children])"
+        weights = [sum(math.prod(r.shape) for r in rows) for rows in found.values()]
+        widest = max(*sums, *(2 * n for n in weights))
+        for size, (track, before, stored) in zip(
+            sums, browser.js(f"{tracks}.map(of => of.map(b => b.getBoundingClientRect().width))"), strict=True
+        ):
+            assert stored == pytest.approx(track * size / widest, abs=0.1)
+            assert any(before == pytest.approx(track * 2 * n / widest, abs=0.1) for n in weights)
+
+
+def test_small_parts_are_not_inflated_by_letters_or_borders(results: dict[str, Path], browser: Browser) -> None:
+    browser.open(results["large"] / report.PAGE)
+    assert browser.js("[...document.getElementById('whole').children].map(p => p.textContent)") == ["experts 93 %", "", "", ""]
+    parts = "[...document.querySelectorAll('#whole > div, .track div')]"
+    keys = ("minWidth", "paddingLeft", "paddingRight", "borderLeftWidth", "borderRightWidth", "marginLeft")
+    styles = ", ".join(f"getComputedStyle(part).{key}" for key in keys)
+    assert set(browser.js(f"{parts}.flatMap(part => [{styles}])")) <= {"0px", "auto"}
+
+
+def test_each_codec_has_a_scale_of_its_own(results: dict[str, Path], browser: Browser) -> None:
+    """On one scale a codec has a few colours near an end; on its own it has them all."""
+    browser.open(results["large"] / report.PAGE)
+    scales = "[...document.querySelectorAll('.legend')[0].querySelectorAll('.scale')].map(s => s.textContent)"
+    choose = "{ const mode = document.querySelector('select'); mode.value = '%s'; mode.dispatchEvent(new Event('change')) }"
+    assert browser.js(scales) == [f"{WINT2}0.07660.0936", f"{WINT4}0.01070.0131"]  # of usual errors, not of the one outlier
+    own = browser.js(CELLS % 0)
+    browser.js(choose % "same")
+    assert browser.js(scales) == ["0.01070.0936"]
+    assert len(browser.js(CELLS % 0)) < len(own)  # one scale tells codecs apart, and little more
+    browser.js(choose % "expected")
+    assert browser.js(scales) == [f"0.748{TIMES}1.90{TIMES}"]
+
+
+def test_an_outlier_has_a_sign_and_words(results: dict[str, Path], browser: Browser) -> None:
+    browser.open(results["large"] / report.PAGE)
+    name = "model.layers.31.mlp.experts.77.up_proj.weight"
+    first = browser.js("[...document.querySelector('#tensor-table tbody tr').cells].slice(0, 4).map(cell => cell.textContent)")
+    assert first == [name, "0.195", "\u25b2 high 2.29", "1.90"]
+    assert browser.js("document.getElementById('outliers').parentElement.textContent.trim()") == "outliers only (1)"
+    browser.js("document.getElementById('outliers').click()")
+    assert browser.js(NAMES) == [name]
+    browser.js("document.getElementById('outliers').click()")
+    browser.js("{ const f = document.getElementById('filter'); f.value = 'outlier'; f.dispatchEvent(new Event('input')) }")
+    assert browser.js(NAMES) == [name]
+    assert "outlier of its codec" in browser.js("document.querySelector('.legend').textContent")
+    at = "[...document.querySelectorAll('.plot canvas')][1]"
+    browser.js(f"{at}.focus()")
+    for key in ["ArrowRight"] * 77 + ["ArrowDown"] * 31:
+        browser.press(key)
+    tip = browser.js("document.getElementById('tip').textContent")
+    assert f"1.90{TIMES} that of Gaussian weights, 2.29{TIMES} the median of its codec" in tip
+    assert "\u25b2 outlier: more than is usual, 0.0590 to 0.123" in tip
+
+
+def test_errors_stand_beside_what_is_expected(results: dict[str, Path], browser: Browser) -> None:
+    browser.open(results["large"] / report.PAGE)
+    lines = browser.js("[...document.querySelectorAll('#codec-table tbody tr')].map(r => [...r.cells].map(c => c.textContent))")
+    assert lines[0] == [
+        WINT2, "17,664", "0.102", "0.0851", "0.83", "0.0766 to 0.195", "0.0590 to 0.123", "\u25b2 high 1 ",
+    ]  # fmt: skip
+    assert lines[1][:5] == [WINT4, "2,688", "0.0129", "0.0119", "0.92"]
+    assert browser.js("document.querySelectorAll('#histograms line.gauss').length") == 3
+    assert browser.js("document.getElementById('by-text').hidden")
+    browser.open(results["converted"] / report.PAGE)
+    assert browser.js("document.getElementById('by-codec').hidden")
+    assert browser.js("document.getElementById('outliers').parentElement.hidden")
+    browser.open(results["calibrated"] / report.PAGE)
+    assert browser.js("document.getElementById('by-text').hidden") is False
+
+
+def test_a_single_tensor_is_a_page_too(tmp_path: Path, browser: Browser) -> None:
+    out = folder_of(tmp_path / "out", [row("model.layers.0.mlp.up_proj.weight", "mlp", WINT4, (4, 64), 4, 0.01)])
+    browser.open(page.write(saved.read(out), out / report.PAGE).path)
+    cells = browser.js("[...document.querySelector('#codec-table tbody tr').cells].map(cell => cell.textContent)")
+    assert cells == [WINT4, "1", "0.0100", "0.0100", "1.00", "0.0100", "too few to say", "\u2013"]
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("command", ["ernie-quant wint4 'my model' out --experts-only", *HOSTILE, None, 7, ["x"], "x" * 20_000])
+def test_the_command_is_shown_as_it_is_told(command: object, tmp_path: Path, browser: Browser) -> None:
+    out = folder_of(tmp_path / "out", [row("x", "mlp", WINT4, (4, 64), 4, 0.01)])
+    manifest = json.loads((out / "ernie-quant.json").read_text()) | {
+        "command": command,
+        "recipe": {"name": "mine", "rules": [{"applies_to": HOSTILE[0], "codec": "int4"}], "keep_unfit": True},
+        "options": {"fixes": ["a", "b"], "calibration": {"name": HOSTILE[1], "fit": False}, "copy_code": False},
+        "libraries": {"torch": "2.13"},
+    }
+    (out / "ernie-quant.json").write_text(json.dumps(manifest))
+    browser.open(page.write(saved.read(out), out / report.PAGE).path)
+    shown = browser.js("document.querySelector('#recipe pre')?.textContent ?? null")
+    if not isinstance(command, str):
+        assert shown is None
+    elif command == HOSTILE[6]:
+        assert shown == "model.layers.0.\\u202egnp.weight"
+    else:
+        assert shown == command[:8000] + (" \u2026" if len(command) > 8000 else "")
+    how = browser.js("document.getElementById('recipe').innerText")
+    for words in (f"{HOSTILE[0]}: int4", "fixes a, b", f"calibration.name {HOSTILE[1]}", "keep_unfit yes", "torch 2.13"):
+        assert words in how
+    assert "copy_code" not in how
+    assert browser.js("window.pwned") is None
+    assert browser.js("document.scripts.length") == 2
+    assert browser.complaints() == []
+
+
+def test_an_old_manifest_says_nothing_of_rules(results: dict[str, Path], browser: Browser) -> None:
+    browser.open(results["large"] / report.PAGE)
+    assert browser.js("[...document.querySelectorAll('#recipe dt')].map(name => name.textContent)") == [
+        "Recipe", "Runtime", "Source", "Versions",
+    ]  # fmt: skip
 
 
 def test_a_cell_tells_its_name_to_mouse_and_keyboard(results: dict[str, Path], browser: Browser) -> None:

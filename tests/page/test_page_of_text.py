@@ -106,6 +106,17 @@ def test_the_heatmaps_show_errors_of_outputs_too(results: dict[str, Path], brows
     assert browser.complaints() == []
 
 
+def test_what_makes_up_for_errors_is_no_outlier(results: dict[str, Path], browser: Browser) -> None:
+    fitted = [r for r in saved.read(results["calibrated"]).rows if r.fitted and r.role == "experts"]
+    assert fitted
+    browser.open(results["calibrated"] / report.PAGE)
+    assert browser.js("DATA.series.filter(s => s.fitted).every(s => outlier(s.first) === 0 && timesMedian(s.first) === null)")
+    texts = "[...document.querySelector('.legend .ramp').childNodes].filter(node => node.nodeType === 3)"
+    low, high = browser.js(f"{texts}.map(node => Number(node.data))")
+    assert browser.js("document.querySelector('.legend').textContent").endswith("meant to differ")
+    assert low < high < max(r.rel_error for r in fitted) / 5  # colours are for what can be compared
+
+
 def test_a_cell_tells_its_output_error_and_tokens(results: dict[str, Path], browser: Browser) -> None:
     browser.open(results["large-calibrated"] / report.PAGE)
     browser.js("document.querySelectorAll('.plot canvas')[0].focus()")

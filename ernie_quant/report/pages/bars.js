@@ -1,4 +1,5 @@
-// Where the bytes are: one bar of all roles, and a table with a bar of each.
+// Where the bytes are: one bar of all roles, and a table with a bar of each. A width is its share of the bytes and nothing else:
+// no padding, border or gap takes part, so that what is small may not be seen.
 
 const BF16_BYTES = 2;
 
@@ -8,14 +9,13 @@ function bytesByRole() {
   const widest = Math.max(1, ...rows.map(r => Math.max(r.bytes, r.weights * BF16_BYTES)));
   rows.forEach((row, i) => (row.color = ROLE_COLORS[i % ROLE_COLORS.length]));
 
-  byId("whole").append(...rows.filter(r => r.bytes / all > 0.002).map(row => {
+  const parts = rows.filter(row => row.bytes).map(row => {
     const share = row.bytes / all, percent = `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
-    const part = el("div", { title: `${row.name}: ${showBytes(row.bytes)}, ${percent}`, style: { flex: `${row.bytes} 1 0`, background: row.color } });
-    part.textContent = `${row.name} ${percent}`;
-    return part;
-  }));
-  const cut = [...byId("whole").children].filter(part => part.scrollWidth > part.clientWidth);
-  cut.forEach(part => part.replaceChildren()); // the table says it
+    return el("div", { title: `${row.name}: ${showBytes(row.bytes)}, ${percent}`, style: { width: `${100 * share}%`, background: row.color } },
+      el("span", { textContent: `${row.name} ${percent}` }));
+  });
+  byId("whole").append(...parts);
+  parts.filter(part => part.scrollWidth > part.clientWidth).forEach(part => part.replaceChildren()); // the table says it
 
   const percent = n => `${(100 * n) / widest}%`;
   const bar = row => el("div", { className: "track", title: `${showBytes(row.bytes)}; in bf16 ${showBytes(row.weights * BF16_BYTES)}` },

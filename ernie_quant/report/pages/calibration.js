@@ -23,11 +23,13 @@ errorColumns.push({ head: "output error", number: true, value: r => r.output ?? 
 
 const plainTable = sortedTable;
 sortedTable = (columns, rows, options) => {
+  const after = columns.findIndex(column => column.head === "max |error|") + 1;
   if (options.label === "Tensors") columns = [
-    ...columns.slice(0, 4),
-    { head: "output error", number: true, value: i => orNull(outputs[i]), cell: i => showError(orNull(outputs[i])) },
-    ...columns.slice(4),
-    { head: "tokens", number: true, value: i => orNull(tokensSeen[i]), cell: i => (Number.isNaN(tokensSeen[i]) ? NONE : showCount(tokensSeen[i])) },
+    ...columns.slice(0, after),
+    { head: "output error", number: true, csv: "output_error", value: i => orNull(outputs[i]), cell: i => showError(orNull(outputs[i])) },
+    ...columns.slice(after),
+    { head: "tokens", number: true, csv: "calibration_tokens", value: i => orNull(tokensSeen[i]), cell: i => (Number.isNaN(tokensSeen[i]) ? NONE : showCount(tokensSeen[i])) },
+    { csv: "fitted", plain: i => (seriesOf(i).fitted ? "yes" : "") },
   ];
   if (options.label === "Layers") columns = [
     ...columns.slice(0, -1),
@@ -39,17 +41,7 @@ sortedTable = (columns, rows, options) => {
 
 // --- heatmaps: of weights or of outputs ---
 
-let ofOutputs = false;
-const plainValues = values;
-values = (p, relative) => {
-  const ofWeights = T.error;
-  if (ofOutputs) T.error = outputs;
-  try {
-    return plainValues(p, relative);
-  } finally {
-    T.error = ofWeights;
-  }
-};
+KINDS.output = outputs;
 
 const plainHeatmaps = heatmaps;
 heatmaps = () => {
@@ -59,8 +51,8 @@ heatmaps = () => {
   byId("heatmaps").append(el("div", { className: "controls" }, el("label", {}, "Errors of: ", choice), hint));
   const draw = plainHeatmaps();
   choice.addEventListener("change", () => {
-    ofOutputs = choice.value === "outputs";
-    hint.hidden = !ofOutputs;
+    kind = choice.value ? "output" : "error";
+    hint.hidden = kind === "error";
     draw();
   });
   return draw;

@@ -1,134 +1,6 @@
-// Errors by place: layer by expert for each projection, and layer by projection for all other linears.
+// One panel as a picture, with a frame around each outlier; its cells are pointed at by mouse, finger and arrow keys.
 
-const MOST_CELLS = 2e6, LEAST_RANGE = 1.2, BAND = 6, GAP = 3, SLANT = Math.PI / 3.2;
-
-// A panel: sorted labels of both axes, and `cells[y * columns + x]`: a tensor, or -1.
-function panel(title, series, columnsOf, byProjection) {
-  const ys = new Map(), xs = new Map(), points = [];
-  for (const s of series) {
-    const columns = columnsOf(s);
-    for (let k = 0; k < s.n; k++) {
-      const layer = s.ids[s.layer][k], x = columns(k), y = s.block === "layer" ? layer : 1e7 + layer;
-      ys.set(y, s.block === "layer" ? String(layer) : `${s.block} ${layer}`);
-      xs.set(x, x);
-      points.push([y, x, s.first + k]);
-    }
-  }
-  const sortedYs = [...ys.keys()].sort((a, b) => a - b);
-  const sortedXs = [...xs.keys()].sort(byProjection ? undefined : (a, b) => a - b);
-  if (byProjection) sortedXs.sort((a, b) => projectionOrder(a) - projectionOrder(b));
-  const rows = sortedYs.length, columns = sortedXs.length;
-  if (rows * columns > MOST_CELLS) return null;
-  const yAt = new Map(sortedYs.map((y, i) => [y, i])), xAt = new Map(sortedXs.map((x, i) => [x, i]));
-  const cells = new Int32Array(rows * columns).fill(-1);
-  for (const [y, x, i] of points) cells[yAt.get(y) * columns + xAt.get(x)] = i;
-  return { title, rows, columns, cells, yLabels: sortedYs.map(y => ys.get(y)), xLabels: sortedXs.map(x => String(x).replace(/^(self_attn|mlp)\./, "")), byProjection };
-}
-
-const ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "up_gate_proj", "gate_proj", "up_proj", "down_proj"];
-
-function projectionOrder(name) {
-  const at = ORDER.findIndex(end => name.endsWith(end));
-  return (name.includes("shared") ? 100 : 0) + (at < 0 ? 50 : at);
-}
-
-function panelGroups() {
-  const placed = DATA.series.filter(s => s.layer !== undefined);
-  const groups = [];
-  DATA.roles.forEach((name, role) => {
-    const experts = placed.filter(s => s.role === role && s.expert !== undefined);
-    if (!experts.some(s => s.changed)) return;
-    const projections = [...new Set(experts.map(s => s.projection))].sort((a, b) => projectionOrder(a) - projectionOrder(b));
-    const panels = projections.map(p => panel(p, experts.filter(s => s.projection === p), s => k => s.ids[s.expert][k], false));
-    groups.push({ title: `${name}: layer by expert`, panels });
-  });
-  const others = placed.filter(s => s.expert === undefined && s.shape.length === 2);
-  const lossy = new Set(others.filter(s => s.changed).map(s => s.projection));
-  if (lossy.size) {
-    const shown = others.filter(s => lossy.has(s.projection));
-    groups.push({ title: groups.length ? "other linears: layer by projection" : "layer by projection", panels: [panel("", shown, s => () => s.projection, true)] });
-  }
-  return groups.map(g => ({ ...g, panels: g.panels.filter(Boolean) })).filter(g => g.panels.length);
-}
-
-// What a cell shows: its error, or how many times the median of its row (of the same codec) it is.
-function values(p, relative) {
-  const shown = new Float64Array(p.cells.length).fill(NaN);
-  for (let y = 0; y < p.rows; y++) {
-    const medians = relative ? rowMedians(p, y) : null;
-    for (let at = y * p.columns; at < (y + 1) * p.columns; at++) {
-      const i = p.cells[at];
-      if (i >= 0 && seriesOf(i).changed) shown[at] = relative ? T.error[i] / medians.get(seriesOf(i).codec) : T.error[i];
-    }
-  }
-  return shown;
-}
-
-function rowMedians(p, y) {
-  const byCodec = new Map();
-  for (const i of p.cells.subarray(y * p.columns, (y + 1) * p.columns)) {
-    if (i < 0) continue;
-    const { codec } = seriesOf(i);
-    byCodec.has(codec) ? byCodec.get(codec).push(T.error[i]) : byCodec.set(codec, [T.error[i]]);
-  }
-  return new Map([...byCodec].map(([codec, errors]) => [codec, errors.sort((a, b) => a - b)[errors.length >> 1] || 1]));
-}
-
-function heatmaps() {
-  const place = byId("heatmaps"), groups = panelGroups();
-  if (!groups.length) {
-    place.append(el("p", { textContent: "No weight matrix of a layer was changed: every tensor keeps its bits." }));
-    return () => {};
-  }
-  const draws = groups.map(group => groupOfPanels(place, group));
-  const kept = DATA.roles.filter((_, role) => DATA.by_role[role].changed === 0);
-  if (kept.length) place.append(el("p", { className: "hint after", textContent: `Kept bit by bit, and not shown here: ${kept.join(", ")}.` }));
-  return () => draws.forEach(draw => draw());
-}
-
-function groupOfPanels(place, group) {
-  const mode = el("select", {}, el("option", { value: "", textContent: "relative error" }),
-    el("option", { value: "relative", textContent: "times the median of its row" }));
-  const legend = el("div", { className: "legend" });
-  const several = group.panels.some(p => p.cells.length > p.rows) && group.panels.some(p => !p.byProjection);
-  const head = el("div", { className: "group-head" }, el("h3", { textContent: group.title }),
-    several ? el("label", {}, "Colour: ", mode) : null, legend);
-  const box = el("div", { className: group.panels.length > 1 ? "panels" : "panels single" });
-  place.append(el("div", { className: "group" }, head, box));
-  const views = group.panels.map(p => new Heatmap(p, box));
-
-  function draw() {
-    const relative = mode.value === "relative";
-    const shown = group.panels.map(p => values(p, relative));
-    let low = Infinity, high = 0;
-    for (const list of shown) for (const x of list) if (x > 0) { low = Math.min(low, x); high = Math.max(high, x); }
-    if (!(high > 0)) low = high = 1;
-    const widen = Math.max(1, Math.sqrt((LEAST_RANGE * low) / high)); // or noise would look like a difference
-    [low, high] = [low / widen, high * widen];
-    const axis = logAxis(low, high);
-    drawLegend(legend, axis, group.panels, relative);
-    views.forEach((view, i) => view.draw(shown[i], axis));
-  }
-  mode.addEventListener("change", draw);
-  return draw;
-}
-
-function drawLegend(legend, axis, panels, relative) {
-  const ramp = el("canvas", { width: 160, height: 12 }), context = ramp.getContext("2d");
-  for (let x = 0; x < 160; x++) {
-    context.fillStyle = `rgb(${VIRIDIS[Math.round((x / 159) * 255)].join()})`;
-    context.fillRect(x, 0, 1, 12);
-  }
-  const times = relative ? "×" : "";
-  const items = [el("span", { className: "scale" }, showError(axis.low) + times, ramp, showError(axis.high) + times)];
-  const codecs = new Set();
-  let kept = false;
-  for (const p of panels) for (const i of p.cells) if (i >= 0) seriesOf(i).changed ? codecs.add(seriesOf(i).codec) : (kept = true);
-  if (codecs.size > 1) for (const c of [...codecs].sort((a, b) => a - b)) items.push(el("span", {}, swatch(codecColor(c)), DATA.codecs[c]));
-  else for (const c of codecs) items.push(el("span", { textContent: DATA.codecs[c] }));
-  if (kept) items.push(el("span", {}, swatch("var(--cell-kept)"), "kept bit by bit"));
-  legend.replaceChildren(...items);
-}
+const BAND = 6, GAP = 3, SLANT = Math.PI / 3.2;
 
 class Heatmap {
   constructor(p, box) {
@@ -161,7 +33,7 @@ class Heatmap {
     this.height = this.cell * rows;
   }
 
-  draw(shown, axis) {
+  draw(shown, scales) {
     this.layout();
     this.hide();
     const { rows, columns, yLabels } = this.p;
@@ -173,12 +45,13 @@ class Heatmap {
     const edge = x => Math.round((this.left + (x * this.width) / columns) * ratio) / ratio;
     const edges = Array.from({ length: columns + 1 }, (_, x) => edge(x));
     context.imageSmoothingEnabled = false;
-    context.drawImage(this.small(shown, axis), edges[0], this.head, edges[columns] - edges[0], this.height);
+    context.drawImage(this.small(shown, scales), edges[0], this.head, edges[columns] - edges[0], this.height);
     if (this.cell >= 10 && this.width / columns >= 8) {
       context.fillStyle = themeColor("--card"); // lines between the cells
       for (let x = 1; x < columns; x++) context.fillRect(edges[x] - 1, this.head, 1, this.height);
       for (let y = 1; y < rows; y++) context.fillRect(edges[0], this.head + y * this.cell - 1, this.width, 1);
     }
+    this.drawOutliers(context, edges);
     if (this.band) this.drawBand(context);
     context.fillStyle = themeColor("--soft");
     context.font = "11px system-ui, sans-serif";
@@ -192,18 +65,31 @@ class Heatmap {
   }
 
   // The picture with a pixel for each cell.
-  small(shown, axis) {
+  small(shown, scales) {
     const { rows, columns, cells } = this.p, canvas = el("canvas", { width: columns, height: rows });
     const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
     const kept = [1, 3, 5].map(at => parseInt(themeColor("--cell-kept").slice(at, at + 2), 16));
     for (let at = 0; at < cells.length; at++) {
       if (cells[at] < 0) continue; // transparent
-      const step = shown[at] > 0 ? Math.round(axis.at(shown[at]) * 255) : 0;
+      const step = shown[at] > 0 ? Math.round(scales.get(seriesOf(cells[at]).codec).at(shown[at]) * 255) : 0;
       image.data.set(Number.isNaN(shown[at]) ? kept : VIRIDIS[Math.max(0, Math.min(255, step))], 4 * at);
       image.data[4 * at + 3] = 255;
     }
     context.putImageData(image, 0, 0);
     return canvas;
+  }
+
+  // A frame of two colours, seen on dark and light cells.
+  drawOutliers(context, edges) {
+    const { columns, cells } = this.p, frames = [[themeColor("--card"), 1.5], [themeColor("--ink"), 0.5]];
+    cells.forEach((i, at) => {
+      if (i < 0 || !outlier(i, KINDS[kind], kind)) return;
+      const x = at % columns, y = Math.floor(at / columns), left = edges[x], width = edges[x + 1] - left, top = this.head + y * this.cell;
+      for (const [color, out] of frames) {
+        context.strokeStyle = color;
+        context.strokeRect(left - out, top - out, width + 2 * out, this.cell + 2 * out);
+      }
+    });
   }
 
   // Beside each row, the codecs of its tensors, each its share of the width.
@@ -292,24 +178,4 @@ class Heatmap {
 
 function niceStep(n, least) {
   return [1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 200, 500, 1000].find(step => step >= least) || n;
-}
-
-const tip = byId("tip");
-
-function showTip(i, x, y, cell) {
-  const s = i >= 0 ? seriesOf(i) : null;
-  const lines = s === null ? ["no tensor here"] : [
-    s.changed ? `relative error ${showError(T.error[i])} (${showFixed(decibels(T.error[i]), 1)} dB), max |error| ${showError(T.largest[i])}` : "kept bit by bit",
-    `${codecOf(i)}; ${showFixed(s.bits, 3)} bits per weight; ${showShape(i)}; ${showBytes(s.bytes)}`,
-  ];
-  tip.replaceChildren(...(s ? [el("b", {}, nameNode(i))] : []), ...lines.map(line => el("div", { textContent: line })));
-  tip.hidden = false;
-  const { offsetWidth: width, offsetHeight: height } = tip;
-  const left = Math.max(8, Math.min(document.documentElement.clientWidth - width - 8, x - width / 2));
-  const above = y - height - 12;
-  Object.assign(tip.style, { left: `${left}px`, top: `${above >= 8 ? above : y + cell + 12}px` });
-}
-
-function hideTip() {
-  tip.hidden = true;
 }
