@@ -61,6 +61,12 @@ def _exit_code() -> int:
         return error.exit_code
     except ErnieQuantError as error:
         code, line = error.exit_code, f"error: {error}"
+    except ModuleNotFoundError as error:
+        from ernie_quant import needs
+
+        if (said := needs.of_import(error)) is None:
+            raise
+        code, line = said.exit_code, f"error: {said}"
     except OSError as error:
         from ernie_quant.disk import FULL
 

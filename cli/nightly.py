@@ -15,10 +15,10 @@ from ernie_quant.cli._show import print_json
 
 
 @click.command()
-@click.argument("job_file", metavar="JOB.toml", type=_options.FOLDER)
+@click.argument("job_file", metavar="JOB.toml", type=_options.TOML)
 @click.option("--work", type=_options.FOLDER, default=Path("nightly"), show_default=True, help="Folder for what is being made.")
 @click.option("--max-hours", type=click.FloatRange(0, min_open=True), help="Stop after so many hours; the next run goes on.")
-@click.option("--log", "log_file", type=_options.FOLDER, help="Append JSON lines here.  [default: WORK/log.jsonl]")
+@click.option("--log", "log_file", type=_options.FILE, help="Append JSON lines here.  [default: WORK/log.jsonl]")
 @click.option("--check", is_flag=True, help="Read and judge the job file, and do nothing.")
 @_options.json_option
 def command(

@@ -12,7 +12,7 @@ from ernie_quant.cli._show import print_json
 
 @click.command()
 @_options.source
-@click.option("--recipe", "recipe_file", type=_options.FOLDER, help="Add a row for this recipe (TOML).")
+@click.option("--recipe", "recipe_file", type=_options.TOML, help="Add a row for this recipe (TOML).")
 @click.option("--gpu-memory", type=_options.Size(), default="80GiB", show_default=True, help="Memory of one GPU.")
 @click.option("--utilization", type=click.FloatRange(0.1, 1), default=0.9, show_default=True, help="Share of it that is used.")
 @click.option("--reserve", type=_options.Size(), default="3GiB", show_default=True, help="Of that, for activations and the like.")

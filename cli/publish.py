@@ -17,7 +17,7 @@ from ernie_quant.cli._show import print_json
 @click.option("--revision", default="", help="Branch; made if there is none.  [default: the hub's]")
 @click.option("--pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
 @click.option("--tag", default="", help="Name the commit so.")
-@click.option("--eval", "evaluated", type=_options.FOLDER, metavar="FILE",
+@click.option("--eval", "evaluated", type=_options.FILE, metavar="FILE",
               help="What eval --save has kept of this result: a table in its card.")  # fmt: skip
 @click.option("--delete-as-published", is_flag=True, help="Delete each weight file here as soon as it is uploaded.")
 @click.option("--allow-odd-values", is_flag=True, help="Publish a result whose weights hold NaN or infinity, too.")

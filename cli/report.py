@@ -11,7 +11,7 @@ from ernie_quant.cli._show import print_json
 
 @click.command()
 @_options.out
-@click.option("--out", "target", type=_options.FOLDER, help="Write the page here.  [default: report.html in OUT]")
+@click.option("--out", "target", type=_options.FILE, help="Write the page here.  [default: report.html in OUT]")
 @click.option("--plots", is_flag=True, help="Write the main pictures as PNG too, in a folder plots/ beside the page.")
 @_options.quiet
 @_options.json_option
