@@ -41,7 +41,7 @@ keep_unfit = click.option("--keep-unfit", is_flag=True, help="Keep tensors whose
 to_layout = click.option("--to", "layout", type=click.Choice(["paddle", "pt"]), required=True, help="Layout of the result.")
 
 
-class RuntimeName(click.ParamType):
+class RuntimeName(click.ParamType[Any]):
     """One of the runtimes that `known` gives; they are looked up when somebody asks."""
 
     name = "runtime"
@@ -56,9 +56,9 @@ class RuntimeName(click.ParamType):
         """The name itself. To complete a word no runtime is looked up: that takes longer than anything else then."""
         return value if ctx and ctx.resilient_parsing else self._choice().convert(value, param, ctx)
 
-    def get_metavar(self, param: click.Parameter, **context: Any) -> str | None:
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
         """All of them."""
-        return self._choice().get_metavar(param, **context)  # click 8.1 gives no ctx
+        return self._choice().get_metavar(param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Those that begin so."""
@@ -123,7 +123,7 @@ def run_options(command: F) -> F:
     return write_options(command)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[Any]):
     """Bytes: `5GB`, `500MB`, `2GiB` or a plain number."""
 
     name = "size"

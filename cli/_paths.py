@@ -9,7 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 
-class Source(click.ParamType):
+class Source(click.ParamType[Any]):
     """A folder, or an address on a hub: `hf://org/name@revision`."""
 
     name = "source"

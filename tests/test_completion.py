@@ -53,9 +53,9 @@ def test_options_and_what_they_take() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("inspect", ""), ("convert", "ERNIE-PT", "o"), ("verify", ""), ("report", ""), ("publish", ""), ("verify", "out", "--against", "")],
+    [("inspect", ""), ("convert", "a", "o"), ("verify", ""), ("report", ""), ("publish", ""), ("verify", "out", "--against", "")],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_folders(words: tuple[str, ...], here: Path) -> None:
     assert kinds(*words) == {"dir"}
 

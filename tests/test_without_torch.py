@@ -127,8 +127,6 @@ def test_refusals_need_none(line: str, said: str, run: Run) -> None:
     assert done.stderr.startswith(said)
 
 
-
-
 @pytest.mark.parametrize(
     "line",
     [

@@ -191,8 +191,9 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
     for module in [m for m in sys.modules if m.partition(".")[0] == PACKAGES[name]]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, PACKAGES[name], None)
+    package = PACKAGES[name].replace("_", "-")
     for work in (lambda: sources.open_source(f"{name}://{NAME}"), lambda: hubs.publisher(name)):
-        with pytest.raises(HubError, match=f"needs the package {PACKAGES[name].replace('_', '-')}: pip install '{PACKAGES[name].replace('_', '-')}<"):
+        with pytest.raises(HubError, match=f"needs the package {package}: pip install '{package}<"):
             work()
 
 
