@@ -17,6 +17,8 @@ from helpers.packages import ROOT, build, environment
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import ernie_quant
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WITH_TORCH = {"torch", "numpy", "numba"}  # what a look at headers needs not
 
@@ -63,6 +65,10 @@ def test_versions_of_python_and_systems_are_those_that_are_tested() -> None:
     assert all(f'"3.{minor}"' in workflow for minor in named)
     systems = {c for c in PROJECT["classifiers"] if c.startswith("Operating System")}
     assert systems == {"Operating System :: POSIX :: Linux", "Operating System :: MacOS"}
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert f"\nversion: {ernie_quant.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 # --- archives --------------------------------------------------------------------------------------------------------

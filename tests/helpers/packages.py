@@ -50,8 +50,8 @@ def environment(folder: Path, what: Path, *, editable: bool = False) -> Path:
     python = folder / "bin/python"
     scheme = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", "venv", scheme))
-    here = sysconfig.get_path("purelib")
-    (site / "others.pth").write_text(f"{here}\n")  # .pth files in there are not read, so an editable checkout stays unseen
+    here = [place for place in sys.path if Path(place).name == "site-packages"]  # several, if this is such an environment
+    (site / "others.pth").write_text("\n".join(here))  # .pth files in there are not read: an editable checkout stays unseen
     pip = [sys.executable, "-m", "pip", "--quiet", "--python", python, "install", "--no-deps", "--no-index", "--ignore-installed"]
     line = [*pip, "--no-build-isolation", *(["--editable"] if editable else []), what]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
