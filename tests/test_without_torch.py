@@ -143,5 +143,5 @@ def test_refusals_need_none(line: str, said: str, run: Run) -> None:
 def test_what_needs_it_says_so_in_one_line(line: str, run: Run, folder: Path) -> None:
     done = run(*line.split())
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith(("error: this needs PyTorch: pip install 'torch>=", "error: this needs numpy: pip install"))
+    assert done.stderr.startswith(("error: this needs PyTorch: pip install ", "error: this needs numpy: pip install "))
     assert not (folder / "OUT").exists()

@@ -17,17 +17,28 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# what is no part of a clean checkout
-LEFT_OUT = (".git", ".venv*", "build", "dist", "demo", "*.egg-info", "__pycache__", ".mypy_cache", ".ruff_cache",
-            ".pytest_cache", ".hypothesis", "shared")  # fmt: skip
+PACKAGE = ("ernie_quant", "cli", "calibration", "pyproject.toml", "MANIFEST.in")
 BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
+
+
+def copy_checkout(source: Path, tree: Path) -> None:
+    """The package and what MANIFEST.in names; environments, caches and models that lie in a checkout are no part of it."""
+    lines = [line.split() for line in (source / "MANIFEST.in").read_text().splitlines()]
+    named = [name for verb, *names in lines if verb in ("include", "graft") for name in names]
+    for name in (*PACKAGE, *named):
+        place = source / name
+        if place.is_dir():
+            shutil.copytree(place, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(place, tree / name)
 
 
 def build(kind: str, out: Path, source: Path = ROOT) -> Path:
     """`wheel` or `sdist` of a checkout, as `python -m build --no-isolation` makes it; nothing is left in the checkout."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(shutil.copytree(source, Path(folder) / "tree", symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT)))
+        tree = Path(folder)
+        copy_checkout(source, tree)
         for link in ("cli", "calibration"):  # where somebody made the checkout look like the installed package
             (tree / "ernie_quant" / link).unlink(missing_ok=True)
         line = [sys.executable, "-c", BUILD, kind, out.resolve()]
