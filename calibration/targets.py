@@ -113,8 +113,8 @@ def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch
     corrects = layer.asks(layer.tuner.corrects, member.place)
     seen = Seen.nothing(width, after.shape[1] if corrects else 0)
     for c in chunks(len(member.rows)):
-        rows = some(member.rows, c, made)
-        seen.add(member.inputs[c], after[rows] - made[rows] if corrects else None, weight[rows], layer.of(member.rows[c]))
+        part = some(member.rows, c, made)
+        seen.add(member.inputs[c], after[part] - made[part] if corrects else None, weight[part], layer.of(member.rows[c]))
     return seen
 
 

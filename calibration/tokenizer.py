@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from ernie_quant.errors import CheckpointError, TextError
 from ernie_quant.jsonio import read_object
+from ernie_quant.needs import install_extra
 
 # any of the first row is a tokenizer; those of the second say more about it
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 OF_SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads a tokenizer.model with
-EXTRA = "pip install 'ernie-quant[calibration]'"
 
 Messages = Sequence[Mapping[str, str]]  # role and content
 
@@ -84,7 +84,7 @@ def check_tokenizer(folder: Path) -> None:
         raise TextError(f"{folder}: has no tokenizer (looked for {', '.join(VOCABULARIES)}); copy it there from the source")
     needed = ("transformers", *(() if (folder / VOCABULARIES[0]).is_file() else OF_SENTENCEPIECE))
     if missing := [name for name in needed if not _installed(name)]:
-        raise TextError(f"{folder}: its tokenizer needs {' and '.join(missing)}: {EXTRA}")
+        raise TextError(f"{folder}: its tokenizer needs {' and '.join(missing)}: {install_extra('calibration')}")
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

@@ -76,7 +76,7 @@ class Tuner:
         for step in {step.name: step for step in (self.steps[name] for name in names)}.values():
             whole = torch.cat([of[name] for name in step.holds]) if len(step.holds) > 1 else of[step.holds[0]]
             stored = self._store(step, whole, seen, fitted)
-            made |= zip(step.holds, stored.split([len(of[name]) for name in step.holds]), strict=True)
+            made |= zip(step.holds, torch.split(stored, [len(of[name]) for name in step.holds]), strict=True)
         return [made[name] for name in names]
 
     def _store(self, step: Step, wanted: torch.Tensor, seen: Seen, fitted: bool) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Tuner:
         encoder = self._encoder(step, seen)
         encode = encoder.encode if encoder else step.codec.encode
         size = math.lcm(ROWS_AT_ONCE, step.multiple)
-        slabs = list(ordered(encode, wanted.split(size), self.workers))
+        slabs = list(ordered(encode, torch.split(wanted, size), self.workers))
         return {key: torch.cat([slab[key] for slab in slabs]) for key in slabs[0]}
 
     def _encoder(self, step: Step, seen: Seen) -> Encoder | None:

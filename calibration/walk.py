@@ -66,9 +66,10 @@ def _mixed(layer: Layer, x: torch.Tensor, qkv: Sequence[Linear], length: int) ->
 
     step = max(1, TOKENS_AT_ONCE // length) * length
     parts = []
-    for chunk in x.split(step):
-        windows = chunk.unflatten(0, (-1, length))
-        parts.append(attend(*(linear(windows) for linear in qkv), layer.model.geometry.attention).flatten(0, 1))
+    for chunk in torch.split(x, step):
+        windows = chunk.reshape(-1, length, chunk.shape[1])
+        q, k, v = (linear(windows) for linear in qkv)
+        parts.append(attend(q, k, v, layer.model.geometry.attention).flatten(0, 1))
     return torch.cat(parts)
 
 

@@ -10,6 +10,8 @@ import click
 from ernie_quant.cli._progress import layers_bar, progress_bar
 from ernie_quant.cli._show import show_plan, show_result
 
+from ernie_quant.needs import require
+
 if TYPE_CHECKING:
     from ernie_quant.plan.calibration import Asked
     from ernie_quant.plan.recipe import Recipe
@@ -106,6 +108,7 @@ def run(
     if dry_run:
         show_plan(plan, as_json)
         return
+    require("torch", "numba")
 
     if not no_space_check and (note := unknown_space(out)):
         click.echo(f"note: {note}; --no-space-check leaves this out", err=True)

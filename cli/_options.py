@@ -7,23 +7,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
+from ernie_quant.cli._paths import FILE, FOLDER, TOML, Source
 
 from ernie_quant.plan import built_in
 from ernie_quant.plan.calibration import LEAST_TOKENS, METHOD, METHODS, MOST_TOKENS, TOKENS
 from ernie_quant.settings import parse_size
 
+__all__ = ["FILE", "FOLDER", "TOML", "Source"]
 F = TypeVar("F", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
-
-
-class Source(click.ParamType):
-    """A folder, or an address on a hub: `hf://org/name@revision`."""
-
-    name = "source"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
-        """An address stays text."""
-        return value if isinstance(value, Path) or "://" in value else Path(value)
 
 
 follow_links = click.option(
@@ -49,7 +41,7 @@ keep_unfit = click.option("--keep-unfit", is_flag=True, help="Keep tensors whose
 to_layout = click.option("--to", "layout", type=click.Choice(["paddle", "pt"]), required=True, help="Layout of the result.")
 
 
-class RuntimeName(click.ParamType):
+class RuntimeName(click.ParamType[Any]):
     """One of the runtimes that `known` gives; they are looked up when somebody asks."""
 
     name = "runtime"
@@ -61,12 +53,16 @@ class RuntimeName(click.ParamType):
         return click.Choice(self.known())
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name itself."""
-        return self._choice().convert(value, param, ctx)
+        """The name itself. To complete a word no runtime is looked up: that takes longer than anything else then."""
+        return value if ctx and ctx.resilient_parsing else self._choice().convert(value, param, ctx)
 
-    def get_metavar(self, param: click.Parameter, **context: Any) -> str | None:
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
         """All of them."""
-        return self._choice().get_metavar(param, **context)  # click 8.1 gives no ctx
+        return self._choice().get_metavar(param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Those that begin so."""
+        return self._choice().shell_complete(ctx, param, incomplete)
 
 
 def runtime(recipe: str) -> Callable[[F], F]:
@@ -127,7 +123,7 @@ def run_options(command: F) -> F:
     return write_options(command)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[Any]):
     """Bytes: `5GB`, `500MB`, `2GiB` or a plain number."""
 
     name = "size"

@@ -13,7 +13,7 @@ from ernie_quant.cli._show import print_json
 
 @click.command()
 @_options.source
-@click.argument("stats", type=_options.FOLDER)
+@click.argument("stats", type=_options.FILE)
 @_options.texts
 @click.option("--tokens", type=click.IntRange(1), default=32768, show_default=True, help="Tokens of it, in windows of 512.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order of documents.")

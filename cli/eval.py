@@ -15,11 +15,11 @@ from ernie_quant.cli._show import print_json
 @click.argument("out", type=_options.Source())
 @click.option("--against", type=_options.Source(), help="The source; without it, there is perplexity alone.")
 @_options.follow_links
-@click.option("--text", "texts", multiple=True, required=True, type=_options.FOLDER, metavar="FILE",
+@click.option("--text", "texts", multiple=True, required=True, type=_options.FILE, metavar="FILE",
               help="UTF-8 text, or .jsonl of texts or messages; several have a row each.")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(1), default=3066, show_default=True,
               help="Predicted tokens of each text, a multiple of 511.")  # fmt: skip
-@click.option("--save", type=_options.FOLDER, metavar="FILE", help="Keep the JSON result, for publish --eval.")
+@click.option("--save", type=_options.FILE, metavar="FILE", help="Keep the JSON result, for publish --eval.")
 @_options.quiet
 @_options.json_option
 def command(

@@ -21,7 +21,7 @@ from ernie_quant.plan import built_in
 @click.option("--pure", is_flag=True, help="One type for every matrix.")
 @_options.experts_only
 @click.option("--keep-unfit", is_flag=True, help="Rows that a block does not divide get another type, as in llama.cpp.")
-@click.option("--imatrix", type=_options.FOLDER, metavar="STATS",
+@click.option("--imatrix", type=_options.FILE, metavar="STATS",
               help="Weigh errors by the inputs that `calibrate SRC STATS` has seen.")  # fmt: skip
 @_options.fix
 @_options.single_file_options

@@ -1,43 +1,26 @@
-"""The `ernie-quant` command. Commands are imported when they are called, so that `--help` is instant."""
+"""The `ernie-quant` command, from the words that were typed to an exit code."""
 
 from __future__ import annotations
 
-import importlib
+import os
 import signal
 import sys
 from typing import NoReturn
 
 import click
+from ernie_quant.cli._group import COMMANDS, Commands
 from ernie_quant.cli._streams import lasting_streams
 
 import ernie_quant
-from ernie_quant.disk import FULL
 from ernie_quant.errors import ErnieQuantError, RetryError
 
-COMMANDS = (
-    "inspect", "plan", "convert", "gguf", "wint4", "wint8", "fp8", "wint2", "quantize", "dequantize", "reshard", "verify", "eval",
-    "calibrate", "report", "publish", "nightly",
-)  # fmt: skip
+__all__ = ["COMMANDS", "group", "main"]
 INTERRUPTED, TERMINATED = 130, 143
+WINDOWS = "error: ernie-quant runs on Linux and macOS; on Windows use it inside WSL"
 
 
 class Terminated(BaseException):
     """SIGTERM arrived."""
-
-
-class Commands(click.Group):
-    """One command per file of this folder."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which they are used."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import it."""
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"ernie_quant.cli.{cmd_name}").command
-        return command
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -57,6 +40,8 @@ def group() -> None:
 
 def main() -> NoReturn:
     """Run, and turn every expected error into one line on stderr and an exit code."""
+    if os.name == "nt":  # no fcntl, so no locks; said before anything needs it
+        sys.exit(WINDOWS)
     signal.signal(signal.SIGTERM, _terminate)
     with lasting_streams():
         sys.exit(_exit_code())
@@ -76,7 +61,15 @@ def _exit_code() -> int:
         return error.exit_code
     except ErnieQuantError as error:
         code, line = error.exit_code, f"error: {error}"
+    except ModuleNotFoundError as error:
+        from ernie_quant import needs
+
+        if (said := needs.of_import(error)) is None:
+            raise
+        code, line = said.exit_code, f"error: {said}"
     except OSError as error:
+        from ernie_quant.disk import FULL
+
         code = RetryError.exit_code if error.errno in FULL else 1
         again = "; the same command goes on where it stopped" if code == RetryError.exit_code else ""
         line = f"error: {error.filename or 'input/output'}: {error.strerror}{again}"

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("job_files", metavar="JOB.toml...", type=_options.FOLDER, nargs=-1, required=True)
+@click.argument("job_files", metavar="JOB.toml...", type=_options.TOML, nargs=-1, required=True)
 @click.option("--work", type=_options.FOLDER, default=Path("nightly"), show_default=True, help="Folder for what is being made.")
 @click.option("--max-hours", type=click.FloatRange(0, min_open=True), help="Stop after so many hours; the next run goes on.")
-@click.option("--log", "log_file", type=_options.FOLDER, help="Append JSON lines here.  [default: WORK/log.jsonl]")
+@click.option("--log", "log_file", type=_options.FILE, help="Append JSON lines here.  [default: WORK/log.jsonl]")
 @click.option("--check", is_flag=True, help="Read and judge the job files, and do nothing.")
 @click.option("--dry-run", is_flag=True, help="Say which targets would be made, and try the tokens; write nothing.")
 @_options.json_option

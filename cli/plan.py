@@ -35,7 +35,7 @@ class Gpus(click.ParamType):
 
 @click.command()
 @_options.source
-@click.option("--recipe", "recipe_file", type=_options.FOLDER, help="Add a row for this recipe (TOML).")
+@click.option("--recipe", "recipe_file", type=_options.TOML, help="Add a row for this recipe (TOML).")
 @click.option("--gpu-memory", "kinds", type=Gpus(), default=gpus.USUAL, show_default=True, metavar="SIZE|NAME[,…]",
               help="GPUs: memory (48GiB, or 48), or names (H100, RTX4090, MI300X); several for a table.")  # fmt: skip
 @click.option("--gpus", "count", type=click.IntRange(1, 64), help="What so many GPUs have room for: context, sequences.")

@@ -17,7 +17,7 @@ from ernie_quant.cli._show import print_json
 @click.option("--revision", default="", help="Branch; made if there is none.  [default: the hub's]")
 @click.option("--pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
 @click.option("--tag", default="", help="Name the commit so.")
-@click.option("--eval", "evaluated", type=_options.FOLDER, metavar="FILE",
+@click.option("--eval", "evaluated", type=_options.FILE, metavar="FILE",
               help="What eval --save has kept of this result: a table in its card.")  # fmt: skip
 @click.option("--name", default="", help="Of the model, in its card.  [default: the repository's]")
 @click.option("--base-model", default="", metavar="ORG/NAME", help="The source, for a card of one that was a folder.")

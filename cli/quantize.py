@@ -12,7 +12,7 @@ from ernie_quant.cli import _execute, _options
 @click.command()
 @_options.source
 @_options.out
-@click.option("--recipe", "recipe_file", type=_options.FOLDER, required=True, help="TOML file of rules.")
+@click.option("--recipe", "recipe_file", type=_options.TOML, required=True, help="TOML file of rules.")
 @_options.runtime_of_rules
 @_options.keep_unfit
 @_options.calibration

@@ -11,11 +11,11 @@ from ernie_quant.cli._show import print_json
 
 @click.command()
 @_options.out
-@click.option("--out", "target", type=_options.FOLDER,
+@click.option("--out", "target", type=_options.FILE,
               help="Write the page here.  [default: report.html in OUT, comparison.html with --against]")  # fmt: skip
 @click.option("--against", type=_options.FOLDER, metavar="OTHER",
               help="Show OUT (A) and another result of the same model (B) side by side.")  # fmt: skip
-@click.option("--csv", type=_options.FOLDER, metavar="FILE", help="Write a line of each tensor into FILE too.")
+@click.option("--csv", type=_options.FILE, metavar="FILE", help="Write a line of each tensor into FILE too.")
 @click.option("--plots", is_flag=True, help="Write the main pictures as PNG too, in a folder plots/ beside the page.")
 @_options.quiet
 @_options.json_option

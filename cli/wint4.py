@@ -28,7 +28,7 @@ CONTAINER_ONLY = ("unsupported", "tp")
 @_options.calibration
 @_options.run_options
 @click.pass_context
-def command(ctx: click.Context, src: Path | str, out: Path, **options: Any) -> None:
+def command(ctx: click.Context, /, src: Path | str, out: Path, **options: Any) -> None:
     """Quantize to int4, for vLLM and transformers, or for FastDeploy.
 
     Without --experts-only, shared experts, attention and dense FFN linears are quantized too. Router, norms,

@@ -9,6 +9,7 @@ ErnieQuantError             exit code 1, one line for the user
 ├── OutputError             the output folder is not ours, not finished, or cannot be written
 │   └── AnotherPlanError    it holds the result, or the beginning, of another plan
 ├── HubError                a hub refuses, or holds something else than it should
+├── NeedsError              a package that a command needs is not installed
 ├── VerifyError             what lies on disk is not what the report says
 └── RetryError              exit code 75: the same command may work later (disk full, another run at work)
 """
@@ -90,6 +91,10 @@ class AnotherPlanError(OutputError):
 
 class HubError(ErnieQuantError):
     """A hub refuses, or holds something else than it should."""
+
+
+class NeedsError(ErnieQuantError):
+    """A package that a command needs is not installed."""
 
 
 class VerifyError(ProblemsError):

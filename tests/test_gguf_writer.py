@@ -38,7 +38,7 @@ def test_a_header_by_hand() -> None:
 
 
 def test_the_gguf_package_reads_what_was_written(tmp_path: Path) -> None:
-    reader = pytest.importorskip("gguf", reason="pip install 'ernie-quant[llama-cpp]'")
+    reader = pytest.importorskip("gguf", reason="pip install '.[llama-cpp]'")
     blocks = torch.randint(0, 256, (2, 3, 68), dtype=torch.uint8)
     norm, linear = torch.randn(5), torch.randn(3, 4).bfloat16()
     path = tmp_path / "x.gguf"

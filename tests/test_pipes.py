@@ -124,6 +124,22 @@ def test_a_reader_who_has_gone(
     assert (tmp_path / "page.html").exists() == (name == "report")
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("publish", "nightly")])
+def test_a_reader_of_json_who_has_gone(
+    name: str, words: Callable[[str], list[str]], gone_here: Callable[[list[str]], tuple[int, str]]
+) -> None:
+    """Of what would be written the plan is enough: the other result takes the same way out."""
+    assert gone_here(words(f"{name} {LINES[name]} --json" + " --dry-run" * (name in WRITING))) == (0, "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_head_of_a_commands_help(name: str) -> None:
+    """bash's PIPESTATUS is 0 0, as `set -o pipefail` says too."""
+    done = shell(f"{shlex.join([*PYTHON, name, '--help'])} | head -1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: ernie-quant {name} ")
+
+
 @pytest.mark.parametrize("name", ["convert", "verify"])
 def test_the_end_of_a_process_has_nothing_to_say_either(name: str, words: Callable[[str], list[str]], tmp_path: Path) -> None:
     """One that writes a folder and one that reads it; Python flushes stdout once more when it ends."""

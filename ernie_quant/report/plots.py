@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ernie_quant.errors import ErnieQuantError, OutputError
+from ernie_quant.errors import NeedsError, OutputError
+from ernie_quant.needs import install_extra
 from ernie_quant.report.bars import bytes_by_role, histogram
 from ernie_quant.report.drawing import STYLE, png
 from ernie_quant.report.heatmap import heatmap
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def draw(report: Report) -> dict[str, bytes]:
-    """Name -> PNG; those of errors only if there are any. Raises ErnieQuantError."""
+    """Name -> PNG; those of errors only if there are any. Raises NeedsError."""
     try:
         import matplotlib.style
     except ImportError:
-        raise ErnieQuantError("--plots needs matplotlib: pip install ernie-quant[plots]") from None
+        raise NeedsError(f"--plots needs matplotlib: {install_extra('plots')}") from None
     drawings: tuple[Callable[[Report], Figure | None], ...] = (heatmap, histogram, bytes_by_role)
     with matplotlib.style.context(STYLE, after_reset=True):
         figures = {name: draw(report) for name, draw in zip(PLOTS, drawings, strict=True)}

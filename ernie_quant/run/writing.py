@@ -76,11 +76,7 @@ def asked_of(rules: Recipe, text: Path_ | Sequence[Path_] | None, given: Mapping
 
 def run(plan: Plan, out: Path_, how: Writing, tp: int = 1) -> Result:
     """Do it, or say what would be done."""
-    from ernie_quant.plan.reshard import check_size
-    from ernie_quant.run.memory import suit
-    from ernie_quant.run.outcome import planned, result_of
-    from ernie_quant.run.shared import run_shared
-    from ernie_quant.run.whole import run_plan
+
     if tp > 1:
         check_size(plan, tp)
     if how.get("dry_run"):

@@ -289,7 +289,7 @@ def test_the_header_of_a_21b_takes_no_time(tmp_path: Path) -> None:
 
 
 def test_what_the_gguf_package_writes_is_read(tmp_path: Path) -> None:
-    package: Any = pytest.importorskip("gguf", reason="pip install 'ernie-quant[llama-cpp]'")
+    package: Any = pytest.importorskip("gguf", reason="pip install '.[llama-cpp]'")
     path = tmp_path / "m.gguf"
     out = package.GGUFWriter(path, "ernie4_5")
     out.add_uint32("a.count", 3)
@@ -322,7 +322,7 @@ def test_what_the_gguf_package_writes_is_read(tmp_path: Path) -> None:
 
 
 def test_names_and_numbers_of_types_are_those_of_the_gguf_package() -> None:
-    package: Any = pytest.importorskip("gguf", reason="pip install 'ernie-quant[llama-cpp]'")
+    package: Any = pytest.importorskip("gguf", reason="pip install '.[llama-cpp]'")
     theirs = {int(kind): kind.name for kind in package.GGMLQuantizationType}
     ours = {**gguf.UNREAD, **gguf.DTYPES}
     assert {number: ours.get(number) for number in theirs} == theirs

@@ -27,6 +27,7 @@ from ernie_quant.hubs import Listing, RemoteFile
 from ernie_quant.hubs._answers import PASSING, TIMEOUT, asked_for, one_line, range_headers, requests_errors, retry_after
 from ernie_quant.hubs._patience import AT_ONCE, CHUNK, Transient
 from ernie_quant.hubs.modelscope.read import COMMIT
+from ernie_quant.needs import install_extra
 
 DEFAULT_BRANCH = "master"  # aistudio_sdk/config.py, DEFAULT_MODEL_REVISION
 TOKEN = "AISTUDIO_ACCESS_TOKEN"
@@ -158,7 +159,7 @@ def sdk(module: str) -> Any:
     try:
         return importlib.import_module(f"aistudio_sdk.{module}")
     except ImportError:
-        raise HubError("aistudio:// needs the package aistudio-sdk: pip install ernie-quant[aistudio]") from None
+        raise HubError(f"aistudio:// needs the package aistudio-sdk: {install_extra('aistudio')}") from None
 
 
 def _content(answer: Mapping[str, Any]) -> bytes:

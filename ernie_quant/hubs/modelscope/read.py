@@ -19,6 +19,7 @@ from ernie_quant.errors import HubError
 from ernie_quant.hubs import Listing, RemoteFile
 from ernie_quant.hubs._answers import PASSING, asked_for, one_line, range_headers, requests_errors
 from ernie_quant.hubs._patience import CHUNK, Transient
+from ernie_quant.needs import install_extra
 
 DEFAULT_BRANCH = "master"  # modelscope_hub/api.py, list_repo_files
 KIND = "model"
@@ -103,7 +104,7 @@ def sdk() -> Any:
     try:
         return importlib.import_module("modelscope_hub")
     except ImportError:
-        raise HubError("modelscope:// needs the package modelscope-hub: pip install ernie-quant[modelscope]") from None
+        raise HubError(f"modelscope:// needs the package modelscope-hub: {install_extra('modelscope')}") from None
 
 
 def _file(entry: Mapping[str, Any]) -> RemoteFile:
