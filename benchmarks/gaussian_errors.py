@@ -1,4 +1,4 @@
-"""What each codec loses of weights that are drawn from a normal distribution: the table in ernie_quant/report/expected.py.
+"""What each codec loses of weights that are drawn from a normal distribution: the table in ernie_quant/reporting/expected.py.
 
 python benchmarks/gaussian_errors.py [rtn]
 
@@ -18,7 +18,7 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs._feedback import NEAREST
 from ernie_quant.codecs.rtn import CHANNEL, SCALES, RoundToNearest
 from ernie_quant.measure import compare
-from ernie_quant.report.expected import SHARING
+from ernie_quant.reporting.expected import SHARING
 
 WEIGHTS = 1 << 22
 

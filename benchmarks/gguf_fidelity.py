@@ -24,7 +24,7 @@ import torch
 from llama_cpp import Ggml, Llama
 
 from ernie_quant import ggml
-from ernie_quant.plan.gguf import gguf_plan
+from ernie_quant.planning.gguf import gguf_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 
@@ -102,7 +102,7 @@ def main() -> None:
     plain = write(args.model, args.work / "plain", "F32")
     reference = Reference(plain, args.text.read_text(), args.windows)
     print(f"F32: {reference.judge(plain)}", flush=True)
-    from ernie_quant.plan.mix import BASE
+    from ernie_quant.planning.mix import BASE
 
     for mix in EXPERTS if args.llama_quantize is None else ():
         if only and mix not in only:

@@ -8,7 +8,7 @@ from ernie_quant.calibration.tokenizer import check_tokenizer
 from ernie_quant.calibration.windows import hashes
 
 from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.plan.calibration import Asked, Calibration
+from ernie_quant.planning.calibration import Asked, Calibration
 from ernie_quant.weights.plain import FIXES, resolve
 
 

@@ -21,8 +21,8 @@ from ernie_quant.calibration.tokenizer import BESIDE, VOCABULARIES, tokenizer_of
 from ernie_quant.calibration.tune import Tuner
 from ernie_quant.calibration.windows import windows
 
-from ernie_quant.plan.fitting import by_layer
-from ernie_quant.plan.steps import Plan, Step, with_made
+from ernie_quant.planning.fitting import by_layer
+from ernie_quant.planning.steps import Plan, Step, with_made
 from ernie_quant.threads import Watch, one_torch_thread
 from ernie_quant.weights.plain import FIXES, resolve
 

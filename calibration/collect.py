@@ -15,7 +15,7 @@ from ernie_quant.calibration.tokenizer import tokenizer_of
 from ernie_quant.calibration.windows import windows
 
 import ernie_quant
-from ernie_quant.report.rows import some
+from ernie_quant.reporting.rows import some
 from ernie_quant.threads import Progress
 
 FEW = 64  # tokens of an expert below which its statistics say little

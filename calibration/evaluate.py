@@ -23,7 +23,7 @@ import ernie_quant
 from ernie_quant.errors import PlanError, TextError
 from ernie_quant.jsonio import read_object
 from ernie_quant.paths import MANIFEST
-from ernie_quant.report.evaluation import EVALUATED
+from ernie_quant.reporting.evaluation import EVALUATED
 from ernie_quant.threads import Progress
 
 if TYPE_CHECKING:
@@ -199,5 +199,5 @@ def _facts(side: Readable) -> dict[str, str]:
 
 
 def as_json(found: Evaluation) -> dict[str, Any]:
-    """For --json, --save and the card; report/evaluation.py makes a table of it."""
+    """For --json, --save and the card; reporting/evaluation.py makes a table of it."""
     return {"status": EVALUATED, "version": ernie_quant.__version__, "window": LENGTH, **asdict(found)}

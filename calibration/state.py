@@ -23,7 +23,7 @@ from ernie_quant.checkpoint import Extent, TensorRef, TensorSpec
 from ernie_quant.disk import PARTIAL, fsync, fsync_folder, write_file
 from ernie_quant.errors import AnotherPlanError, CheckpointError
 from ernie_quant.jsonio import dumps, read_object
-from ernie_quant.plan.steps import Made, Step
+from ernie_quant.planning.steps import Made, Step
 from ernie_quant.views.build import leaf
 from ernie_quant.weights.stored import Stored
 from ernie_quant.writers import ShardWriter

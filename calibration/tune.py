@@ -12,8 +12,8 @@ from ernie_quant.calibration.ridge import Seen
 from ernie_quant import runtimes
 from ernie_quant.codecs import Codec, Encoder
 from ernie_quant.dtypes import torch_dtype
-from ernie_quant.plan.recipe import takes_method
-from ernie_quant.plan.steps import Step
+from ernie_quant.planning.recipe import takes_method
+from ernie_quant.planning.steps import Step
 from ernie_quant.threads import ordered
 from ernie_quant.writers import ShardWriter
 

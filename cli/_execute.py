@@ -13,16 +13,16 @@ from ernie_quant.cli._show import show_plan, show_result
 from ernie_quant.needs import require
 
 if TYPE_CHECKING:
-    from ernie_quant.plan.calibration import Asked
-    from ernie_quant.plan.recipe import Recipe
-    from ernie_quant.plan.steps import Plan
+    from ernie_quant.planning.calibration import Asked
+    from ernie_quant.planning.recipe import Recipe
+    from ernie_quant.planning.steps import Plan
 
 
 def built_in(
     name: str, src: Path | str, out: Path, *, runtime: str = "", settings: dict[str, Any] | None = None, **options: Any
 ) -> None:  # fmt: skip
     """A short command: a built-in recipe, with what is given of its options in `settings`."""
-    from ernie_quant.plan.built_in import make
+    from ernie_quant.planning.built_in import make
 
     made = make(name, runtime, **(settings or {}))
     execute(src, out, made.recipe, made.runtime, **options)
@@ -62,7 +62,7 @@ def asked_for(
     table: Asked | None, texts: tuple[str, ...], tokens: int | None, method: str | None, fit: bool | None
 ) -> Asked | None:  # fmt: skip
     """The [calibration] of a recipe with what the options say instead of it; None where nobody asks for any."""
-    from ernie_quant.plan.calibration import AUTO, Asked
+    from ernie_quant.planning.calibration import AUTO, Asked
 
     if AUTO in texts and len(texts) > 1:
         raise click.UsageError(f"--calibration {AUTO} stands alone; with files of your own leave it out")
@@ -83,7 +83,7 @@ def asked_for(
 
 def refuse_two_methods(rules: Recipe, method: str | None) -> None:
     """The option, and another method in a rule: which one is meant?"""
-    from ernie_quant.plan.recipe import own_method
+    from ernie_quant.planning.recipe import own_method
 
     if other := next((rule for rule in rules.rules if method and own_method(rule.codec) not in ("", method)), None):
         rule = f"the recipe's rule for {other.describe()} says method = {own_method(other.codec)!r}"
@@ -95,7 +95,7 @@ def run(
     disk_budget: int | None = None, no_space_check: bool = False,
 ) -> None:  # fmt: skip
     """Show a plan, or run it and say what happened."""
-    from ernie_quant.plan.reshard import check_size
+    from ernie_quant.planning.reshard import check_size
     from ernie_quant.result.room import unknown_space
     from ernie_quant.run.memory import suit
     from ernie_quant.run.shared import run_shared, shared_bytes

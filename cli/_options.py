@@ -10,8 +10,8 @@ import click
 from click.shell_completion import CompletionItem
 from ernie_quant.cli._paths import FILE, FOLDER, TOML, Source
 
-from ernie_quant.plan import built_in
-from ernie_quant.plan.calibration import LEAST_TOKENS, METHOD, METHODS, MOST_TOKENS, TOKENS
+from ernie_quant.planning import built_in
+from ernie_quant.planning.calibration import LEAST_TOKENS, METHOD, METHODS, MOST_TOKENS, TOKENS
 from ernie_quant.settings import parse_size
 
 __all__ = ["FILE", "FOLDER", "TOML", "Source"]

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ernie_quant.plan.capacity import Estimate, Row
-    from ernie_quant.plan.fit import Fit
-    from ernie_quant.plan.gpus import Gpu, Limits
+    from ernie_quant.planning.capacity import Estimate, Row
+    from ernie_quant.planning.fit import Fit
+    from ernie_quant.planning.gpus import Gpu, Limits
 
 WIDTH, FORM = 80, 42
 GIB = 1 << 30
@@ -132,8 +132,8 @@ def _reasons(rows: Sequence[Row]) -> Iterator[str]:
             what, comma, usable = fit.why.rpartition(", ")
             if fit.why:
                 need.setdefault(what or usable, []).extend([f"{usable.split()[0]} of {fit.gpu}"] if comma else [])
-        for what, usable in need.items():
-            found.setdefault(f"{what}; usable: {', '.join(usable)}" if usable else what, []).append(row.form)
+        for what, rooms in need.items():
+            found.setdefault(f"{what}; usable: {', '.join(rooms)}" if rooms else what, []).append(row.form)
     for why, forms in found.items():
         yield f"-: {', '.join(forms)}: {why}."
 

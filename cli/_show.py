@@ -11,8 +11,8 @@ import click
 from ernie_quant.errors import shown
 
 if TYPE_CHECKING:
-    from ernie_quant.inspect import Inspection
-    from ernie_quant.plan.steps import Plan
+    from ernie_quant.inspection import Inspection
+    from ernie_quant.planning.steps import Plan
     from ernie_quant.run.whole import RunResult
 
 
@@ -22,7 +22,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
-    from ernie_quant.plan.summary import bits_per_weight
+    from ernie_quant.planning.summary import bits_per_weight
 
     return {
         "bytes_in": plan.origin.nbytes,
@@ -38,8 +38,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 def show_plan(plan: Plan, as_json: bool) -> None:
     """What would happen to each group of tensors, and the bytes of the result."""
-    from ernie_quant.plan.summary import summary
-    from ernie_quant.report.tables import table
+    from ernie_quant.planning.summary import summary
+    from ernie_quant.reporting.tables import table
 
     facts, groups = _facts(plan), summary(plan)
     if as_json:
@@ -69,9 +69,9 @@ def _show_notes(plan: Plan) -> None:
 
 def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> None:
     """What a run did and lost, and how to run what it made."""
-    from ernie_quant.report.calibration import drift_of
-    from ernie_quant.report.rows import output_error, total
-    from ernie_quant.report.tables import tables
+    from ernie_quant.reporting.calibration import drift_of
+    from ernie_quant.reporting.rows import output_error, total
+    from ernie_quant.reporting.tables import tables
     from ernie_quant.result.card import run_commands
 
     plan, reports, complete = result.plan, result.reports, result.complete_before
@@ -99,14 +99,14 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
 
 
 def _roles(inspected: Inspection) -> str:
-    from ernie_quant.report.tables import table
+    from ernie_quant.reporting.tables import table
 
     lines = [(role, str(r["tensors"]), f"{r['bytes'] / 1e9:.3f}") for role, r in inspected.roles.items()]
     return table(("role", "tensors", "GB"), lines)
 
 
 def _forms(inspected: Inspection) -> str:
-    from ernie_quant.report.tables import table
+    from ernie_quant.reporting.tables import table
 
     lines = [
         (f["role"], f["form"], str(f["weights"]), f"{f['bits_per_weight']:.3f}", f"{f['nbytes'] / 1e9:.3f}")
@@ -119,7 +119,7 @@ def _forms(inspected: Inspection) -> str:
 
 def inspection(inspected: Inspection) -> str:
     """For people."""
-    from ernie_quant.inspect import COUNTS
+    from ernie_quant.inspection import COUNTS
 
     ranks = f", {inspected.ranks} tensor-parallel ranks" if inspected.ranks > 1 else ""
     dtypes = ", ".join(f"{n} x {dtype}" for dtype, n in sorted(inspected.dtypes.items()))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 from ernie_quant.cli import _options
-from ernie_quant.cli._execute import return_freed_memory
 from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli._show import print_json
 
@@ -37,6 +36,8 @@ def command(
     from ernie_quant.calibration import collect
 
     chosen = _options.chosen_texts(texts)
+    from ernie_quant.run.memory import return_freed_memory
+
     return_freed_memory()
     source = collect.prepare(src, stats, links=follow_links)
     with progress_bar(collect.work(source), quiet) as progress:

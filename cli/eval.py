@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 from ernie_quant.cli import _options
-from ernie_quant.cli._execute import return_freed_memory
 from ernie_quant.cli._progress import progress_bar
 from ernie_quant.cli._show import print_json
 
@@ -39,10 +38,12 @@ def command(
 
     from ernie_quant.disk import write_file
     from ernie_quant.jsonio import dumps
-    from ernie_quant.report import evaluation
+    from ernie_quant.reporting import evaluation
 
     if save is not None and not save.parent.is_dir():
         raise click.UsageError(f"--save {save}: there is no folder {save.parent}")
+    from ernie_quant.run.memory import return_freed_memory
+
     return_freed_memory()
     two = evaluate.pair(out, against, links=follow_links)
     with progress_bar(two.nbytes, quiet) as progress:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from ernie_quant.cli import _execute, _options
 
-from ernie_quant.plan import built_in
+from ernie_quant.planning import built_in
 
 
 @click.command()
@@ -39,7 +39,7 @@ def command(
     ernie-quant gguf ERNIE-4.5-21B-A3B-PT out --type Q8_0
     ernie-quant gguf ERNIE-4.5-21B-A3B-PT out --type Q2_K --imatrix stats.safetensors
     """
-    from ernie_quant.plan.gguf import gguf_plan
+    from ernie_quant.planning.gguf import gguf_plan
     from ernie_quant.sources import open_source
 
     settings = {key: options.pop(key) for key in built_in.GGUF}

@@ -22,9 +22,9 @@ def command(src: Path | str, fixes: tuple[str, ...], as_json: bool, follow_links
     \b
     ernie-quant inspect ERNIE-4.5-21B-A3B-Paddle
     """
-    from ernie_quant import inspect
+    from ernie_quant import inspection
 
-    inspected = inspect.inspect(src, frozenset(fixes), links=follow_links)
+    inspected = inspection.inspect(src, frozenset(fixes), links=follow_links)
     if as_json:
         print_json(dict(inspected.__dict__))
     else:

@@ -11,14 +11,14 @@ import click
 from ernie_quant.cli import _options, _plan_table
 from ernie_quant.cli._show import print_json
 
-from ernie_quant.plan import gpus
+from ernie_quant.planning import gpus
 
 if TYPE_CHECKING:
-    from ernie_quant.plan.capacity import Estimate
-    from ernie_quant.plan.gpus import Gpu, Limits
+    from ernie_quant.planning.capacity import Estimate
+    from ernie_quant.planning.gpus import Gpu, Limits
 
 
-class Gpus(click.ParamType):
+class Gpus(click.ParamType[Any]):
     """GPUs, by memory or by name, separated by commas."""
 
     name = "gpus"
@@ -63,7 +63,7 @@ def command(
     ernie-quant plan ERNIE-4.5-300B-A47B-Paddle --gpu-memory 24,48,80,141
     ernie-quant plan ERNIE-4.5-300B-A47B-Paddle --gpu-memory H200 --gpus 2
     """
-    from ernie_quant.plan import capacity, recipe
+    from ernie_quant.planning import capacity, recipe
     from ernie_quant.sources import open_source
     from ernie_quant.weights.claims import notes_of
 

@@ -23,6 +23,6 @@ def command(src: Path | str, out: Path, recipe_file: Path, runtime: str, keep_un
     \b
     ernie-quant quantize ERNIE-4.5-21B-A3B-Paddle out --recipe recipe.toml
     """
-    from ernie_quant.plan import recipe
+    from ernie_quant.planning import recipe
 
     _execute.execute(src, out, recipe.read(recipe_file, keep_unfit=keep_unfit), runtime, **options)

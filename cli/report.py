@@ -33,7 +33,7 @@ def command(
     ernie-quant report out --csv tensors.csv
     ernie-quant report out --against another
     """
-    from ernie_quant.report import page, rows, saved, spreadsheet
+    from ernie_quant.reporting import page, rows, saved, spreadsheet
 
     if against and (csv or plots):
         raise click.UsageError("--csv and --plots are of one result, --against shows two")
@@ -42,7 +42,7 @@ def command(
     if csv:
         written.append(spreadsheet.write(report, csv))
     if plots:
-        from ernie_quant.report.plots import write_plots
+        from ernie_quant.reporting.plots import write_plots
 
         written += write_plots(report, written[0].path.parent / rows.PLOTS_FOLDER)
     if as_json:

@@ -26,7 +26,7 @@ def command(
     \b
     ernie-quant reshard ERNIE-4.5-300B-A47B-2Bits-Paddle out --tp 2
     """
-    from ernie_quant.plan.reshard import make_reshard_plan
+    from ernie_quant.planning.reshard import make_reshard_plan
     from ernie_quant.sources import open_source
 
     source = open_source(src, links=follow_links)

@@ -74,7 +74,7 @@ def _headline(odd: Odd) -> str:
 
 def _odd(odd: Odd, source: str) -> Iterator[str]:
     """What no sound model has, and who says that it must be so here."""
-    from ernie_quant.report.rows import some
+    from ernie_quant.reporting.rows import some
 
     for names, what in ((odd.not_finite, "NaN or infinity"), (odd.only_zeros, "nothing but zeros")):
         for who, words in (("source", f", as {source} does"), ("report", ", as the report says"), ("", "")):

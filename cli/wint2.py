@@ -8,7 +8,7 @@ from typing import Any
 import click
 from ernie_quant.cli import _execute, _options
 
-from ernie_quant.plan import built_in
+from ernie_quant.planning import built_in
 
 
 @click.command()

@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 from ernie_quant.cli import _execute, _options
 
-from ernie_quant.plan import built_in
+from ernie_quant.planning import built_in
 
 CONTAINER_ONLY = ("unsupported", "tp")
 

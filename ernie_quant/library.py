@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 if TYPE_CHECKING:
     from ernie_quant.check.verify import Verified
     from ernie_quant.checkpoint import Checkpoint
-    from ernie_quant.inspect import Inspection
-    from ernie_quant.plan.capacity import Estimate
-    from ernie_quant.plan.recipe import Recipe
-    from ernie_quant.report.saved import Report
+    from ernie_quant.inspection import Inspection
+    from ernie_quant.planning.capacity import Estimate
+    from ernie_quant.planning.recipe import Recipe
+    from ernie_quant.reporting.saved import Report
     from ernie_quant.run.outcome import Result
     from ernie_quant.run.writing import Writing
 
@@ -31,7 +31,7 @@ def inspect(source: Path_, *, fixes: Sequence[str] = (), follow_links: bool = Fa
     `source`: a folder, or an address such as `hf://baidu/ERNIE-4.5-21B-A3B-Paddle`; plain or quantized. Reads headers only.
     Anomalies are in the result. Raises CheckpointError or ConfigError where nothing more can be said.
     """
-    from ernie_quant import inspect as room
+    from ernie_quant import inspection as room
 
     return room.inspect(_source(source), frozenset(fixes), links=follow_links)
 
@@ -47,9 +47,9 @@ def plan(
     fewest that do. `recipe`: a row for this TOML file, too. `max_model_len` in tokens, `reserve` in bytes per GPU.
     Raises PlanError, ConfigError, CheckpointError, or ValueError for a GPU that is none.
     """
-    from ernie_quant.plan import capacity
-    from ernie_quant.plan.gpus import Limits, find
-    from ernie_quant.plan.recipe import read
+    from ernie_quant.planning import capacity
+    from ernie_quant.planning.gpus import Limits, find
+    from ernie_quant.planning.recipe import read
     from ernie_quant.settings import parse_size
     from ernie_quant.sources import open_source
 
@@ -85,9 +85,9 @@ def quantize(
     Raises PlanError with everything that does not fit, OutputError, RetryError, CheckpointError, TextError; ValueError for
     an option that is none.
     """
-    from ernie_quant.plan import built_in
-    from ernie_quant.plan.gguf import gguf_plan
-    from ernie_quant.plan.recipe import Recipe, read
+    from ernie_quant.planning import built_in
+    from ernie_quant.planning.gguf import gguf_plan
+    from ernie_quant.planning.recipe import Recipe, read
     from ernie_quant.run.asked import plan_of, text_of
     from ernie_quant.run.writing import asked_of, run, split
 
@@ -120,7 +120,7 @@ def reshard(source: Path_, out: Path_, *, tp: int, **how: Unpack[Writing]) -> Re
 
     Raises PlanError with the sizes that fit, OutputError, RetryError, CheckpointError.
     """
-    from ernie_quant.plan.reshard import make_reshard_plan
+    from ernie_quant.planning.reshard import make_reshard_plan
     from ernie_quant.run.writing import run, split
 
     writing, planning, _ = split(how)
@@ -148,8 +148,8 @@ def report(out: Path_, *, page: Path_ | None = None) -> Report:
 
     `page`: write the HTML page there, too. Raises OutputError or CheckpointError for a folder that is no result.
     """
-    from ernie_quant.report import page as pages
-    from ernie_quant.report.saved import read
+    from ernie_quant.reporting import page as pages
+    from ernie_quant.reporting.saved import read
 
     found = read(Path(out))
     if page is not None:
@@ -175,8 +175,8 @@ def _path(file: Path_ | None) -> Path | None:
 
 def _plain(source: Path_, out: Path_, to: str, options: Mapping[str, Any], *, dequantize: bool) -> Result:
     """To a layout, with no codes."""
-    from ernie_quant.plan import built_in
-    from ernie_quant.plan.make import make_plan
+    from ernie_quant.planning import built_in
+    from ernie_quant.planning.make import make_plan
     from ernie_quant.run.writing import run, split
 
     if to not in ("pt", "paddle"):

@@ -17,10 +17,10 @@ from helpers.models import GOLDEN, copy
 
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import gpus, held, recipe
-from ernie_quant.plan.capacity import GIB, Row, estimate
-from ernie_quant.plan.fit import Fit
-from ernie_quant.plan.gpus import Limits
+from ernie_quant.planning import gpus, held, recipe
+from ernie_quant.planning.capacity import GIB, Row, estimate
+from ernie_quant.planning.fit import Fit
+from ernie_quant.planning.gpus import Limits
 from ernie_quant.runtimes import Spread
 from ernie_quant.sources import open_source
 

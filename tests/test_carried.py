@@ -21,10 +21,10 @@ from helpers.runs import INT4, OF_128S, SMALL, SOURCE, Killed, stop_in_second_sh
 from ernie_quant import disk
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import CheckpointError, OutputError, PlanError
-from ernie_quant.plan import built_in
-from ernie_quant.plan.identity import fingerprint
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning import built_in
+from ernie_quant.planning.identity import fingerprint
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.steps import Plan
 from ernie_quant.run.shared import run_shared
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import beside, open_source

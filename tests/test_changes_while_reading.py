@@ -15,7 +15,7 @@ from ernie_quant.check import against
 from ernie_quant.check.verify import verify
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import CheckpointError, VerifyError
-from ernie_quant.plan.recipe import Recipe, RecipeRule
+from ernie_quant.planning.recipe import Recipe, RecipeRule
 from ernie_quant.readers import read_header
 
 KEPT = "model.norm.weight"

@@ -18,7 +18,7 @@ from helpers.disk import no_waiting
 from helpers.models import GOLDEN, copy, random_model, write
 from helpers.paths import ROOT
 
-from ernie_quant.plan import built_in
+from ernie_quant.planning import built_in
 
 DOCUMENT = ROOT / "docs/cli.md"
 SOURCE = GOLDEN / "moe/paddle"

@@ -12,8 +12,8 @@ import pytest
 from helpers.synthetic import array, golden
 
 from ernie_quant.errors import OutputError
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.steps import Plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import PlanError
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning.make import make_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts

@@ -17,7 +17,7 @@ from helpers.synthetic import tiny, write_model
 from ernie_quant.check.verify import verify
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.measure import Difference
-from ernie_quant.plan.recipe import Recipe, RecipeRule
+from ernie_quant.planning.recipe import Recipe, RecipeRule
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 # absmax over groups of 32, each of which holds a 7: the scale is 7 / 7, and whole numbers are their own codes

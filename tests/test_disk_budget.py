@@ -12,7 +12,7 @@ from helpers.disk import no_waiting
 from helpers.models import write
 from helpers.synthetic import wide, write_model
 
-from ernie_quant.plan.built_in import fastdeploy_container
+from ernie_quant.planning.built_in import fastdeploy_container
 
 COMMAND_LINES = [
     ("convert", "SRC", "--to", "pt"),

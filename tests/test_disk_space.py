@@ -11,9 +11,9 @@ import pytest
 from helpers.models import random_model
 
 from ernie_quant.errors import RetryError
-from ernie_quant.plan.built_in import fastdeploy_container
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning.built_in import fastdeploy_container
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.steps import Plan
 from ernie_quant.run.shared import run_shared
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source

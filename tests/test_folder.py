@@ -10,7 +10,7 @@ from helpers.synthetic import exact, golden, write_bin, write_index, write_model
 
 from ernie_quant.errors import CheckpointError, shown
 from ernie_quant.paths import inside
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning.make import make_plan
 from ernie_quant.sources import open_source
 from ernie_quant.views import read
 from ernie_quant.views.files import Files

@@ -17,13 +17,12 @@ from helpers.disk import contents
 from helpers.models import copy
 from helpers.runs import SMALL, SOURCE, Killed, planned, stop_in_second_shard
 
-import ernie_quant
-from ernie_quant import codecs, plugins
+from ernie_quant import codecs, plugins, version
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import CheckpointError, OutputError
-from ernie_quant.plan import identity
-from ernie_quant.plan.identity import changes
-from ernie_quant.plan.recipe import Recipe, RecipeRule
+from ernie_quant.planning import identity
+from ernie_quant.planning.identity import changes
+from ernie_quant.planning.recipe import Recipe, RecipeRule
 from ernie_quant.run import whole
 from ernie_quant.run.whole import run_plan
 from ernie_quant.runtimes import vllm
@@ -99,11 +98,11 @@ def test_another_release_of_the_program_makes_nothing_old(
 ) -> None:  # fmt: skip
     """What it writes is the same as long as codecs, runtimes and formats say so."""
     out = begun(source, tmp_path / "out")
-    monkeypatch.setattr(ernie_quant, "__version__", "99.0")
+    monkeypatch.setattr(version, "__version__", "99.0")
     result = run_plan(planned(source), out)
     assert (result.files_before, result.complete_before) == (1, False)
     assert json.loads((out / "ernie-quant.json").read_text())["version"] == "99.0"
-    monkeypatch.setattr(ernie_quant, "__version__", "100.0")
+    monkeypatch.setattr(version, "__version__", "100.0")
     assert run_plan(planned(source), out).complete_before
 
 
@@ -262,7 +261,7 @@ def test_the_manifest_says_what_every_file_was_made_from(source: Path, tmp_path:
     noted(source, COMMIT)
     run_plan(planned(source), tmp_path / "out")
     found = json.loads((tmp_path / "out/ernie-quant.json").read_text())
-    assert found["version"] == ernie_quant.__version__
+    assert found["version"] == version.__version__
     assert found["libraries"].keys() == {"numba", "numpy", "torch"}
     assert found["source"]["revision"] == COMMIT
     assert found["codecs"] == {"rtn": 1}

@@ -14,7 +14,7 @@ from helpers.disk import no_waiting
 from helpers.models import GOLDEN, invoke, random_model
 from helpers.synthetic import read_file, wide, write_model, write_safetensors
 
-from ernie_quant.inspect import Inspection, inspect
+from ernie_quant.inspection import Inspection, inspect
 from ernie_quant.weights import layouts
 
 Command = Callable[..., tuple[int, str, str]]

@@ -18,12 +18,12 @@ from ernie_quant.checkpoint import Download, OnDisk, TensorSpec
 from ernie_quant.codecs import Encoder
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.errors import CheckpointError, ErnieQuantError, PlanError, RetryError
-from ernie_quant.plan import built_in
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.recipe import Recipe, RecipeRule
-from ernie_quant.plan.reshard import make_reshard_plan
-from ernie_quant.plan.steps import Plan, ShardJob, in_order
-from ernie_quant.report.rows import ShardResult
+from ernie_quant.planning import built_in
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.recipe import Recipe, RecipeRule
+from ernie_quant.planning.reshard import make_reshard_plan
+from ernie_quant.planning.steps import Plan, ShardJob, in_order
+from ernie_quant.reporting.rows import ShardResult
 from ernie_quant.run.shard import run_shard
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source

@@ -20,7 +20,7 @@ WANTED = [(-3, 4 << 20)]  # M_MMAP_THRESHOLD, 4 MiB
 # the number of blocks, of so many MiB, that are mapped for themselves, so that freeing them unmaps them
 SCRIPT = """
 import ctypes, sys
-from ernie_quant.cli._execute import return_freed_memory
+from ernie_quant.run.memory import return_freed_memory
 
 class Info(ctypes.Structure):
     _fields_ = [(n, ctypes.c_size_t) for n in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keep".split()]

@@ -55,7 +55,7 @@ def test_an_import_that_failed(name: str) -> None:
     assert "pip install " in str(said)
 
 
-@pytest.mark.parametrize("name", ["ernie_quant.plan.nothing", "_ssl", None])
+@pytest.mark.parametrize("name", ["ernie_quant.planning.nothing", "_ssl", None])
 def test_our_own_mistakes_stay_mistakes(name: str | None) -> None:
     assert needs.of_import(ModuleNotFoundError(name=name)) is None
 
@@ -64,7 +64,7 @@ def test_a_mistake_of_ours_is_a_traceback(command: Command, monkeypatch: pytest.
     def broken(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'ernie_quant.nothing'", name="ernie_quant.nothing")
 
-    monkeypatch.setattr("ernie_quant.inspect.inspect", broken)
+    monkeypatch.setattr("ernie_quant.inspection.inspect", broken)
     with pytest.raises(ModuleNotFoundError):
         command("inspect", GOLDEN / "moe/paddle")
 

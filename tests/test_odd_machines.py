@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from ernie_quant import disk
 from ernie_quant.errors import CheckpointError, OutputError, RetryError
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning.make import make_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import cache, open_source
 from ernie_quant.views.files import Files

@@ -96,7 +96,7 @@ def test_the_wheel_is_the_package_and_nothing_else(wheel: Path) -> None:
     wanted = {f"ernie_quant/{name}" for name in of_checkout("cli", "calibration")} | of_checkout("ernie_quant")
     links = {f"ernie_quant/{name}" for name in ("cli", "calibration")}
     assert names == {name for name in wanted if not any(name.startswith(f"ernie_quant/{link}/") for link in links)}
-    for name in ("py.typed", "report/pages/report.html", "calibration/auto/english.jsonl", "cli/main.py"):
+    for name in ("py.typed", "reporting/pages/report.html", "calibration/auto/english.jsonl", "cli/main.py"):
         assert f"ernie_quant/{name}" in names
 
 

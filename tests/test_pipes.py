@@ -20,7 +20,7 @@ from helpers.synthetic import wide, write_model
 from helpers.words import byte_tokenizer
 
 from ernie_quant.check.verify import verify
-from ernie_quant.plan.built_in import fastdeploy_container
+from ernie_quant.planning.built_in import fastdeploy_container
 
 RULES = '[[rule]]\nrole = "experts"\ncodec = "rtn"\ngroup_size = 64\n'
 LINES = {

@@ -26,10 +26,10 @@ from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import recipe
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.recipe import Recipe, RecipeRule
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning import recipe
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.recipe import Recipe, RecipeRule
+from ernie_quant.planning.steps import Plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts
 

@@ -15,7 +15,7 @@ from ernie_quant.check.verify import verify
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import PlanError
 from ernie_quant.names import Weight
-from ernie_quant.plan import built_in, recipe
+from ernie_quant.planning import built_in, recipe
 from ernie_quant.sources import open_source
 from ernie_quant.weights.layouts import PADDLE, PT, Layout
 from ernie_quant.weights.plain import resolve

@@ -19,7 +19,7 @@ from ernie_quant import names, threads
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.plan import recipe
+from ernie_quant.planning import recipe
 from ernie_quant.run.whole import run_plan
 from ernie_quant.weights import layouts
 from ernie_quant.writers.safetensors import lay_out

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.errors import OutputError, RetryError
-from ernie_quant.plan import recipe
+from ernie_quant.planning import recipe
 from ernie_quant.result.room import BYTES_PER_TENSOR
 from ernie_quant.run import whole
 from ernie_quant.run.whole import run_plan

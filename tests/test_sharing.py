@@ -15,8 +15,8 @@ from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.names import OUT
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.recipe import KEEP_ALL, Recipe, RecipeRule
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.recipe import KEEP_ALL, Recipe, RecipeRule
 from ernie_quant.runtimes import Linear, _sharing
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts

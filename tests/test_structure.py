@@ -28,12 +28,17 @@ ROOMS: dict[str, set[str]] = floors.rooms(MODULES)
 
 def test_all_imports_are_seen() -> None:
     """At the top of a file, inside of a function and under TYPE_CHECKING; a package, a module and a name of one."""
-    assert {"ernie_quant.cli.main", "ernie_quant.plan.make", "ernie_quant.codecs.rtn", "ernie_quant.runtimes"} <= MODULES.keys()
-    assert "ernie_quant.names" in IMPORTS["ernie_quant.plan.choose"]
-    assert "ernie_quant.plan.make" in IMPORTS["ernie_quant.cli._execute"]  # in a function
-    assert "ernie_quant.plan.recipe" in IMPORTS["ernie_quant.cli._execute"]  # for types
-    assert "ernie_quant.runtimes._sharing" in IMPORTS["ernie_quant.plan.capacity"]  # from a package
-    assert "ernie_quant.plan" in ROOMS["ernie_quant.cli"]
+    assert {
+        "ernie_quant.cli.main",
+        "ernie_quant.planning.make",
+        "ernie_quant.codecs.rtn",
+        "ernie_quant.runtimes",
+    } <= MODULES.keys()
+    assert "ernie_quant.names" in IMPORTS["ernie_quant.planning.choose"]
+    assert "ernie_quant.planning.make" in IMPORTS["ernie_quant.cli._execute"]  # in a function
+    assert "ernie_quant.planning.recipe" in IMPORTS["ernie_quant.cli._execute"]  # for types
+    assert "ernie_quant.runtimes._sharing" in IMPORTS["ernie_quant.planning.capacity"]  # from a package
+    assert "ernie_quant.planning" in ROOMS["ernie_quant.cli"]
 
 
 def test_a_circle_is_found_and_drawn() -> None:

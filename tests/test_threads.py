@@ -14,8 +14,8 @@ from helpers.models import GOLDEN, write
 
 from ernie_quant.check.verify import verify
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.recipe import Recipe, RecipeRule
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.recipe import Recipe, RecipeRule
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 from ernie_quant.threads import one_torch_thread

@@ -15,7 +15,7 @@ from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import built_in, recipe
+from ernie_quant.planning import built_in, recipe
 from ernie_quant.weights import layouts
 
 ALL = {"experts_only": False, "mtp": True, "keep_unfit": False}

@@ -15,7 +15,7 @@ from helpers.nights import PT, job_file
 from helpers.runs import SOURCE
 from helpers.words import byte_tokenizer
 
-from ernie_quant.plan import built_in
+from ernie_quant.planning import built_in
 
 MISSING = ("torch", "numba", "numpy", "scipy", "llvmlite")
 # as if they were not installed: neither found, nor imported, nor known by a version

@@ -24,7 +24,7 @@ from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.disk import write_file
 from ernie_quant.dtypes import dtype_name, torch_dtype
-from ernie_quant.plan.steps import Step
+from ernie_quant.planning.steps import Step
 from ernie_quant.runtimes import vllm
 from ernie_quant.writers import FileLayout, ShardWriter, Specs, joint_crc32, safetensors
 

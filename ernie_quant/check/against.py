@@ -17,8 +17,8 @@ from ernie_quant.dtypes import TORCH_NAMES
 from ernie_quant.errors import ErnieQuantError, VerifyError
 from ernie_quant.measure import Difference, Values, compare, values_of
 from ernie_quant.names import Weight, natural
-from ernie_quant.plan.choose import oriented
-from ernie_quant.report.rows import TensorReport
+from ernie_quant.planning.choose import oriented
+from ernie_quant.reporting.rows import TensorReport
 from ernie_quant.runtimes import Runtime
 from ernie_quant.views import build
 from ernie_quant.views.files import Files

@@ -12,7 +12,7 @@ from ernie_quant.dtypes import as_bytes
 from ernie_quant.errors import CheckpointError
 from ernie_quant.paths import MANIFEST, SUMS, inside, weight_folders
 from ernie_quant.readers import by_suffix
-from ernie_quant.report.rows import TensorReport
+from ernie_quant.reporting.rows import TensorReport
 from ernie_quant.result.manifest import sums
 from ernie_quant.views import build, kinds, read
 from ernie_quant.views.files import Files

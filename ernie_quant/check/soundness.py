@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ernie_quant.check.compared import DECODED, KEPT, ROUNDED, Outcome
 from ernie_quant.measure import Values, means_something
 from ernie_quant.names import natural
-from ernie_quant.report.rows import TensorReport
+from ernie_quant.reporting.rows import TensorReport
 
 BY_SOURCE, BY_REPORT, BY_NOBODY = "source", "report", ""  # who says it too
 

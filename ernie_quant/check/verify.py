@@ -22,7 +22,7 @@ from ernie_quant.errors import CheckpointError, ErnieQuantError, VerifyError
 from ernie_quant.jsonio import read_object
 from ernie_quant.measure import Values, values_of
 from ernie_quant.paths import weight_folders
-from ernie_quant.report.rows import FILENAME, TensorReport
+from ernie_quant.reporting.rows import FILENAME, TensorReport
 from ernie_quant.result.manifest import read_manifest
 from ernie_quant.runtimes import Runtime
 from ernie_quant.sources import open_source

@@ -27,8 +27,8 @@ from typing import Any
 
 from ernie_quant import hubs, runtimes, settings
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import built_in, calibration, recipe
-from ernie_quant.plan.recipe import KEEP_ALL, Recipe
+from ernie_quant.planning import built_in, calibration, recipe
+from ernie_quant.planning.recipe import KEEP_ALL, Recipe
 from ernie_quant.publish.places import folder_of
 from ernie_quant.runtimes import Place
 from ernie_quant.settings import Settings, parse_size

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.nightly.job import JobTarget
-from ernie_quant.plan.calibration import Calibration
-from ernie_quant.plan.reshard import check_size
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning.calibration import Calibration
+from ernie_quant.planning.reshard import check_size
+from ernie_quant.planning.steps import Plan
 from ernie_quant.run import asked
 
 

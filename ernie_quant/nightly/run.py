@@ -25,13 +25,13 @@ from ernie_quant.nightly.job import Job, JobTarget
 from ernie_quant.nightly.outcome import PLANNED, UP_TO_DATE, JobResult, TargetResult, worst
 from ernie_quant.nightly.planned import plan_of
 from ernie_quant.paths import MANIFEST
-from ernie_quant.plan.identity import fingerprint
-from ernie_quant.plan.reshard import shared_identity
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning.identity import fingerprint
+from ernie_quant.planning.reshard import shared_identity
+from ernie_quant.planning.steps import Plan
 from ernie_quant.publish import Destination, publish
 from ernie_quant.publish.files import refuse_odd, repair
 from ernie_quant.publish.places import remote_name
-from ernie_quant.report.rows import FILENAME, TensorReport, total
+from ernie_quant.reporting.rows import FILENAME, TensorReport, total
 from ernie_quant.result.room import unknown_space
 from ernie_quant.run.asked import text_of
 from ernie_quant.run.shared import run_shared

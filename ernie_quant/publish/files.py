@@ -18,10 +18,10 @@ from ernie_quant.hubs import LocalFile
 from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.paths import CONFIG, FILE, MANIFEST, README, SUMS, inside
 from ernie_quant.publish.places import folder_of, remote_name
-from ernie_quant.report import evaluation
-from ernie_quant.report.page import render
-from ernie_quant.report.rows import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
-from ernie_quant.report.saved import Report, read
+from ernie_quant.reporting import evaluation
+from ernie_quant.reporting.page import render
+from ernie_quant.reporting.rows import FILENAME, PAGE, PLOTS_FOLDER, TensorReport
+from ernie_quant.reporting.saved import Report, read
 from ernie_quant.result import card
 from ernie_quant.result.manifest import read_manifest, sums
 from ernie_quant.runtimes import Place
@@ -108,7 +108,7 @@ def _pictures(report: Report) -> dict[str, bytes]:
     """The plots of the card, if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return {}
-    from ernie_quant.report.plots import draw
+    from ernie_quant.reporting.plots import draw
 
     return draw(report)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant import runtimes
-from ernie_quant.plan.steps import Plan
-from ernie_quant.report import calibration, evaluation, tables
-from ernie_quant.report.rows import TensorReport
+from ernie_quant.planning.steps import Plan
+from ernie_quant.reporting import calibration, evaluation, tables
+from ernie_quant.reporting.rows import TensorReport
 from ernie_quant.result import front_matter
 from ernie_quant.runtimes import Place, Spread
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from ernie_quant.disk import copy_file, file_sha256, steadily, write_file
 from ernie_quant.errors import MissingFileError
 from ernie_quant.paths import inside
-from ernie_quant.plan import code
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning import code
+from ernie_quant.planning.steps import Plan
 from ernie_quant.result.manifest import read_manifest
 
 Entries = dict[str, dict[str, object]]

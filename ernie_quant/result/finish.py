@@ -9,10 +9,10 @@ from ernie_quant.disk import write_file
 from ernie_quant.errors import line_of
 from ernie_quant.jsonio import dumps
 from ernie_quant.paths import CONFIG, MANIFEST, README, SUMS
-from ernie_quant.plan.steps import Plan
-from ernie_quant.report import calibration
-from ernie_quant.report import rows as report
-from ernie_quant.report.rows import ShardResult, TensorReport
+from ernie_quant.planning.steps import Plan
+from ernie_quant.reporting import calibration
+from ernie_quant.reporting import rows as report
+from ernie_quant.reporting.rows import ShardResult, TensorReport
 from ernie_quant.result import card
 from ernie_quant.result.carry import carry
 from ernie_quant.result.folder import OutputFolder

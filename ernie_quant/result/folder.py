@@ -19,10 +19,10 @@ from ernie_quant.disk import FULL, PARTIAL, file_sha256, fsync_folder, hold, wri
 from ernie_quant.errors import AnotherPlanError, CheckpointError, OutputError, RetryError
 from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, STATE, SUMS, inside, is_place, weight_folders
-from ernie_quant.plan.identity import changes, libraries
-from ernie_quant.plan.steps import Plan, Shard
-from ernie_quant.report import rows as report
-from ernie_quant.report.rows import ShardResult
+from ernie_quant.planning.identity import changes, libraries
+from ernie_quant.planning.steps import Plan, Shard
+from ernie_quant.reporting import rows as report
+from ernie_quant.reporting.rows import ShardResult
 from ernie_quant.result import room
 from ernie_quant.threads import Progress, in_proportion
 

@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ernie_quant
+from ernie_quant import version
 from ernie_quant.errors import OutputError
 from ernie_quant.jsonio import read_object
 from ernie_quant.paths import MANIFEST, README, STATE
-from ernie_quant.plan.command import command_of
-from ernie_quant.plan.identity import fingerprint, libraries
-from ernie_quant.plan.steps import Plan, Shard
-from ernie_quant.plan.summary import bits_per_weight
-from ernie_quant.report import calibration
+from ernie_quant.planning.command import command_of
+from ernie_quant.planning.identity import fingerprint, libraries
+from ernie_quant.planning.steps import Plan, Shard
+from ernie_quant.planning.summary import bits_per_weight
+from ernie_quant.reporting import calibration
 from ernie_quant.result import front_matter
 
 
@@ -48,7 +48,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         **plan.identity,
         "tool": "ernie-quant",
-        "version": ernie_quant.__version__,
+        "version": version.__version__,
         "command": command_of(plan),
         "libraries": libraries(),
         "source_name": plan.origin.title,

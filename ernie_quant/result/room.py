@@ -10,8 +10,8 @@ from pathlib import Path
 from ernie_quant.disk import existing, free_bytes, free_names, partial_of
 from ernie_quant.errors import OutputError, RetryError
 from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, SUMS
-from ernie_quant.plan.steps import Plan
-from ernie_quant.report.rows import FILENAME
+from ernie_quant.planning.steps import Plan
+from ernie_quant.reporting.rows import FILENAME
 
 BYTES_PER_TENSOR = 1000  # what index, report and manifest say of one
 ANYWAY = "--no-space-check begins all the same"

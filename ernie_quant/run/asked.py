@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.plan.calibration import Asked, Calibration
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.recipe import Recipe, with_method
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning.calibration import Asked, Calibration
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.recipe import Recipe, with_method
+from ernie_quant.planning.steps import Plan
 
 
 def text_of(asked: Asked | None) -> Calibration | None:

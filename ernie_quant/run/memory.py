@@ -6,7 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ernie_quant.plan.steps import Plan
+    from ernie_quant.planning.steps import Plan
 
 
 def suit(plan: Plan) -> None:

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ernie_quant.plan.command import command_of
-from ernie_quant.plan.steps import Plan
-from ernie_quant.plan.summary import bits_per_weight, summary
-from ernie_quant.report.rows import TensorReport, Total, total
+from ernie_quant.planning.command import command_of
+from ernie_quant.planning.steps import Plan
+from ernie_quant.planning.summary import bits_per_weight, summary
+from ernie_quant.reporting.rows import TensorReport, Total, total
 from ernie_quant.result.card import run_commands
 from ernie_quant.run.whole import RunResult
 from ernie_quant.runtimes import Spread

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Download
 from ernie_quant.measure import Difference, Values, compare, means_something, values_of
-from ernie_quant.plan.steps import ShardJob, Step
-from ernie_quant.plan.taken import given
-from ernie_quant.report.rows import FITTED, ShardResult, TensorReport
+from ernie_quant.planning.steps import ShardJob, Step
+from ernie_quant.planning.taken import given
+from ernie_quant.reporting.rows import FITTED, ShardResult, TensorReport
 from ernie_quant.runtimes import Runtime
 from ernie_quant.threads import Progress, one_torch_thread, ordered
 from ernie_quant.views.files import Files

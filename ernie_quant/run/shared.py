@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ernie_quant.plan.reshard import check_size, make_reshard_plan, shared_identity
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning.reshard import check_size, make_reshard_plan, shared_identity
+from ernie_quant.planning.steps import Plan
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.whole import Each, RunResult, finished_before, run_plan, write_all
 from ernie_quant.sources import open_source

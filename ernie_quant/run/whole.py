@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ernie_quant import runners
 from ernie_quant.checkpoint import Stamp
-from ernie_quant.plan.steps import Plan, ShardJob, in_order
-from ernie_quant.report.rows import TensorReport
+from ernie_quant.planning.steps import Plan, ShardJob, in_order
+from ernie_quant.reporting.rows import TensorReport
 from ernie_quant.result.carry import changed_since
 from ernie_quant.result.finish import finish
 from ernie_quant.result.folder import OutputFolder

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from ernie_quant.plan.calibration import AUTO, Asked
-from ernie_quant.plan.recipe import Recipe
-from ernie_quant.plan.reshard import check_size
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning.calibration import AUTO, Asked
+from ernie_quant.planning.recipe import Recipe
+from ernie_quant.planning.reshard import check_size
+from ernie_quant.planning.steps import Plan
 from ernie_quant.run.memory import suit
 from ernie_quant.run.outcome import Result, planned, result_of
 from ernie_quant.run.shared import run_shared

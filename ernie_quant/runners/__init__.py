@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar, cast
 
 from ernie_quant import plugins
 from ernie_quant.checkpoint import Download
-from ernie_quant.plan.steps import ShardJob
+from ernie_quant.planning.steps import ShardJob
 from ernie_quant.threads import Progress
 
 Result = TypeVar("Result")

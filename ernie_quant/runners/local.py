@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ernie_quant.checkpoint import Download
-from ernie_quant.plan.steps import ShardJob
+from ernie_quant.planning.steps import ShardJob
 from ernie_quant.runners import Result, Work
 from ernie_quant.threads import Progress
 

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from ernie_quant.checkpoint import Download, OnDisk
-from ernie_quant.plan.steps import ShardJob
+from ernie_quant.planning.steps import ShardJob
 from ernie_quant.runners import Result, Work
 from ernie_quant.threads import Progress, ordered
 

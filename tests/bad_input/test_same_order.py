@@ -16,7 +16,7 @@ from helpers.synthetic import tiny, wide, write_index, write_model, write_ranks,
 
 from ernie_quant.checkpoint import Stamp
 from ernie_quant.errors import CheckpointError
-from ernie_quant.plan.built_in import fastdeploy_container
+from ernie_quant.planning.built_in import fastdeploy_container
 from ernie_quant.sources import open_source
 from ernie_quant.views.files import Files
 

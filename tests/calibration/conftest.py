@@ -10,7 +10,7 @@ from helpers.disk import no_waiting
 from helpers.models import GOLDEN, write
 from helpers.words import byte_tokenizer
 
-from ernie_quant.plan import built_in
+from ernie_quant.planning import built_in
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from helpers.words import byte_tokenizer
 
 from ernie_quant.errors import PlanError
 from ernie_quant.nightly.job import read_job
-from ernie_quant.plan import recipe
-from ernie_quant.plan.calibration import AUTO, Asked
+from ernie_quant.planning import recipe
+from ernie_quant.planning.calibration import AUTO, Asked
 
 RULES = '[[rule]]\nrole = "experts"\ncodec = "rtn"\nbits = 4\ngroup_size = 32\n'
 

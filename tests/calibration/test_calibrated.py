@@ -22,12 +22,12 @@ from helpers.words import byte_tokenizer
 
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import AnotherPlanError
-from ernie_quant.plan import built_in
-from ernie_quant.plan.calibration import Calibration
-from ernie_quant.plan.fitting import by_layer
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.recipe import with_method
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning import built_in
+from ernie_quant.planning.calibration import Calibration
+from ernie_quant.planning.fitting import by_layer
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.recipe import with_method
+from ernie_quant.planning.steps import Plan
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
@@ -179,7 +179,7 @@ def test_the_number_of_threads_does_not_matter(model: Path, book: Path, calibrat
 
 
 def test_the_layout_of_the_source_does_not_matter(model: Path, book: Path, tmp_path: Path) -> None:
-    from ernie_quant.plan.recipe import KEEP_ALL
+    from ernie_quant.planning.recipe import KEEP_ALL
 
     paddle = tmp_path / "paddle"
     run_plan(make_plan(open_source(model), runtime="fastdeploy", recipe=KEEP_ALL), paddle)

@@ -20,7 +20,7 @@ from helpers.models import GOLDEN, random_model, states, tensors, write
 from safetensors.torch import save_file
 
 from ernie_quant.errors import PlanError, TextError
-from ernie_quant.plan import built_in
+from ernie_quant.planning import built_in
 from ernie_quant.weights import layouts
 
 CLOSE = 1e-4

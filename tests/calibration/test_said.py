@@ -12,9 +12,9 @@ from helpers.models import invoke, random_model
 from helpers.ranks import WIDTHS
 from helpers.words import byte_tokenizer
 
-from ernie_quant.report import calibration
-from ernie_quant.report.rows import TensorReport, output_error, to_json
-from ernie_quant.report.tables import tables
+from ernie_quant.reporting import calibration
+from ernie_quant.reporting.rows import TensorReport, output_error, to_json
+from ernie_quant.reporting.tables import tables
 from ernie_quant.result import card
 from ernie_quant.result.manifest import read_manifest
 

@@ -15,7 +15,7 @@ from ernie_quant.codecs.rtn import CHANNEL, SCALES, RoundToNearest
 from ernie_quant.errors import CheckpointError
 from ernie_quant.measure import LARGEST, compare
 from ernie_quant.names import ATTENTION, EXPERT, IN
-from ernie_quant.plan.steps import Step
+from ernie_quant.planning.steps import Step
 from ernie_quant.run.shard import encode_slab
 from ernie_quant.runtimes import fastdeploy
 from ernie_quant.views.kinds import Cat

@@ -14,8 +14,8 @@ from helpers.models import random_model, same, tensors
 from helpers.synthetic import golden, write_model, write_safetensors
 
 from ernie_quant import archs, codecs, hubs, plugins, publish, readers, runners, runtimes, writers
-from ernie_quant.plan import recipe
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning import recipe
+from ernie_quant.planning.make import make_plan
 from ernie_quant.readers import read_header
 from ernie_quant.run.whole import run_plan
 from ernie_quant.runtimes import _sharing
@@ -135,7 +135,7 @@ def converted(source: Path, out: Path) -> Path:
 
 def test_a_runtime_is_a_choice_of_the_commands_whose_recipes_it_stores(add: Add) -> None:
     add(runtimes, "boxer", example("boxer").replace('("pt",)', '("pt", "wint4")'))
-    from ernie_quant.plan import built_in
+    from ernie_quant.planning import built_in
 
     assert built_in.known_runtimes("wint4") == ("vllm", "boxer", "fastdeploy", "transformers")
     assert "boxer" not in built_in.known_runtimes("wint8")

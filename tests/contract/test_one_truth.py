@@ -14,12 +14,12 @@ from helpers.models import GOLDEN, random_model
 
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import built_in
-from ernie_quant.plan.capacity import estimate
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.offers import KEEP_UNFIT, all_offers
-from ernie_quant.plan.recipe import KEEP_ALL, Recipe
-from ernie_quant.plan.reshard import check_size, make_reshard_plan
+from ernie_quant.planning import built_in
+from ernie_quant.planning.capacity import estimate
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.offers import KEEP_UNFIT, all_offers
+from ernie_quant.planning.recipe import KEEP_ALL, Recipe
+from ernie_quant.planning.reshard import check_size, make_reshard_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.runtimes import _sharing
 from ernie_quant.sources import open_source

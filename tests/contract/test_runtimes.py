@@ -22,9 +22,9 @@ from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.dtypes import dtype_name
 from ernie_quant.errors import ErnieQuantError, PlanError
-from ernie_quant.plan import built_in, recipe
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning import built_in, recipe
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.steps import Plan
 from ernie_quant.runtimes import Linear, Part, Place, Spread, fastdeploy, llama_cpp
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts

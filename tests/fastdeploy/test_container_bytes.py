@@ -29,8 +29,8 @@ from helpers.models import config, write
 from helpers.runs import Killed, stop_in_second_shard
 
 from ernie_quant.check.verify import verify
-from ernie_quant.plan import built_in
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning import built_in
+from ernie_quant.planning.make import make_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.runtimes import fastdeploy
 from ernie_quant.sources import open_source

@@ -17,8 +17,8 @@ from helpers.paths import MAKE_GEOMETRY
 from ernie_quant import runtimes
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import PlanError
-from ernie_quant.plan import built_in
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning import built_in
+from ernie_quant.planning.make import make_plan
 from ernie_quant.runtimes import Place, Spread
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts

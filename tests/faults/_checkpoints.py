@@ -20,8 +20,8 @@ from helpers.synthetic import write_bin, write_model, write_pdparams, write_safe
 from safetensors.torch import load_file
 
 from ernie_quant import codecs
-from ernie_quant.plan import built_in, recipe
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning import built_in, recipe
+from ernie_quant.planning.make import make_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts

@@ -34,14 +34,14 @@ if not __package__:  # run as a script
 
 from ernie_quant.cli import _show
 
-from ernie_quant import inspect as inspection
+from ernie_quant import inspection
 from ernie_quant.check.verify import verify
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import MAX_LINE, MAX_LINES, ErnieQuantError, line_of
-from ernie_quant.plan import recipe
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan
-from ernie_quant.plan.summary import summary
+from ernie_quant.planning import recipe
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.steps import Plan
+from ernie_quant.planning.summary import summary
 from ernie_quant.run.whole import run_plan
 from faults._checkpoints import KINDS, Sandbox, Variant, wint4
 from faults._watch import watching

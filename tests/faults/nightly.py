@@ -66,7 +66,7 @@ def serve() -> None:
 
     from ernie_quant.check import verify
     from ernie_quant.codecs.rtn import RoundToNearest
-    from ernie_quant.plan import built_in
+    from ernie_quant.planning import built_in
 
     torch.set_num_threads(1)
     sys.modules["matplotlib"] = None  # type: ignore[assignment] # pictures take longer than all the rest, and are files as others

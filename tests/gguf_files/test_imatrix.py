@@ -12,8 +12,8 @@ from helpers.paths import GOLDEN
 from safetensors.torch import save_file
 
 from ernie_quant.codecs.q4_0 import Q40
-from ernie_quant.plan.gguf import gguf_plan
-from ernie_quant.plan.imatrix import importance
+from ernie_quant.planning.gguf import gguf_plan
+from ernie_quant.planning.imatrix import importance
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights.stored import Stored, open_stored, runtime_of

@@ -14,7 +14,7 @@ from helpers.llama_cpp import Llama, Refused, needs_llama_cpp
 from helpers.paths import GOLDEN
 
 from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.plan.gguf import gguf_plan
+from ernie_quant.planning.gguf import gguf_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.runtimes import _gguf_file, llama_cpp
 from ernie_quant.sources import open_source

@@ -15,10 +15,10 @@ from helpers.paths import GOLDEN
 from helpers.synthetic import exact
 
 from ernie_quant.names import NameMap
-from ernie_quant.plan import mix
-from ernie_quant.plan.built_in import GGUF_TYPES
-from ernie_quant.plan.gguf import gguf_plan
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning import mix
+from ernie_quant.planning.built_in import GGUF_TYPES
+from ernie_quant.planning.gguf import gguf_plan
+from ernie_quant.planning.steps import Plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 

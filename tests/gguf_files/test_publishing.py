@@ -15,7 +15,7 @@ from ernie_quant import hubs, plugins, publish
 from ernie_quant.errors import HubError
 from ernie_quant.nightly.job import read_job
 from ernie_quant.nightly.run import run_job
-from ernie_quant.plan.gguf import gguf_plan
+from ernie_quant.planning.gguf import gguf_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 

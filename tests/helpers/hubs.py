@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from ernie_quant.codecs.rtn import RoundToNearest
-from ernie_quant.plan import built_in, recipe
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning import built_in, recipe
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.steps import Plan
 from ernie_quant.run.whole import RunResult, run_plan
 from ernie_quant.sources import download, open_source
 from helpers.disk import contents

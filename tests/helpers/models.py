@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ernie_quant import archs, names, runtimes
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning.make import make_plan
 from ernie_quant.run.whole import RunResult, run_plan
 from ernie_quant.sources import open_source
 from ernie_quant.views.files import Files

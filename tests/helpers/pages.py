@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ernie_quant.report import rows as report
-from ernie_quant.report.rows import TensorReport, to_json
+from ernie_quant.reporting import rows as report
+from ernie_quant.reporting.rows import TensorReport, to_json
 
 LAYERS, EXPERTS, MIXED = 54, 128, 7
 TIMES = "\u00d7"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ernie_quant.plan.reshard import make_reshard_plan
+from ernie_quant.planning.reshard import make_reshard_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 from helpers.disk import contents

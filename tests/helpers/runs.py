@@ -8,9 +8,9 @@ from typing import Any
 
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.rtn import RoundToNearest
-from ernie_quant.plan import built_in, recipe
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning import built_in, recipe
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.steps import Plan
 from ernie_quant.sources import open_source
 from helpers.models import GOLDEN
 

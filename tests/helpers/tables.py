@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ernie_quant.errors import PlanError
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning.make import make_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights.plain import Resolved, resolve
 from helpers.models import tensors, write

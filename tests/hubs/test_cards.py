@@ -17,7 +17,7 @@ from helpers.nights import Night, manifest
 from helpers.publishing import REPO, publish_to
 
 from ernie_quant import runtimes
-from ernie_quant.report import tables
+from ernie_quant.reporting import tables
 from ernie_quant.result import card, front_matter
 from ernie_quant.runtimes import Place, Spread
 

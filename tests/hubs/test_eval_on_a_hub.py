@@ -12,7 +12,7 @@ from helpers.models import copy, write
 from helpers.synthetic import tiny, write_model
 from helpers.words import byte_tokenizer
 
-from ernie_quant.plan import built_in
+from ernie_quant.planning import built_in
 
 
 def test_both_sides_on_a_hub(hub: LoopbackHub, waits: list[float], cache: Path, tmp_path: Path, command: Command) -> None:

@@ -13,7 +13,7 @@ from helpers.nights import PT, WINT4, job_file
 
 from ernie_quant.errors import PlanError
 from ernie_quant.nightly.job import Job, read_job
-from ernie_quant.plan.built_in import KINDS
+from ernie_quant.planning.built_in import KINDS
 
 pytestmark = [uploads, pytest.mark.usefixtures("no_pictures")]
 

@@ -20,7 +20,7 @@ from helpers.hubs import INT4, NAME, SOURCE, TELLING_THE_SOURCE, planned
 
 from ernie_quant import hubs, sources
 from ernie_quant.errors import HubError, RetryError, VerifyError
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning.make import make_plan
 from ernie_quant.publish import Destination, Published, publish
 from ernie_quant.publish import files as publishing
 from ernie_quant.run.whole import run_plan

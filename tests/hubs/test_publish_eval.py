@@ -13,7 +13,7 @@ from helpers.models import copy
 from helpers.publishing import REPO, hashes, on_hub
 from helpers.words import byte_tokenizer
 
-from ernie_quant.report import evaluation, tables
+from ernie_quant.reporting import evaluation, tables
 
 pytestmark = [uploads, pytest.mark.usefixtures("no_pictures", "waits")]
 

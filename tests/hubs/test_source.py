@@ -39,7 +39,7 @@ from ernie_quant.errors import RetryError
 from ernie_quant.hubs import Listing, RemoteFile
 from ernie_quant.hubs._patience import LONGEST_WAIT
 from ernie_quant.names import natural
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning.make import make_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import download, fetch, open_source
 

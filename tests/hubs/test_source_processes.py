@@ -10,8 +10,8 @@ from helpers.disk import contents
 from helpers.hub import LoopbackHub
 from helpers.hubs import NAME, least_budget
 
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import ShardJob
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.steps import ShardJob
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 

@@ -19,7 +19,7 @@ from helpers.synthetic import write_raw_safetensors
 from ernie_quant.errors import CheckpointError, HubError, RetryError
 from ernie_quant.hubs import Listing, parse
 from ernie_quant.hubs.hf.read import HuggingFace
-from ernie_quant.plan.make import make_plan
+from ernie_quant.planning.make import make_plan
 from ernie_quant.run.whole import run_plan
 from ernie_quant.sources import open_source
 

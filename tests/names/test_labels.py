@@ -12,8 +12,8 @@ from helpers.models import GOLDEN, config, logits, random_model, same, tensors, 
 from helpers.tables import golden, model
 
 from ernie_quant.errors import ConfigError, PlanError
-from ernie_quant.inspect import inspect
-from ernie_quant.plan.make import make_plan
+from ernie_quant.inspection import inspect
+from ernie_quant.planning.make import make_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts
 

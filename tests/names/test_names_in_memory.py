@@ -19,9 +19,9 @@ from helpers.tables import Tensors, model, problems, resolved
 from ernie_quant import names
 from ernie_quant.check.verify import verify
 from ernie_quant.codecs.rtn import RoundToNearest
-from ernie_quant.inspect import inspect
-from ernie_quant.plan import built_in
-from ernie_quant.plan.make import make_plan
+from ernie_quant.inspection import inspect
+from ernie_quant.planning import built_in
+from ernie_quant.planning.make import make_plan
 from ernie_quant.sources import open_source
 from ernie_quant.views import build
 from ernie_quant.views.files import Files

@@ -14,8 +14,8 @@ from helpers.synthetic import write_bin, write_ranks, write_safetensors
 from helpers.tables import golden, model, problems, resolved
 
 from ernie_quant.check.verify import verify
-from ernie_quant.inspect import inspect
-from ernie_quant.plan.make import make_plan
+from ernie_quant.inspection import inspect
+from ernie_quant.planning.make import make_plan
 from ernie_quant.sources import open_source
 
 Rename = Callable[[str], str]

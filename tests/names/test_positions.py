@@ -15,9 +15,9 @@ from helpers.tables import golden, model
 
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.errors import ConfigError, ErnieQuantError, PlanError
-from ernie_quant.inspect import inspect
-from ernie_quant.plan import built_in
-from ernie_quant.plan.make import make_plan
+from ernie_quant.inspection import inspect
+from ernie_quant.planning import built_in
+from ernie_quant.planning.make import make_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts
 

@@ -14,9 +14,9 @@ from helpers.pages import HOSTILE, folder_of, large, measured, row
 from helpers.paths import GOLDEN
 
 from ernie_quant import codecs
-from ernie_quant.plan import built_in
-from ernie_quant.report import page, saved
-from ernie_quant.report import rows as report
+from ernie_quant.planning import built_in
+from ernie_quant.reporting import page, saved
+from ernie_quant.reporting import rows as report
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from helpers.pages import HOSTILE, KEPT, WINT4, WINT8, data_of, folder_of, large
 
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import OutputError
-from ernie_quant.report import page, saved
-from ernie_quant.report import rows as report
-from ernie_quant.report.rows import TensorReport
+from ernie_quant.reporting import page, saved
+from ernie_quant.reporting import rows as report
+from ernie_quant.reporting.rows import TensorReport
 
 NAMES = "[...document.querySelectorAll('#tensor-table tbody td:first-child')].map(cell => cell.textContent)"
 LINES = """[...document.querySelectorAll('#%s tbody tr')].map(line => [...line.cells].map(cell => cell.textContent))"""

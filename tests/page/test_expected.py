@@ -15,7 +15,7 @@ from ernie_quant import codecs, plugins
 from ernie_quant.codecs import Codec, _feedback
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.rtn import CHANNEL, SCALES, RoundToNearest
-from ernie_quant.report import expected, page, saved, usual
+from ernie_quant.reporting import expected, page, saved, usual
 
 spec = importlib.util.spec_from_file_location("gaussian_errors", Path(__file__).parents[2] / "benchmarks/gaussian_errors.py")
 assert spec
@@ -38,7 +38,7 @@ def data_free() -> Iterator[Codec]:
 def test_the_table_says_what_the_codec_does_today(codec: Codec) -> None:
     """Where a codec has changed: python benchmarks/gaussian_errors.py."""
     known = expected.of(codec.describe(), (WEIGHTS // WIDTH, WIDTH))
-    assert known is not None, "has no line in ernie_quant/report/expected.py"
+    assert known is not None, "has no line in ernie_quant/reporting/expected.py"
     assert gaussian_errors.measured(codec, WIDTH, WEIGHTS) == pytest.approx(known, rel=0.02)
 
 

@@ -21,9 +21,9 @@ from helpers.pages import EXPERTS, LAYERS, WINT4, data_of, folder_of, over_resul
 
 from ernie_quant.check import verify
 from ernie_quant.errors import ErnieQuantError, OutputError
-from ernie_quant.report import page, saved
-from ernie_quant.report import rows as report
-from ernie_quant.report.place import Place
+from ernie_quant.reporting import page, saved
+from ernie_quant.reporting import rows as report
+from ernie_quant.reporting.place import Place
 
 # --- the file --------------------------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ def test_no_heavy_package_is_needed(results: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["dense", "vl", "container", "hostile"])
 def test_pictures_for_the_model_card(name: str, results: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from ernie_quant.report.plots import write_plots
+    from ernie_quant.reporting.plots import write_plots
 
     first, second = (write_plots(saved.read(results[name]), tmp_path / n / "plots") for n in ("1", "2"))
     assert [w.path.name for w in first] == ["error-heatmap.png", "error-histogram.png", "bytes-by-role.png"]
@@ -181,7 +181,7 @@ def test_pictures_for_the_model_card(name: str, results: dict[str, Path], tmp_pa
 
 def test_a_converted_result_has_a_picture_of_its_bytes_only(results: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from ernie_quant.report.plots import write_plots
+    from ernie_quant.reporting.plots import write_plots
 
     assert [w.path.name for w in write_plots(saved.read(results["converted"]), tmp_path)] == ["bytes-by-role.png"]
 
@@ -189,7 +189,7 @@ def test_a_converted_result_has_a_picture_of_its_bytes_only(results: dict[str, P
 def test_without_matplotlib_the_error_says_what_to_install(
     results: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ernie_quant.report.plots import write_plots
+    from ernie_quant.reporting.plots import write_plots
 
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -10,8 +10,8 @@ import pytest
 from helpers.browser import Browser
 from helpers.pages import HOSTILE, TIMES, WINT2, WINT4, folder_of, over_results, row
 
-from ernie_quant.report import page, saved
-from ernie_quant.report import rows as report
+from ernie_quant.reporting import page, saved
+from ernie_quant.reporting import rows as report
 
 CELLS = """(() => {
   const canvas = document.querySelectorAll('.plot canvas')[%d];

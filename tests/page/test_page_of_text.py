@@ -10,8 +10,8 @@ from helpers.browser import Browser
 from helpers.pages import data_of, folder_of, measured, row, text_of
 
 from ernie_quant.errors import OutputError
-from ernie_quant.report import page, saved
-from ernie_quant.report import rows as report
+from ernie_quant.reporting import page, saved
+from ernie_quant.reporting import rows as report
 
 CELLS = "document.querySelectorAll('.plot canvas')[%d].toDataURL()"
 COLUMN = """(() => {

@@ -16,8 +16,8 @@ from helpers.browser import Browser
 from helpers.pages import HOSTILE, WINT4, folder_of, over_results, row
 
 from ernie_quant.errors import OutputError
-from ernie_quant.report import page, saved, spreadsheet
-from ernie_quant.report import rows as report
+from ernie_quant.reporting import page, saved, spreadsheet
+from ernie_quant.reporting import rows as report
 
 FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", " =1", '"=1"', "a,=1", "a;@b", "a|-1", "\t=1", "\r\n=cmd", "\uff1d1"]
 

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import CheckpointError, VerifyError
-from ernie_quant.plan.built_in import make
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.reshard import make_reshard_plan
+from ernie_quant.planning.built_in import make
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.reshard import make_reshard_plan
 from ernie_quant.run import whole
 from ernie_quant.run.shared import run_shared
 from ernie_quant.run.whole import run_plan

@@ -10,9 +10,9 @@ from helpers.disk import contents
 from helpers.runs import Killed
 
 from ernie_quant import disk
-from ernie_quant.plan.built_in import fastdeploy_container
-from ernie_quant.plan.make import make_plan
-from ernie_quant.plan.steps import Plan
+from ernie_quant.planning.built_in import fastdeploy_container
+from ernie_quant.planning.make import make_plan
+from ernie_quant.planning.steps import Plan
 from ernie_quant.run.shared import run_shared, shared_bytes
 from ernie_quant.sources import open_source
 

@@ -16,7 +16,7 @@ from helpers.results import first_byte, poke
 from safetensors.torch import save_file
 
 from ernie_quant.errors import CheckpointError, ErnieQuantError, PlanError
-from ernie_quant.plan.reshard import make_reshard_plan
+from ernie_quant.planning.reshard import make_reshard_plan
 from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts
 

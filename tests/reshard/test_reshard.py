@@ -12,7 +12,7 @@ from helpers.models import config, invoke, random_model, same, tensors, write
 from helpers.ranks import FORMS, HEAD_DIM, KV_HEADS, LAST_WINT4, QKV, WINT2_DOWN, WINT2_UP, WINT4_DOWN, Tensors, lasting, reshard
 
 from ernie_quant.codecs import Codec
-from ernie_quant.plan.built_in import fastdeploy_container
+from ernie_quant.planning.built_in import fastdeploy_container
 from ernie_quant.runtimes import fastdeploy
 from ernie_quant.sources import open_source
 from ernie_quant.views.files import Files

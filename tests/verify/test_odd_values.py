@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ernie_quant.check.verify import verify
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.measure import Values, means_something, values_of
-from ernie_quant.plan.recipe import Recipe, RecipeRule
+from ernie_quant.planning.recipe import Recipe, RecipeRule
 from ernie_quant.weights import layouts
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")

@@ -20,7 +20,7 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import VerifyError
-from ernie_quant.plan import built_in
+from ernie_quant.planning import built_in
 from ernie_quant.weights import layouts
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
