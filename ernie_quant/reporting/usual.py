@@ -57,13 +57,15 @@ def of(errors: Sequence[float]) -> Usual | None:
 def by_codec(rows: Sequence[TensorReport]) -> dict[str, Usual]:
     """Codec -> what is usual for its tensors; of those that changed.
 
-    What makes up for errors before it is meant to differ from the source: it counts only where a codec has nothing else.
+    What makes up for errors before it is meant to differ from the source and does not count; where most of a codec is so, nothing
+    can be an outlier.
     """
     found = {}
     for codec, group in grouped([row for row in rows if row.changed], lambda row: row.codec).items():
         plain = [row for row in group if not row.fitted]
-        if (usual := of([row.rel_error for row in plain or group])) is not None:
-            found[codec] = usual if plain else replace(usual, low=None, high=None)
+        most = 2 * len(plain) >= len(group)
+        if (usual := of([row.rel_error for row in (plain if most else group)])) is not None:
+            found[codec] = usual if most else replace(usual, low=None, high=None)
     return found
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers.browser import Browser
-from helpers.pages import data_of, folder_of, measured, row, text_of
+from helpers.pages import WINT4, data_of, folder_of, measured, row, text_of
 
 from ernie_quant.errors import OutputError
 from ernie_quant.reporting import page, saved
@@ -106,15 +107,22 @@ def test_the_heatmaps_show_errors_of_outputs_too(results: dict[str, Path], brows
     assert browser.complaints() == []
 
 
-def test_what_makes_up_for_errors_is_no_outlier(results: dict[str, Path], browser: Browser) -> None:
-    fitted = [r for r in saved.read(results["calibrated"]).rows if r.fitted and r.role == "experts"]
-    assert fitted
-    browser.open(results["calibrated"] / report.PAGE)
+@pytest.mark.parametrize(("part", "grey"), [(4, True), (2, False)], ids=["a quarter", "more than half"])
+def test_what_makes_up_for_errors_is_no_outlier(part: int, grey: bool, tmp_path: Path, browser: Browser) -> None:
+    name = "model.layers.0.mlp.experts.%d.up_proj.weight"
+    plain = [row(name % i, "experts", WINT4, (64, 64), 4, 0.01 + i / 1e5) for i in range(41)]
+    rows = [replace(r, rel_error=0.2, fitted=True) if not i % part else r for i, r in enumerate(plain)]
+    rows, said = measured(rows)
+    out = folder_of(tmp_path / "out", rows, calibration=said)
+    browser.open(page.write(saved.read(out), out / report.PAGE).path)
     assert browser.js("DATA.series.filter(s => s.fitted).every(s => outlier(s.first) === 0 && timesMedian(s.first) === null)")
+    assert browser.js("document.querySelector('.legend').textContent").endswith("meant to differ") is grey
     texts = "[...document.querySelector('.legend .ramp').childNodes].filter(node => node.nodeType === 3)"
     low, high = browser.js(f"{texts}.map(node => Number(node.data))")
-    assert browser.js("document.querySelector('.legend').textContent").endswith("meant to differ")
-    assert low < high < max(r.rel_error for r in fitted) / 5  # colours are for what can be compared
+    assert low < high < (0.012 if grey else 0.3)
+    usual = browser.js("document.querySelector('#codec-table tbody tr').cells[6].textContent")
+    assert usual == ("0.00816 to 0.0127" if grey else "most are meant to differ")
+    assert browser.complaints() == []
 
 
 def test_a_cell_tells_its_output_error_and_tokens(results: dict[str, Path], browser: Browser) -> None:

@@ -14,7 +14,7 @@ function codecTable() {
     number("median here", r => r.median),
     number(`${TIMES} expected`, r => r.times, showTimes),
     { head: "least to largest", number: true, value: r => r.largest, cell: r => showRange([r.least, r.largest]) },
-    { head: "usual", number: true, value: r => r.high, cell: r => (r.low === null ? "too few to say" : showRange([r.low, r.high])) },
+    { head: "usual", number: true, value: r => r.high, cell: r => (r.low === null ? (r.fitted ? "most are meant to differ" : "too few to say") : showRange([r.low, r.high])) },
     { head: "outliers", value: r => r.above + r.below, cell: outlierCell },
   ];
   byId("codec-table").append(sortedTable(columns, rows, { sort: 0, descending: false, label: "Codecs" }).box);
