@@ -9,7 +9,7 @@
 #   make dist    wheel and source archive, in dist/
 #   make test-vllm    what vLLM's loaders make of our files, in an environment of its own (3.5 GB, tests/README.md)
 # Another Python or another PyTorch build:
-#   make test PYTHON=python3.12 TORCH="torch==2.9.1"
+#   make test PYTHON=python3.12 TORCH="torch==2.10.0"
 #   make test VENV=/path/to/an/environment TORCH=     # takes the PyTorch that is installed there
 
 PYTHON ?= python3
