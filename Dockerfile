@@ -3,10 +3,9 @@
 #
 # Any user number will do, and nothing but /data and /tmp is written to. What is downloaded or compiled is kept in /data/.cache.
 FROM python:3.11-slim AS build
-# PyTorch for CPUs: PyTorch's own index; with --build-arg TORCH_INDEX=… another build
+# for a PyTorch without CUDA: --build-arg TORCH="torch==2.13.0 --index-url …", the address that pytorch.org names for CPUs
 ARG TORCH=torch==2.13.0
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN python -m venv /opt/ernie-quant && /opt/ernie-quant/bin/pip install --no-cache-dir "$TORCH" --index-url "$TORCH_INDEX"
+RUN python -m venv /opt/ernie-quant && /opt/ernie-quant/bin/pip install --no-cache-dir $TORCH
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY cli cli

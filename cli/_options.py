@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
-from ernie_quant.cli._paths import FILE, FOLDER, TOML, Source
+from ernie_quant.cli._paths import FILE, FOLDER, TOML, ParamType, Source
 
 from ernie_quant.planning import built_in
 from ernie_quant.planning.calibration import LEAST_TOKENS, METHOD, METHODS, MOST_TOKENS, TOKENS
@@ -41,7 +41,7 @@ keep_unfit = click.option("--keep-unfit", is_flag=True, help="Keep tensors whose
 to_layout = click.option("--to", "layout", type=click.Choice(["paddle", "pt"]), required=True, help="Layout of the result.")
 
 
-class RuntimeName(click.ParamType[Any]):
+class RuntimeName(ParamType):
     """One of the runtimes that `known` gives; they are looked up when somebody asks."""
 
     name = "runtime"
@@ -123,7 +123,7 @@ def run_options(command: F) -> F:
     return write_options(command)
 
 
-class Size(click.ParamType[Any]):
+class Size(ParamType):
     """Bytes: `5GB`, `500MB`, `2GiB` or a plain number."""
 
     name = "size"

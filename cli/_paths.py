@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # generic since click 8.4
 
-class Source(click.ParamType[Any]):
+
+class Source(ParamType):
     """A folder, or an address on a hub: `hf://org/name@revision`."""
 
     name = "source"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from ernie_quant.cli import _options, _plan_table
+from ernie_quant.cli import _options, _paths, _plan_table
 from ernie_quant.cli._show import print_json
 
 from ernie_quant.planning import gpus
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ernie_quant.planning.gpus import Gpu, Limits
 
 
-class Gpus(click.ParamType[Any]):
+class Gpus(_paths.ParamType):
     """GPUs, by memory or by name, separated by commas."""
 
     name = "gpus"

@@ -49,7 +49,7 @@ def inspect(source: Path | str, fixes: frozenset[str] = frozenset(), *, links: b
         return _of_quantized(str(source), checkpoint)
     table = resolve(checkpoint, fixes)
     return Inspection(
-        **_facts(str(source), checkpoint), family=plugins.name_of(table.arch), layout=table.layout.title,
+        **_facts(str(source), checkpoint), family=plugins.name_of(table.arch, archs), layout=table.layout.title,
         dims=dict(table.map.dims), counts=_counts(table.map), roles=_roles(table), anomalies=tuple(table.problems),
         notes=(*claims.notes_of(checkpoint), *table.notes),
     )  # fmt: skip
@@ -63,7 +63,7 @@ def _of_quantized(source: str, checkpoint: Checkpoint) -> Inspection:
         entry["tensors"] += form.weights
         entry["bytes"] += form.nbytes
     return Inspection(
-        **_facts(source, checkpoint), family=plugins.name_of(archs.find(checkpoint.config)), layout=found.layout.title,
+        **_facts(source, checkpoint), family=plugins.name_of(archs.find(checkpoint.config), archs), layout=found.layout.title,
         dims=dict(found.table.dims), counts=_counts(found.table), roles=roles,
         anomalies=(*checkpoint.anomalies, *found.problems), notes=(*checkpoint.notes, *found.notes), quantized=found.title,
         forms=tuple({**asdict(form), "bits_per_weight": round(form.bits_per_weight, 4)} for form in found.forms),

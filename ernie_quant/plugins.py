@@ -17,47 +17,36 @@ from types import ModuleType
 
 
 @cache
+def known(package: ModuleType) -> dict[str, str]:
+    """Name -> module of the plug-ins of a package; files with a leading underscore are shared parts, not plug-ins."""
+    from importlib.metadata import entry_points
+
+    group = package.__name__
+    files = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    return {point.name: point.module for point in entry_points(group=group)} | {name: f"{group}.{name}" for name in files}
+
+
 def names(package: ModuleType) -> tuple[str, ...]:
-    """The plug-ins of a package; files with a leading underscore are shared parts, not plug-ins."""
-    return tuple(sorted({*_files(package), *_elsewhere(package.__name__)}))
+    """Those of them all."""
+    return tuple(sorted(known(package)))
 
 
 def load(package: ModuleType, name: str) -> ModuleType:
     """One plug-in, or `NAME.PART` of one that is a folder. The name must come from `names`."""
     first, dot, part = name.partition(".")
-    known = package.__name__
-    if first not in _files(package) and (module := _elsewhere(known).get(first)):
-        _NAMES[module] = first
-        return importlib.import_module(f"{module}{dot}{part}")
-    return importlib.import_module(f"{known}.{name}")
+    return importlib.import_module(f"{known(package)[first]}{dot}{part}")
 
 
-def name_of(plugin: object) -> str:
-    """The name of a plug-in, which is a module."""
-    return name_of_module(str(plugin.__name__))  # type: ignore[attr-defined]
+def name_of(plugin: object, package: ModuleType) -> str:
+    """The name of a plug-in of the package, which is a module."""
+    return name_of_module(str(plugin.__name__), package)  # type: ignore[attr-defined]
 
 
-def name_of_module(module: str) -> str:
-    """That of its file, or of its entry point."""
-    return _NAMES.get(module) or module.rpartition(".")[2]
+def name_of_module(module: str, package: ModuleType) -> str:
+    """By which it was found; of a shared part that of its file."""
+    return next((name for name, place in known(package).items() if place == module), module.rpartition(".")[2])
 
 
 def modules(package: ModuleType) -> list[ModuleType]:
     """All plug-ins of a package, in order of their names."""
     return [load(package, name) for name in names(package)]
-
-
-_NAMES: dict[str, str] = {}  # modules of other packages that were loaded -> their names
-
-
-@cache
-def _files(package: ModuleType) -> frozenset[str]:
-    return frozenset(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
-
-
-@cache
-def _elsewhere(group: str) -> dict[str, str]:
-    """Name -> module of those that other packages bring."""
-    from importlib.metadata import entry_points
-
-    return {point.name: point.module for point in entry_points(group=group)}

@@ -39,7 +39,7 @@ def test_pt_files_are_converted_and_quantized(command: Command, tmp_path: Path, 
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, kv_heads)
     assert command("dequantize", tmp_path / "wint4", tmp_path / "back", "--to", "pt")[0] == 0
     formats = json.loads(command("plan", source, "--json")[1])["formats"]
-    assert [f["format"] for f in formats if f["runtimes"] == "FastDeploy"] == []
+    assert [f["form"] for f in formats if f["program"] == "FastDeploy"] == []
 
 
 def test_paddle_files_are_neither_read_nor_written(command: Command, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def progress_bar(*_):
         if len(list(out.glob("*.safetensors"))) == 2:
             flag.touch()
             time.sleep(60)
+    progress.file = lambda _: None
     yield progress
 _progress.progress_bar = progress_bar
 main.main()

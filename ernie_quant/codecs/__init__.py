@@ -107,7 +107,7 @@ class DataFree:
 
 def name_of(codec: Codec) -> str:
     """The name by which a recipe asks for it."""
-    return plugins.name_of_module(type(codec).__module__)
+    return plugins.name_of_module(type(codec).__module__, sys.modules[__name__])
 
 
 def make(name: str, options: dict[str, Any]) -> Codec:

@@ -1,6 +1,6 @@
 """Hubs, one folder each, named after the scheme of their addresses (`hf://org/name@revision`).
 
-`read.py` has `connect() -> Hub`: what a checkpoint on the hub needs. `publish.py` has `connect() -> Publisher` and
+`read.py` has `connect() -> Hub`: what a checkpoint on the hub needs; and may have `DOWNLOAD`, the command that people have for it. `publish.py` has `connect() -> Publisher` and
 `DEFAULT_BRANCH`: what publishing needs.
 """
 
@@ -179,6 +179,11 @@ def publisher(scheme: str) -> Publisher:
 def default_branch(scheme: str) -> str:
     """The branch that a hub publishes to where nobody names one. Raises HubError."""
     return str(_publish(scheme).DEFAULT_BRANCH)
+
+
+def download_command(scheme: str) -> str:
+    """What people type to have a repository `{name}` in the folder `{local}`; empty for a hub that does not say."""
+    return str(getattr(plugins.load(sys.modules[__name__], f"{scheme}.read"), "DOWNLOAD", ""))
 
 
 def _publish(scheme: str) -> Any:

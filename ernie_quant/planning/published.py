@@ -47,5 +47,5 @@ def read(source: Checkpoint) -> Published:
     items = tuple(
         Item(entry.name, entry.rule.role, sum(spec_of(view).nbytes for view in entry.parts.values())) for entry in entries
     )
-    title, dims = forms.method(source, plugins.name_of(target)), table_of(source, target).dims
+    title, dims = forms.method(source, plugins.name_of(target, runtimes)), table_of(source, target).dims
     return Published(title, target, config, dims, items, linears_of(entries), True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ernie_quant import names, plugins
+from ernie_quant import names, plugins, runtimes
 from ernie_quant.archs._config import whole
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs.keep import KEEP
@@ -60,7 +60,7 @@ def make_reshard_plan(
     copies = tuple(path for path in along.files if source.name_of(path) != README)
     config = without_missing(config, modules_of(copies))
     recipe, notes, reports, calibrated = _reports(source)
-    runtime = plugins.name_of(target)
+    runtime = plugins.name_of(target, runtimes)
     fits = _sharing.tp_sizes(target, linears_of(entries), dims, heads)
     rules = replace(KEEP_ALL, name=recipe or f"reshard to {tp}")
     unmeasured = {} if reports else {"report": False}  # files that others published

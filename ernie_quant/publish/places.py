@@ -60,6 +60,6 @@ def front_page(manifest: Mapping[str, Any], files: Mapping[str, RemoteFile], pla
     if place.hub != "hf":
         use = "    llama-server -m FILE --jinja"
     return (
-        f"{front_matter.block(manifest, ('gguf',))}\n\n# {title}\n\n{manifest['source_name']} for llama.cpp and what is built"
+        f"{front_matter.block(manifest, {}, ('gguf',))}\n\n# {title}\n\n{manifest['source_name']} for llama.cpp and what is built"
         f" on it, by ernie-quant. What each type lost, and what it was made from, is behind its name.\n\n{table}\n\n{use}\n"
     ).encode()

@@ -43,7 +43,7 @@ def readme(
     text = facts.get("calibration")
     title = made.get("card", {}).get("name") or place.name.rpartition("/")[2]
     parts = [
-        front_matter.block(made, _tags(made, config)),
+        front_matter.block(made, config, _tags(made, config)),
         f"# {title}\n\n{_headline(made, rows)}",
         *_running(made, config, place),
     ]

@@ -33,8 +33,8 @@ def of_source(readme: Path | None) -> dict[str, Any]:
     return {key: _licence(value) if key == "license" else value for key, value in sorted(found.items())}
 
 
-def block(made: Mapping[str, Any], tags: Sequence[str] = ()) -> str:
-    """Of a result's card. `made`: its manifest; `tags`: more than it says itself."""
+def block(made: Mapping[str, Any], config: Mapping[str, Any], tags: Sequence[str] = ()) -> str:
+    """Of a result's card. `made`: its manifest; `config`: its config.json; `tags`: more than they say."""
     from huggingface_hub import ModelCardData
 
     given, said = made["summary"]["front_matter"], made.get("card", {})
@@ -42,7 +42,10 @@ def block(made: Mapping[str, Any], tags: Sequence[str] = ()) -> str:
     base = said.get("base_model") or repo
     known = {key: value for key, value in given.items() if key != "tags"}
     theirs = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags", ()))
-    known |= {"library_name": runtimes.find(made["runtime"]).LIBRARY, "tags": list(dict.fromkeys([*theirs, *OURS, *tags]))}
+    known |= {
+        "library_name": runtimes.find(made["runtime"]).library(config),
+        "tags": list(dict.fromkeys([*theirs, *OURS, *tags])),
+    }
     known |= {"base_model": base, "base_model_relation": "quantized"} if base else {}
     known |= {"model_name": said["name"]} if said.get("name") else {}
     return f"---\n{ModelCardData(**known).to_yaml()}\n---"

@@ -91,9 +91,8 @@ class Runtime(Protocol):
         """What people call it."""
         ...
 
-    @property
-    def LIBRARY(self) -> str:
-        """What hubs call the library that loads its files."""
+    def library(self, config: Mapping[str, Any]) -> str:
+        """What hubs call the library that loads files of this config.json."""
         ...
 
     @property

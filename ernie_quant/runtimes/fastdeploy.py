@@ -40,7 +40,7 @@ CONFIG = {"is_quantized": True}  # beside quantization_config
 RECIPES = ("paddle", "wint4", "wint2")
 model_problems, stem, fallback, suited = usual.model_problems, usual.stem, usual.fallback, usual.suited
 VERSION = 1
-LIBRARY, TAGS = "PaddlePaddle", ("fastdeploy",)
+TAGS = ("fastdeploy",)
 PROGRAM, PARALLEL = "FastDeploy", (TENSOR,)
 AT_LOAD = {"wint8": "--quantization wint8", "wint4": "--quantization wint4"}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = True, True, False, False
@@ -225,6 +225,11 @@ def misread(config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
         for li in linears
         if promised[li.name].form != li.codec.form
     ]
+
+
+def library(config: Mapping[str, Any]) -> str:
+    """As on the cards of the published ones."""
+    return "PaddlePaddle"
 
 
 def commands(place: Place, config: Mapping[str, Any], spread: Spread) -> list[tuple[str, str]]:

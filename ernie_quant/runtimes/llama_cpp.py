@@ -34,7 +34,7 @@ CODECS = (Keep, Blocks)
 CONFIG: dict[str, Any] = {}
 RECIPES = ("gguf",)
 VERSION = 1
-LIBRARY, TAGS = "gguf", ("llama.cpp",)
+TAGS = ("llama.cpp",)
 PROGRAM, PARALLEL = "llama.cpp", (STAGES,)
 AT_LOAD: dict[str, str] = {}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, True, True
@@ -190,6 +190,11 @@ def codecs_of(config: Mapping[str, Any], linears: Sequence[tuple[str, TensorSpec
 def misread(config: Mapping[str, Any], linears: Sequence[Linear]) -> list[str]:
     """Nothing says it twice."""
     return []
+
+
+def library(config: Mapping[str, Any]) -> str:
+    """The file format, as hubs call it."""
+    return "gguf"
 
 
 def share_multiple(linear: Linear) -> int:

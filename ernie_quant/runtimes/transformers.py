@@ -17,7 +17,7 @@ LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
 RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
 QUANTIZES_VOCABULARY, CASTS = vllm.QUANTIZES_VOCABULARY, vllm.CASTS
 VERSION = vllm.VERSION
-LIBRARY, TAGS = "transformers", ()
+TAGS: tuple[str, ...] = ()
 PROGRAM, PARALLEL = "transformers", (STAGES,)
 AT_LOAD: dict[str, str] = {}
 kept_as = vllm.kept_as
@@ -64,6 +64,11 @@ def unsupported(linears: Sequence[Linear]) -> list[str]:
     if any(li.role == VISION_EXPERT for li in linears) and promise.quant_methods(linears):
         return ["transformers has no loader for a quantized VL checkpoint, vLLM has; --unsupported writes this one all the same"]
     return []
+
+
+def library(config: Mapping[str, Any]) -> str:
+    """Its own name."""
+    return "transformers"
 
 
 def commands(place: Place, config: Mapping[str, Any], spread: Spread) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ ROWS = 1
 CONFIG: dict[str, Any] = {}
 RECIPES = ("pt", "wint4", "wint8", "fp8")
 VERSION = 1
-LIBRARY, TAGS = "transformers", ("vllm",)
+TAGS = ("vllm",)
 PROGRAM, PARALLEL, AT_LOAD = "vLLM", (TENSOR, EXPERTS, STAGES), {"fp8": "--quantization fp8"}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 CODECS = (Keep, RoundToNearest, Float8Block)
@@ -208,6 +208,11 @@ def share_multiple(linear: Linear) -> int:
         case Float8Block():
             return BLOCK
     return 1
+
+
+def library(config: Mapping[str, Any]) -> str:
+    """transformers where it loads them."""
+    return "transformers" if _commands.transformers(Place("."), config) else "vllm"
 
 
 def commands(place: Place, config: Mapping[str, Any], spread: Spread) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ernie_quant import archs, names, plugins
+from ernie_quant import archs, names, plugins, runtimes
 from ernie_quant.checkpoint import Checkpoint, TensorRef
 from ernie_quant.codecs.ccq import GROUP, ConvolutionalCode
 from ernie_quant.codecs.keep import Keep
@@ -64,7 +64,7 @@ def describe(checkpoint: Checkpoint) -> Described:
         for entry in entries
     ]  # fmt: skip
     return Described(
-        method(checkpoint, plugins.name_of(target)),
+        method(checkpoint, plugins.name_of(target, runtimes)),
         LAYOUTS[target.LAYOUT],
         table_of(checkpoint, target),
         _grouped(found),

@@ -132,7 +132,9 @@ def open_stored(checkpoint: Checkpoint, target: Runtime) -> tuple[list[Stored], 
         used |= {*refs}
         dtype = next(iter(refs.values()))[0].spec.dtype if kept else codec.decodes_to
         turned = not (kept or layout.out_first)  # codecs work on [out, in]
-        entry = Stored(name, row, TensorSpec(shape[::-1] if turned else shape, dtype), codec, plugins.name_of(target), {})
+        entry = Stored(
+            name, row, TensorSpec(shape[::-1] if turned else shape, dtype), codec, plugins.name_of(target, runtimes), {}
+        )
         views = {part: _joined(entry, part, copies, table.dims) for part, copies in refs.items()}
         problems += _stack_problems(entry, refs)
         entry = replace(entry, parts=views)

@@ -48,7 +48,7 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
             (path.parent / "__init__.py").touch()
         if str(folder) not in package.__path__:
             monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
-        plugins.names.cache_clear()
+        plugins.known.cache_clear()
         loaded.append(f"{package.__name__}.{name}")
         return plugins.load(package, name)
 
@@ -59,7 +59,7 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
         if package in sys.modules and hasattr(sys.modules[package], last):
             delattr(sys.modules[package], last)
     monkeypatch.undo()
-    plugins.names.cache_clear()
+    plugins.known.cache_clear()
 
 
 def boxes(path: Path) -> dict[str, tuple[tuple[int, ...], bytes]]:
@@ -139,7 +139,7 @@ def test_a_runtime_is_a_choice_of_the_commands_whose_recipes_it_stores(add: Add)
 
     assert built_in.known_runtimes("wint4") == ("vllm", "boxer", "fastdeploy", "transformers")
     assert "boxer" not in built_in.known_runtimes("wint8")
-    assert plugins.name_of(runtimes.recognize({"quant_method": "by input"})) == "boxer"
+    assert plugins.name_of(runtimes.recognize({"quant_method": "by input"}), runtimes) == "boxer"
 
 
 def test_an_architecture(add: Add, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ernie_quant import archs, codecs, plugins, runners, runtimes, writers
     ids=lambda value: value.__name__ if isinstance(value, ModuleType) else "",
 )
 def test_no_file_is_missing(package: ModuleType, listed: tuple[object, ...]) -> None:
-    assert sorted(map(plugins.name_of, listed)) == list(plugins.names(package))
+    assert sorted(plugins.name_of(plugin, package) for plugin in listed) == list(plugins.names(package))
 
 
 def test_no_codec_is_missing() -> None:

@@ -30,10 +30,10 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(hubs, "__path__", [*hubs.__path__, str(tmp_path / "plugins")])
     monkeypatch.setenv("SHELF", str(tmp_path / "shelf"))
     monkeypatch.setattr("ernie_quant.publish.files._pictures", lambda report: {})
-    plugins.names.cache_clear()
+    plugins.known.cache_clear()
     yield tmp_path / "shelf/me/moe-GGUF"
     monkeypatch.undo()
-    plugins.names.cache_clear()
+    plugins.known.cache_clear()
     for name in [name for name in sys.modules if name.startswith("ernie_quant.hubs.shelf")]:
         del sys.modules[name]
     vars(hubs).pop("shelf", None)

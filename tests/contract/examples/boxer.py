@@ -9,7 +9,8 @@ from ernie_quant.runtimes import Part, kept, vllm
 LAYOUT, FORMAT, ROWS, CONFIG, RECIPES = "pt", "box", 1, {}, ("pt",)
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 VERSION = 1
-LIBRARY, TAGS = "boxer", ()
+TAGS = ()
+library = vllm.library
 PROGRAM, PARALLEL, AT_LOAD = "Boxer", ("tensor",), {}
 kept_as = vllm.kept_as
 CODECS = (Keep,)
