@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tarfile
 import tomllib
 import zipfile
@@ -20,7 +21,7 @@ from packaging.version import Version
 import ernie_quant
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WITH_TORCH = {"torch", "numpy", "numba"}  # what a look at headers needs not
+WITH_TORCH = {"scipy", "torch", "numpy", "numba"}  # what a look at headers needs not
 
 
 def requirements() -> Iterator[Requirement]:
@@ -139,3 +140,55 @@ def test_an_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
     assert "verified" in run("verify", "out", "--against", source)
     run("report", "out")
     assert (tmp_path / "out/report.html").is_file()
+
+
+USER = """
+from pathlib import Path
+
+import ernie_quant
+
+
+def small(source: Path, out: str) -> float:
+    found = ernie_quant.inspect(source)
+    print(found.family, found.dims["H"], found.anomalies)
+    for row in ernie_quant.plan(str(source), gpu_memory=["H100", "24GiB"]).rows:
+        print(row.form, row.weight_bytes / 2**30, [fit.gpus or fit.why for fit in row.fits])
+    result = ernie_quant.quantize(source, out, "wint4", experts_only=True, max_shard_size="2GB", workers=2)
+    ernie_quant.convert(source, out, to="pt", dry_run=True, progress=lambda done: None, each=lambda file: print(file.filename))
+    ernie_quant.dequantize(out, "plain", to="paddle")
+    ernie_quant.reshard(out, "ranks", tp=2, copy=["*.pdf"])
+    print(ernie_quant.verify(out, against=source).compared.total, ernie_quant.report(out).rows[0].rel_error)
+    return max(result.tensors, key=lambda tensor: tensor.rel_error).rel_error
+
+
+try:
+    small(Path("a"), "b")
+except ernie_quant.ErnieQuantError as error:
+    print(error)
+"""
+MISTAKES = """
+import ernie_quant
+
+ernie_quant.convert("a", "b", to="gguf")
+ernie_quant.reshard("a", "b")
+ernie_quant.convert("a", "b", to="pt", worker=3)
+ernie_quant.inspect("a").familly
+"""
+
+
+def test_a_strict_type_check_of_a_users_program_passes(wheel: Path, tmp_path: Path) -> None:
+    """Against the installed wheel, with the hints that it has; and mistakes are found."""
+    pytest.importorskip("mypy")
+    python = environment(tmp_path / "venv", wheel)
+    (tmp_path / "user.py").write_text(USER)
+    (tmp_path / "mistakes.py").write_text(MISTAKES)
+
+    def check(file: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "--cache-dir", tmp_path / "cache", file]
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
+        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    right, wrong = check("user.py"), check("mistakes.py")
+    assert (right.returncode, right.stdout) == (0, "Success: no issues found in 1 source file\n")
+    assert wrong.returncode == 1
+    assert {int(line.split(":")[1]) for line in wrong.stdout.splitlines() if ": error: " in line} == {4, 5, 6, 7}

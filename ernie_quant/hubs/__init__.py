@@ -1,6 +1,7 @@
 """Hubs, one folder each, named after the scheme of their addresses (`hf://org/name@revision`).
 
-`read.py` has `connect() -> Hub`: what a checkpoint on the hub needs; and may have `DOWNLOAD`, the command that people have for it. `publish.py` has `connect() -> Publisher` and
+`read.py` has `connect() -> Hub`: what a checkpoint on the hub needs, and may have `DOWNLOAD`: the command that people have
+for it. `publish.py` has `connect() -> Publisher` and
 `DEFAULT_BRANCH`: what publishing needs.
 """
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ernie_quant import hubs
 from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
 from ernie_quant.paths import FILE, MTP_FOLDER
 from ernie_quant.runtimes._values import Place, Spread
@@ -22,11 +23,6 @@ VLLM = "vLLM >= 0.13"
 TRANSFORMERS = "transformers >= 5.17"
 LLAMA_CPP = "llama.cpp (tried: b11549)"
 FD_SOURCES = {"hf": "HUGGINGFACE", "modelscope": "MODELSCOPE", "aistudio": "AISTUDIO"}  # FD_MODEL_SOURCE (FastDeploy, envs.py)
-DOWNLOADS = {
-    "hf": "hf download {name} --local-dir {local}",
-    "modelscope": "modelscope download --model {name} --local_dir {local}",
-    "aistudio": "aistudio download --model {name} --local_dir {local}",
-}
 
 
 def vllm(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
@@ -35,7 +31,7 @@ def vllm(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
     words += [f"--pipeline-parallel-size {spread.stages}"] if spread.stages > 1 else []
     words += ["--enable-expert-parallel"] if spread.experts_whole else []
     words += ["--trust-remote-code"] if is_vl(config) else []
-    if place.hub == "aistudio":  # of which vLLM knows nothing
+    if place.hub not in ("", "hf", "modelscope"):  # of which vLLM knows nothing
         return [(VLLM, _downloaded(place, f"vllm serve {shlex.quote(place.local)} {' '.join(words)}"))]
     hub = "VLLM_USE_MODELSCOPE=True " if place.hub == "modelscope" else ""
     return [(VLLM, f"{hub}vllm serve {shlex.quote(place.name)} {' '.join(words)}")]
@@ -63,8 +59,9 @@ def fastdeploy(place: Place, config: Mapping[str, Any], spread: Spread) -> Comma
     def server(name: str) -> str:
         return f"{ready}python -m fastdeploy.entrypoints.openai.api_server --model {shlex.quote(name)} {sizes}"
 
-    source = f"FD_MODEL_SOURCE={FD_SOURCES[place.hub]} " if place.hub else ""
-    found = [("FastDeploy", source + server(place.name))]
+    source = FD_SOURCES.get(place.hub)
+    plain = f"FD_MODEL_SOURCE={source} {server(place.name)}" if source else _downloaded(place, server(place.local))
+    found = [("FastDeploy", plain)]
     if quantized and config.get("num_nextn_predict_layers"):
         draft = json.dumps({"method": "mtp", "num_speculative_tokens": 1, "model": f"{place.local}/{MTP_FOLDER}"})
         drafted = f"{server(place.local)} --speculative-config {shlex.quote(draft)}"
@@ -85,7 +82,8 @@ def _downloaded(place: Place, command: str) -> str:
     """The command, after a download if it needs one."""
     if not place.hub:
         return command
-    return f"{DOWNLOADS[place.hub].format(name=shlex.quote(place.name), local=shlex.quote(place.local))} && {command}"
+    download = hubs.download_command(place.hub).format(name=shlex.quote(place.name), local=shlex.quote(place.local))
+    return f"{download} && {command}" if download else command
 
 
 def is_vl(config: Mapping[str, Any]) -> bool:

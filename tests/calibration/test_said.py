@@ -17,6 +17,7 @@ from ernie_quant.reporting.rows import TensorReport, output_error, to_json
 from ernie_quant.reporting.tables import tables
 from ernie_quant.result import card
 from ernie_quant.result.manifest import read_manifest
+from ernie_quant.runtimes import Place
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_the_card_names_text_method_and_what_was_fitted(out: Path) -> None:
 def test_the_card_follows_from_manifest_and_report(out: Path) -> None:
     """As `publish` writes it again under another name."""
     rows = [TensorReport.from_json(r) for r in json.loads((out / "report.json").read_text())["tensors"]]
-    again = card.readme(read_manifest(out), json.loads((out / "config.json").read_text()), rows, out.name)
+    again = card.readme(read_manifest(out), json.loads((out / "config.json").read_text()), rows, Place(out.name))
     assert again == (out / "README.md").read_text()
 
 

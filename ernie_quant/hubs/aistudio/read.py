@@ -34,6 +34,8 @@ TOKEN = "AISTUDIO_ACCESS_TOKEN"
 PAGE = 1000  # entries
 POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize ([0-9]{1,18})\n?")
 
+DOWNLOAD = "aistudio download --model {name} --local_dir {local}"
+
 
 class Refused(Exception):
     """The hub answers with a status that stays."""

@@ -11,6 +11,8 @@ from ernie_quant.hubs import Listing, RemoteFile
 from ernie_quant.hubs._answers import PASSING, TIMEOUT, asked_for, one_line, range_headers, retry_after
 from ernie_quant.hubs._patience import CHUNK, Transient
 
+DOWNLOAD = "hf download {name} --local-dir {local}"
+
 
 def connect() -> HuggingFace:
     """The hub of its client's settings."""

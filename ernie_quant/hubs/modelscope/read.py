@@ -26,6 +26,8 @@ KIND = "model"
 COMMIT = re.compile("[0-9a-f]{40}")
 SHA256 = re.compile("[0-9a-f]{64}")
 
+DOWNLOAD = "modelscope download --model {name} --local_dir {local}"
+
 
 def connect() -> ModelScope:
     """The hub of its client's settings."""
