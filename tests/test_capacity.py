@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -441,3 +442,13 @@ def test_every_problem_of_a_source_is_named(tmp_path: Path) -> None:
 )
 def test_two_for_usage(arguments: tuple[str, ...], command: Command) -> None:
     assert command("plan", GOLDEN / "dense/pt", *arguments)[0] == 2
+
+
+def test_the_table_of_the_document_is_what_the_command_prints(geometry: Callable[[str], Checkpoint], command: Command) -> None:
+    text = (Path(__file__).parents[1] / "docs/plan.md").read_text()
+    ((line, shown),) = re.findall(r"```\n(ernie-quant plan [^\n]*)\n```\n\n```\n(.*?)\n```", text, re.DOTALL)
+    words = shlex.split(line)
+    code, out, _ = command(*words[1:2], geometry("300b").folder, *words[3:])
+    assert (code, out.partition("\nKV cache")[0].rstrip()) == (0, shown)
+    names = re.findall(r"with commas: (.*?), with memory", " ".join(text.split()))[0].split(", ")
+    assert names == list(gpus.KNOWN)
