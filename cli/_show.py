@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": round(bits_per_weight(plan), 4),
         "files": len(plan.shards),
         "tp_sizes": list(plan.tp_sizes),
+        "gpus": {memory: asdict(spread) for memory, spread in (plan.quantized_by or plan).gpus.items()},
         "notes": list(plan.notes),
         **({"calibration": plan.calibration.shown()} if plan.calibration else {}),
     }
@@ -63,6 +65,9 @@ def show_plan(plan: Plan, as_json: bool) -> None:
 def _show_notes(plan: Plan) -> None:
     if plan.tp_sizes:
         click.echo(f"tensor-parallel sizes that fit: {', '.join(map(str, plan.tp_sizes))}")
+    if gpus := (plan.quantized_by or plan).gpus:
+        fewest = ", ".join(f"{s.gpus} x {memory}{f' ({s.describe()})' if s.gpus > 1 else ''}" for memory, s in gpus.items())
+        click.echo(f"fewest GPUs that hold it and a sequence of 32768 tokens: {fewest}")
     for note in plan.notes:
         click.echo(f"note: {note}")
 
