@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 GROUPS = {
     "Look": {
         "inspect":    "What a checkpoint is, its bytes, and what is wrong with it.",
-        "plan":       "How many GPUs it takes in each format.",
+        "plan":       "What can be made of it, and on how many GPUs.",
     },
     "Convert": {
         "convert":    "Between Paddle and PT; every weight keeps its bits.",
@@ -22,7 +22,7 @@ GROUPS = {
     "Quantize": {
         "wint4":      "To int4, for vLLM and transformers, or for FastDeploy.",
         "wint8":      "To int8, for vLLM and transformers.",
-        "fp8":        "To float8, for vLLM, SGLang and transformers.",
+        "fp8":        "To float8, for vLLM and transformers.",
         "wint2":      "Experts to 2 bits, for FastDeploy.",
         "gguf":       "To one file for llama.cpp, Ollama and LM Studio.",
         "quantize":   "By a recipe of your own.",
