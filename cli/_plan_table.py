@@ -62,8 +62,15 @@ def _of_few(row: Row, cores: int) -> tuple[str, ...]:
     hours = "" if row.core_hours is None else f"{row.core_hours / cores:.1f}"
     if not fit.gpus:
         return (_gib(row.weight_bytes), "-", "", "", "", hours)
-    speed = f"<{fit.tokens_per_second:.0f}" if fit.tokens_per_second else ""
+    speed = _bound(fit.tokens_per_second)
     return (_gib(row.weight_bytes), _count(fit), _gib(fit.weight_bytes_per_gpu), str(fit.sequences), speed, hours)
+
+
+def _bound(speed: float) -> str:
+    """`<559`; of toys `<36M`."""
+    if not speed:
+        return ""
+    return f"<{speed:.0f}" if speed < 99_999 else f"<{speed / 1e6:.3g}M"
 
 
 def _of_many(row: Row) -> tuple[str, ...]:
@@ -99,12 +106,13 @@ def _explained(found: Estimate, limits: Limits, gpus: Sequence[Gpu], count: int 
     if count is None and "P" in marks:
         yield "P: whole layers, some on each GPU (vllm serve --pipeline-parallel-size N; llama.cpp does so by itself)."
     if count is None and len(gpus) == 1:
-        if gpus[0].bandwidth:
+        if any(fit.tokens_per_second for row in rows for fit in row.fits):
             yield (
                 f"tok/s: no sequence can be faster, by the bytes that a token reads and {gpus[0].bandwidth / 1e9:.0f} GB/s;"
                 " a bound, not a promise."
             )
-        yield f"hours: to make it on {cores} cores, roughly (machines differ by a factor of 4); it takes GiB of disk."
+        if any(row.core_hours is not None for row in rows):
+            yield f"hours: to make it on {cores} cores, roughly (machines differ by a factor of 4); it takes GiB of disk."
     if any(row.per_rank and fit.gpus > 1 for row in rows for fit in row.fits):
         yield "FastDeploy's quantized files are made for N GPUs: add --tp N, or ernie-quant reshard them later."
     yield from _fewer(rows) if count is None and len(gpus) == 1 else ()

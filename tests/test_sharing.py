@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.models import random_model
+from helpers.models import GOLDEN, random_model
 
 from ernie_quant import runtimes
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.names import OUT
+from ernie_quant.planning import built_in
 from ernie_quant.planning.make import make_plan
 from ernie_quant.planning.recipe import KEEP_ALL, Recipe, RecipeRule
 from ernie_quant.runtimes import Linear, _sharing
@@ -141,3 +142,11 @@ def test_a_vocabulary_that_ranks_cannot_share_is_named() -> None:
     assert list(_sharing.problems(fastdeploy, [], dims, 8, 8)) == [line]
     assert list(_sharing.problems(fastdeploy, [], dims, 8, 4)) == []
     assert list(_sharing.problems(vllm, [], dims, 8, 8)) == []
+
+
+def test_experts_that_no_kernel_takes_are_not_dealt_out_whole_either(tmp_path: Path) -> None:
+    """Widths of 32, of which Marlin wants multiples of 64: no number of GPUs helps."""
+    source = GOLDEN / "moe_mtp/paddle"
+    rules = built_in.make("wint4", experts_only=True, group_size=32).recipe
+    plan = make_plan(open_source(source), runtime="vllm", recipe=rules)
+    assert (plan.tp_sizes, dict(plan.gpus)) == ((), {})

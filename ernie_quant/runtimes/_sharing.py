@@ -49,9 +49,9 @@ def spreads(
     Experts that stay whole are cut nowhere, so that their widths forbid nothing; a GPU has one of them at least.
     """
     whole = [Spread()]
-    if TENSOR in runtime.PARALLEL:  # one GPU is a size, too, which widths may forbid
+    if TENSOR in runtime.PARALLEL:
         whole = [Spread(tp) for tp in tp_sizes(runtime, linears, dims, heads)]
-    if EXPERTS in runtime.PARALLEL and "E" in dims:
+    if EXPERTS in runtime.PARALLEL and "E" in dims and Spread() in whole:  # widths may forbid even a GPU alone
         others = [linear for linear in linears if linear.role not in EXPERT_ROLES]
         whole += [Spread(tp, 1, True) for tp in tp_sizes(runtime, others, dims, heads) if 1 < tp <= dims["E"]]
     stages = range(1, min(most, layers) + 1) if STAGES in runtime.PARALLEL else (1,)
