@@ -36,6 +36,7 @@ from ernie_quant.sources import is_address
 
 REPO = re.compile(r"((?P<scheme>[a-z]+)://)?(?P<repo>[\w.-]+/[\w.-]+)")
 REVISION = re.compile(r"[\w./-]+")
+MOST_RANKS = 16
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def _target(table: Settings, beside: Path) -> JobTarget:
     if (asked := table.inner("calibration")) is not None:
         rules = replace(rules, calibration=calibration.read(asked, beside))
     table.end()
-    if tp not in (1, 2, 4, 8, 16) or (tp > 1 and not runtimes.find(runtime).PER_RANK):
-        table.wrong(f"tp is {tp}, not 1, or 2, 4, 8 or 16 with runtime fastdeploy")
+    if not 1 <= tp <= MOST_RANKS or (tp > 1 and not runtimes.find(runtime).PER_RANK):
+        table.wrong(f"tp is {tp}, not 1, or up to {MOST_RANKS} with runtime fastdeploy")
     return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes, copy, odd, called, base)
 
 
