@@ -118,7 +118,7 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
             '[[target]]\nrepo = "a/b"\nrecipe = "wint2"\nwint4_layers = -1',
             "wint4_layers is -1, not a number of",
         ),
-        ('[[target]]\nrepo = "a/b"\nrecipe = "wint2"\ntp = 3', "[[target]] 1: tp is 3"),
+        ('[[target]]\nrepo = "a/b"\nrecipe = "wint2"\ntp = 17', "[[target]] 1: tp is 17"),
         ('[[target]]\nrepo = "a/b"\nrecipe = "wint2"\ntp = true', "[[target]] 1: tp is True, not a whole number"),
         (
             '[[target]]\nrepo = "a/b"\nrecipe = "wint4"\nscale = "best"',
