@@ -72,7 +72,8 @@ def command(
     limits = gpus.Limits(utilization, reserve, max_model_len, max_num_seqs, kv_dtype)
     own = recipe.read(recipe_file) if recipe_file else None
     checkpoint = open_source(src, links=follow_links)
-    found = capacity.estimate(checkpoint, limits, kinds, count=count, wint4_layers=wint4_layers, recipe=own)
+    question = capacity.Question(limits, kinds, count)
+    found = capacity.estimate(checkpoint, question, wint4_layers=wint4_layers, recipe=own)
     notes = notes_of(checkpoint)
     if as_json:
         print_json(_as_json(found, limits, kinds, count, notes))

@@ -57,7 +57,8 @@ def plan(
     limits = Limits(utilization, parse_size(reserve), max_model_len, max_num_seqs, kv_dtype)
     own = None if recipe is None else read(Path(recipe))
     opened = open_source(_source(source), links=follow_links)
-    return capacity.estimate(opened, limits, kinds, count=gpus, wint4_layers=wint4_layers, recipe=own)
+    question = capacity.Question(limits, kinds, gpus)
+    return capacity.estimate(opened, question, wint4_layers=wint4_layers, recipe=own)
 
 
 def convert(source: Path_, out: Path_, *, to: Literal["pt", "paddle"], **how: Unpack[Writing]) -> Result:

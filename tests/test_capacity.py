@@ -19,7 +19,7 @@ from helpers.models import GOLDEN, copy
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError
 from ernie_quant.planning import gpus, held, recipe
-from ernie_quant.planning.capacity import GIB, Row, estimate
+from ernie_quant.planning.capacity import GIB, Question, Row, estimate
 from ernie_quant.planning.fit import Fit
 from ernie_quant.planning.gpus import Limits
 from ernie_quant.runtimes import Spread
@@ -47,7 +47,8 @@ def geometry(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkp
 
 
 def rows(source: Checkpoint, limits: Limits | None = None, gpu: str = "80GiB", **options: Any) -> dict[str, Row]:
-    return {row.form: row for row in estimate(source, limits or Limits(), (gpus.find(gpu),), **options).rows}
+    question = Question(limits or Limits(), (gpus.find(gpu),), options.pop("count", None))
+    return {row.form: row for row in estimate(source, question, **options).rows}
 
 
 def fit(source: Checkpoint, form: str, limits: Limits | None = None, gpu: str = "80GiB", **options: Any) -> Fit:

@@ -32,7 +32,11 @@ def test_commands_stand_under_headings() -> None:
     lines = help_at(80).splitlines()
     headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert headings == ["Options:", "Look:", "Convert:", "Quantize:", "Check:", "Publish:"]
-    assert lines.index("Look:") < lines.index("  plan        What can be made of it, and on how many GPUs.") < lines.index("Convert:")
+    assert (
+        lines.index("Look:")
+        < lines.index("  plan        What can be made of it, and on how many GPUs.")
+        < lines.index("Convert:")
+    )
 
 
 @pytest.mark.parametrize(

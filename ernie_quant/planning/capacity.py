@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ernie_quant.checkpoint import Checkpoint
-from ernie_quant.codecs.keep import KEEP
+from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.errors import PlanError
 from ernie_quant.planning import built_in, effort, offers, published
 from ernie_quant.planning.fit import MOST_GPUS, Fit, fewest, on
@@ -20,8 +20,6 @@ from ernie_quant.runtimes._values import TENSOR
 from ernie_quant.weights.claims import evidence
 from ernie_quant.weights.layouts import LAYOUTS
 from ernie_quant.weights.plain import resolve
-
-PLAIN = "convert --to paddle"
 
 
 @dataclass(frozen=True)
@@ -55,16 +53,37 @@ class Estimate:
         return f"<Estimate of {len(self.rows)} forms: {', '.join(row.form for row in self.rows)}>"
 
 
-def estimate(
-    source: Checkpoint, limits: Limits = Limits(), gpus: Sequence[Gpu] = (find(USUAL),), *,  # noqa: B008 - frozen
-    count: int | None = None, wint4_layers: int = built_in.WINT4_LAYERS, recipe: Recipe | None = None,
-) -> Estimate:  # fmt: skip
-    """A row per form; the MTP block is not counted. `count`: what so many GPUs have room for, instead of the fewest.
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every form: the fewest of these GPUs that hold it, or what `count` of them have room for."""
 
-    Raises PlanError or ConfigError.
-    """
+    limits: Limits = field(default_factory=Limits)
+    gpus: Sequence[Gpu] = (find(USUAL),)
+    count: int | None = None
+
+    def fits(self, held: Held, ways: Sequence[Spread], model: Model) -> tuple[Fit, ...]:
+        """The answer for every kind of GPU."""
+        if self.count is None:
+            return tuple(fewest(held, ways, model, gpu, self.limits) for gpu in self.gpus)
+        return tuple(on(held, ways, model, gpu, self.limits, self.count) for gpu in self.gpus)
+
+    def ways(self, target: Runtime, linears: Sequence[Linear], model: Model) -> list[Spread]:
+        """How a program's GPUs may share it."""
+        most = max(self.count or 0, MOST_GPUS)
+        return _sharing.spreads(target, linears, model.dims, model.heads, layers=model.layers, most=most)
+
+    def kv_bytes(self, model: Model) -> int:
+        """Of a token, over all GPUs."""
+        return int(model.kv_bytes(self.limits.kv_dtype, Spread(), model.layers))
+
+
+def estimate(
+    source: Checkpoint, question: Question = Question(), *,
+    wint4_layers: int = built_in.WINT4_LAYERS, recipe: Recipe | None = None,
+) -> Estimate:  # fmt: skip
+    """A row per form, and for `recipe` one more; the MTP block is not counted. Raises PlanError or ConfigError."""
     if evidence(source):
-        return Estimate(tuple(_as_it_is(source, limits, gpus, count)), {})
+        return Estimate(tuple(_as_it_is(source, question)), {})
     table = resolve(source)
     if table.problems:
         raise PlanError(f"{source.folder}: {len(table.problems)} problem(s) in the checkpoint", table.problems)
@@ -80,69 +99,47 @@ def estimate(
         joined = LAYOUTS[offer.target.LAYOUT].join([weight for weight, _ in weights])
         made = offers.make(offer, source, table, [(weight, counts[weight.row.paddle]) for weight in joined])
         if isinstance(made, Made):
-            rows.append(_row(made, model, limits, gpus, count))
+            rows.append(_row(made, model, question))
         else:
             refused[offer.words] = made[0]
     return Estimate(tuple(rows), refused)
 
 
-def _row(made: Made, model: Model, limits: Limits, gpus: Sequence[Gpu], count: int | None) -> Row:
+def _row(made: Made, model: Model, question: Question) -> Row:
     offer, items = made.offer, items_of(made)
     linears = made.linears if not offer.as_kept else [replace(li, codec=KEEP) for li in made.linears]
     held = Held.of(items, model.layers)
     disk = sum(item.nbytes for item in items) if offer.command else 0
     hours = effort.core_hours(made.chosen, made.counts) if offer.command else None
-    fits = _fits(offer.target, linears, held, model, limits, gpus, count)
-    sizes = tp_sizes(offer.target, linears, model)
+    per_rank = offer.target.PER_RANK and not offer.at_load and any(not isinstance(c.codec, Keep) for c in made.chosen)
     return Row(
-        offer.words, offer.target.PROGRAM, offer.command, offer.at_load, int(held.total), _per_token(model, limits), sizes,
-        int(disk), hours, offer.target.PER_RANK and bool(offer.command) and offer.words != PLAIN, fits,
+        offer.words, offer.target.PROGRAM, offer.command, offer.at_load, int(held.total), question.kv_bytes(model),
+        tp_sizes(offer.target, linears, model), int(disk), hours, per_rank,
+        question.fits(held, question.ways(offer.target, linears, model), model),
     )  # fmt: skip
 
 
-def _as_it_is(source: Checkpoint, limits: Limits, gpus: Sequence[Gpu], count: int | None) -> list[Row]:
+def _as_it_is(source: Checkpoint, question: Question) -> Iterator[Row]:
     """A quantized checkpoint, ours or another's, and what `reshard` makes of it."""
     found = published.read(source)
     model = Model.of(found.config, found.dims)
-    held, per_token = Held.of(found.items, model.layers), _per_token(model, limits)
-    ways = _spreads(found.target, found.linears, model)
-    here = [spread for spread in ways if not found.target.PER_RANK or spread.tensor == len(source.ranks)]
-    form = f"as it is ({found.title})"
-    if found.target.PER_RANK and not here:  # of another's, whose groups we do not know
-        here = [Spread(len(source.ranks))]
-    rows = [_stored_row(form, "", held, here, model, limits, gpus, count, found.target, per_token)]
-    others = [spread for spread in ways if spread not in here]
-    if found.target.PER_RANK and found.ours and others:
-        words = "ernie-quant reshard SRC OUT --tp N"
-        rows.append(_stored_row("reshard --tp N", words, held, others, model, limits, gpus, count, found.target, per_token))
-    return rows
-
-
-def _stored_row(
-    form: str, command: str, held: Held, ways: Sequence[Spread], model: Model, limits: Limits, gpus: Sequence[Gpu],
-    count: int | None, target: Runtime, per_token: int,
-) -> Row:  # fmt: skip
-    fits = tuple(_one_fit(held, ways, model, gpu, limits, count) for gpu in gpus)
-    whole = [spread.tensor for spread in ways if spread.stages == 1 and not spread.experts_whole]
-    sizes = tuple(whole) if TENSOR in target.PARALLEL else ()
-    disk = int(held.total) if command else 0
-    return Row(form, target.PROGRAM, command, False, int(held.total), per_token, sizes, disk, None, bool(command), fits)
-
-
-def _fits(
-    target: Runtime, linears: Sequence[Linear], held: Held, model: Model, limits: Limits, gpus: Sequence[Gpu], count: int | None
-) -> tuple[Fit, ...]:  # fmt: skip
-    ways = _spreads(target, linears, model, count or MOST_GPUS)
-    return tuple(_one_fit(held, ways, model, gpu, limits, count) for gpu in gpus)
-
-
-def _one_fit(held: Held, ways: Sequence[Spread], model: Model, gpu: Gpu, limits: Limits, count: int | None) -> Fit:
-    return fewest(held, ways, model, gpu, limits) if count is None else on(held, ways, model, gpu, limits, count)
-
-
-def _spreads(target: Runtime, linears: Sequence[Linear], model: Model, most: int = MOST_GPUS) -> list[Spread]:
-    most = max(most, MOST_GPUS)
-    return _sharing.spreads(target, linears, model.dims, model.heads, layers=model.layers, most=most)
+    held = Held.of(found.items, model.layers)
+    ways = question.ways(found.target, found.linears, model)
+    here, others = ways, []
+    if found.target.PER_RANK:
+        here = [spread for spread in ways if spread.tensor == len(source.ranks)]
+        others = [spread for spread in ways if spread not in here] if found.ours else []
+        here = here or [Spread(len(source.ranks))]  # of another's, whose groups we do not know
+    for form, command, some in (
+        (f"as it is ({found.title})", "", here), ("reshard --tp N", "ernie-quant reshard SRC OUT --tp N", others),
+    ):  # fmt: skip
+        if some or not command:
+            whole = [spread.tensor for spread in some if spread.stages == 1 and not spread.experts_whole]
+            sizes = tuple(whole) if TENSOR in found.target.PARALLEL else ()
+            yield Row(
+                form, found.target.PROGRAM, command, False, int(held.total), question.kv_bytes(model), sizes,
+                int(held.total) if command else 0, None, bool(command), question.fits(held, some, model),
+            )  # fmt: skip
 
 
 def tp_sizes(target: Runtime, linears: Sequence[Linear], model: Model) -> tuple[int, ...]:
@@ -154,8 +151,8 @@ def tp_sizes(target: Runtime, linears: Sequence[Linear], model: Model) -> tuple[
 
 def gpus_needed(items: Iterable[Item], target: Runtime, linears: Sequence[Linear], model: Model) -> dict[str, Spread]:
     """How GPUs of each memory that people have share the result, with one sequence of 32768 tokens; fewest of them."""
-    held = Held.of(items, model.layers)
-    fits = _fits(target, linears, held, model, Limits(), [of_memory(gib * GIB) for gib in OF_CARDS], None)
+    question = Question(gpus=[of_memory(gib * GIB) for gib in OF_CARDS])
+    fits = question.fits(Held.of(items, model.layers), question.ways(target, linears, model), model)
     return {fit.gpu: fit.spread for fit in fits if fit.spread is not None}
 
 
@@ -166,7 +163,3 @@ def items_of(made: Made) -> list[Item]:
         parts = target.parts(choice.weight.name, choice.codec, choice.spec).values()
         found.append(Item(choice.weight.name, choice.weight.role, count * sum(part.spec.nbytes for part in parts)))
     return found
-
-
-def _per_token(model: Model, limits: Limits) -> int:
-    return int(model.kv_bytes(limits.kv_dtype, Spread(), model.layers))

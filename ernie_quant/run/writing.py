@@ -76,7 +76,6 @@ def asked_of(rules: Recipe, text: Path_ | Sequence[Path_] | None, given: Mapping
 
 def run(plan: Plan, out: Path_, how: Writing, tp: int = 1) -> Result:
     """Do it, or say what would be done."""
-
     if tp > 1:
         check_size(plan, tp)
     if how.get("dry_run"):
