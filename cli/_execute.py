@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,7 @@ def execute(
     from ernie_quant.run.asked import plan_of, text_of
     from ernie_quant.sources import open_source
 
-    asked = asked_for(rules.calibration, calibration, calibration_tokens, method, fit)
+    asked = asked_for(rules, calibration, calibration_tokens, method, fit)
     if asked is not None:
         refuse_two_methods(rules, method)
     text = text_of(asked)
@@ -59,26 +58,23 @@ def execute(
 
 
 def asked_for(
-    table: Asked | None, texts: tuple[str, ...], tokens: int | None, method: str | None, fit: bool | None
+    rules: Recipe, texts: tuple[str, ...], tokens: int | None, method: str | None, fit: bool | None
 ) -> Asked | None:  # fmt: skip
     """The [calibration] of a recipe with what the options say instead of it; None where nobody asks for any."""
-    from ernie_quant.planning.calibration import AUTO, Asked
+    from ernie_quant.planning.calibration import AUTO
+    from ernie_quant.run.writing import asked_of
 
     if AUTO in texts and len(texts) > 1:
         raise click.UsageError(f"--calibration {AUTO} stands alone; with files of your own leave it out")
-    given: dict[str, Any] = {"tokens": tokens, "method": method, "fit": fit}
+    given = {"tokens": tokens, "method": method, "fit": fit}
     said = {key: value for key, value in given.items() if value is not None}
-    if texts:
-        said["text"] = AUTO if texts == (AUTO,) else tuple(map(Path, texts))
-    elif table is None:
-        if said and said != {"fit": False}:
-            option = {"tokens": "--calibration-tokens", "method": "--method", "fit": "--fit"}[next(iter(said))]
-            does = {"tokens": "counts tokens of a text", "method": "makes codes of a text", "fit": "fits weights to text"}
-            raise click.UsageError(
-                f"{option} {does[next(iter(said))]}: name some with --calibration {AUTO} or --calibration FILE"
-            )
-        return None
-    return replace(table, **said) if table is not None else Asked(**said)
+    if texts or rules.calibration is not None:
+        return asked_of(rules, texts or None, given)
+    if said and said != {"fit": False}:
+        option = {"tokens": "--calibration-tokens", "method": "--method", "fit": "--fit"}[next(iter(said))]
+        does = {"tokens": "counts tokens of a text", "method": "makes codes of a text", "fit": "fits weights to text"}
+        raise click.UsageError(f"{option} {does[next(iter(said))]}: name some with --calibration {AUTO} or --calibration FILE")
+    return None
 
 
 def refuse_two_methods(rules: Recipe, method: str | None) -> None:
