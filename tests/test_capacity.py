@@ -347,7 +347,7 @@ def test_plan_prints_the_rule_with_its_constants(geometry: Callable[[str], Check
     assert lines[BF16].split()[3:7] == ["40.7", "1", "40.7", "5"]
 
 
-@pytest.mark.parametrize("model", ["300b", "vl-424b", "0.3b"])
+@pytest.mark.parametrize("model", ["300b", "vl-28b", "0.3b"])
 @pytest.mark.parametrize(
     "options",
     [(), ("--gpu-memory", "24,32,48,80,96,141,192,288"), ("--gpu-memory", "48", "--gpus", 8), ("--gpu-memory", "rtx4090,H100")],
