@@ -33,6 +33,7 @@ LIBRARY = (
     *(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
     str(Path(ernie_quant.__file__).resolve().parent),  # plug-ins are looked up in its folders
     *(path for path in sys.path if path.endswith(".zip")),  # where Python looks for metadata too
+    *(os.path.realpath(path) for path in sys.path if Path(path).name == "site-packages"),  # of another environment
 )
 LIBRARY_FILES = (".py", ".pyc", ".so", ".zip", "METADATA", "entry_points.txt", "RECORD")
 
