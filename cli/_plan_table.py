@@ -6,13 +6,14 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ernie_quant.planning.gpus import GIB
+
 if TYPE_CHECKING:
     from ernie_quant.planning.capacity import Estimate, Row
     from ernie_quant.planning.fit import Fit
     from ernie_quant.planning.gpus import Gpu, Limits
 
 WIDTH, FORM = 80, 42
-GIB = 1 << 30
 
 
 def lines(found: Estimate, limits: Limits, gpus: Sequence[Gpu], count: int | None, cores: int) -> Iterator[str]:

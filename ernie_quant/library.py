@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from ernie_quant.planning.recipe import Recipe
     from ernie_quant.reporting.saved import Report
     from ernie_quant.run.outcome import Result
-    from ernie_quant.run.writing import Writing
-
-Path_ = str | os.PathLike[str]
-Size = int | str  # bytes, or `5GB`, `2GiB`
+    from ernie_quant.run.writing import Path_, Size, Writing
 
 
 def inspect(source: Path_, *, fixes: Sequence[str] = (), follow_links: bool = False) -> Inspection:

@@ -11,14 +11,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.models import GOLDEN, copy
 
-from ernie_quant.checkpoint import Checkpoint
+from ernie_quant.checkpoint import Checkpoint, TensorSpec
+from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.errors import PlanError
-from ernie_quant.planning import gpus, held, recipe
+from ernie_quant.planning import effort, gpus, held, recipe
 from ernie_quant.planning.capacity import GIB, Question, Row, estimate
 from ernie_quant.planning.fit import Fit
 from ernie_quant.planning.gpus import Limits
@@ -185,6 +187,18 @@ def test_stages_by_hand() -> None:
     assert found.stages(Spread(stages=2), 4) == [(114, 1), (115, 1)]
     assert found.stages(Spread(2), 4) == [((2 * 14 + 100) / 2 + 1, 2)]
     assert found.stages(Spread(8, experts_whole=True), 4) == [((2 * 10 + 100) / 8 + 2 * 1 + 1, 2)]  # nobody has less than one
+
+
+def test_hours_are_the_codecs_rates_and_the_bytes(of_300b: dict[str, Row]) -> None:
+    """Of one core; nothing is made of what a program does itself, and a codec that nobody has timed has no hours."""
+    assert {row.form for row in of_300b.values() if row.core_hours is None} == {"--quantization fp8", AT_LOAD_8, AT_LOAD_4}
+    kept, coded = of_300b[BF16].core_hours, of_300b["fp8"].core_hours
+    assert kept is not None
+    assert coded is not None
+    linears = 54 * 8192 * 128 * (64 + 2 * 8 + 64) + 3 * 3 * 8192 * 28672 + 51 * 64 * 3 * 8192 * 3584
+    assert (coded - kept) * 3600 == pytest.approx(linears / (Float8Block().rate * 1e6), rel=1e-6)
+    untimed: Any = SimpleNamespace(codec=SimpleNamespace(rate=0.0), spec=TensorSpec((8, 8), "BF16"))
+    assert effort.core_hours([untimed], [1]) is None
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
