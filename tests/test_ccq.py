@@ -148,23 +148,12 @@ def test_our_codes_have_15_bits_and_do_not_depend_on_fused_multiply_add() -> Non
 
 @settings(deadline=None, max_examples=25)
 @given(KINDS, MAGNITUDES, st.sampled_from(EFFORTS), SEEDS)
-def test_bytes_are_the_nearest_of_256_or_cost_next_to_nothing(kind: str, magnitude: float, effort: int, seed: int) -> None:
+def test_each_byte_is_the_nearest_of_256(kind: str, magnitude: float, effort: int, seed: int) -> None:
     """And the pair is one of the list, for which the property above was shown."""
-    codec = ConvolutionalCode(effort)
-    weight = weights(kind, 4, 512, magnitude, seed)
-    encoded = codec.encode(weight)
+    weight = weights(kind, 2, 128, magnitude, seed)
+    encoded = ConvolutionalCode(effort).encode(weight)
     pairs = zip(encoded["code_scale"].tolist(), encoded["code_zp"].tolist(), strict=True)
     assert set(pairs) <= set(CANDIDATES[:effort])
-    nearest = codec.recode(weight, encoded)
-    found, least = ((codec.decode(e).double() - weight.double()).square().sum().item() for e in (encoded, nearest))
-    assert least <= found <= 1.01 * least  # on vectors far outside of what bytes reach a list may miss
-
-
-@settings(deadline=None, max_examples=25)
-@given(KINDS, MAGNITUDES, st.sampled_from(EFFORTS), SEEDS)
-def test_recoding_takes_the_nearest_of_256(kind: str, magnitude: float, effort: int, seed: int) -> None:
-    weight = weights(kind, 2, 128, magnitude, seed)
-    encoded = CODEC.recode(weight, ConvolutionalCode(effort).encode(weight))
     order = sorted(POSITION, key=POSITION.__getitem__)
     target = weight.double().view(2, 2, 64)[:, :, order].reshape(2, 32, 1, 4).numpy()
     every = np.empty((2, 256, 32, 4))
@@ -180,8 +169,8 @@ def test_recoding_takes_the_nearest_of_256(kind: str, magnitude: float, effort: 
 def test_lists_hold_the_bytes_nearest_to_the_middle_of_a_cell(pair: tuple[float, float]) -> None:
     """By hand for a few cells, in fractions; and a line says of its bytes what the code says."""
     values = windows(np.array([code(byte, *pair) for byte in range(256)]))
-    table, listed = (part[0].numpy() for part in ccq_lists.lines([pair]))
-    table, listed = table.reshape(4096, 64), listed.reshape(4096, 8)
+    lines, listed, clear, _, all_lines, begins = (part[0].numpy() for part in ccq_lists.tables([pair]))
+    table, listed = lines.reshape(4096, 64), listed.reshape(4096, 8)
     for cell in (0, 1, 63, 2019, 4095):
         places = [int(digit) for digit in f"{cell:04o}"]
         middle = [8 * place - 28.5 + {0: -2, 7: 2}.get(place, 0) for place in places]
@@ -191,7 +180,22 @@ def test_lists_hold_the_bytes_nearest_to_the_middle_of_a_cell(pair: tuple[float,
         assert (table[cell, :16].reshape(8, 2) == values[nearest, :2]).all()
         assert (table[cell, 16:32].reshape(8, 2) == values[nearest, 2:]).all()
         assert (table[cell, 32:].view(np.int32) == -256 * np.square(values[nearest]).sum(1)).all()
-    assert ccq_lists.lines(CANDIDATES)[0].data_ptr() % 64 == 0
+        low = np.array([-64 if place == 0 else 8 * place - 32.5 for place in places])
+        high = np.array([64 if place == 7 else 8 * place - 24.5 for place in places])
+        others = np.delete(values, nearest, 0)
+        assert clear[cell] == 4 * np.square(np.maximum(low - others, others - high).clip(0)).sum(1).min()
+    assert (all_lines.reshape(32, 64)[:, :16].reshape(256, 2) == values[:, :2]).all()
+    assert all((values[: begins[i], 0] < i - 32).all() and (values[begins[i] :, 0] >= i - 32).all() for i in range(65))
+    assert ccq_lists.tables(CANDIDATES).lines.data_ptr() % 64 == 0
+
+
+@settings(deadline=None, max_examples=10)
+@given(KINDS, st.sampled_from([8, 40]), SEEDS)
+def test_many_bytes_are_those_of_trying_all(kind: str, rows: int, seed: int) -> None:
+    """Near ties, vectors out of reach and far outside come up here: the search by scores must not miss one."""
+    weight = weights(kind, rows, 2048, 0.02, seed).bfloat16()
+    encoded = CODEC.encode(weight)
+    assert same(encoded["codes"], CODEC.recode(weight, encoded)["codes"])
 
 
 def decode_bytes(encoded: dict[str, torch.Tensor], byte: int) -> torch.Tensor:
@@ -219,13 +223,13 @@ def test_gains_are_exact_in_any_order(seed: int, spread: float, pair: tuple[floa
     rng = np.random.default_rng(seed)
     weight = torch.from_numpy(rng.standard_t(2, (3, 64)) * spread).float()
     scale = (torch.from_numpy(rng.random(3) + 0.1)).bfloat16().float()
-    table, (lines, listed) = ccq_reference.score_tables([pair])[0].double(), ccq_lists.lines([pair])
+    table, tables = ccq_reference.score_tables([pair])[0].double(), ccq_lists.tables([pair])
     x = (weight * (512 / scale)[:, None]).clamp(-32767, 32767).round().double().view(-1, 1, 4) / 512
     planes = weight.view(3 * 16, 2, 2).transpose(0, 1).reshape(2, -1).contiguous().numpy()
     placed, cell, found = np.empty((2, 96), np.int16), np.empty(48, np.int32), np.empty(3)
     ccq_scores.place(planes, scale.numpy(), placed, cell)
-    ccq_scores.gains(placed, cell, scale.numpy(), lines[0].numpy(), found)
-    near = table[listed.view(4096, 8).long()[cell]]  # [vectors, 8, 5]
+    ccq_scores.gains(placed, cell, scale.numpy(), tables.lines[0].numpy(), found)
+    near = table[tables.listed.view(4096, 8).long()[cell]]  # [vectors, 8, 5]
     score = (x * near[..., :4]).sum(2) + near[..., 4]
     expected = score.amax(1).view(3, 16).sum(1) * scale.double() ** 2
     assert (found == expected.numpy()).all()

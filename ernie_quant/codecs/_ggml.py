@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.codecs import _feedback
+from ernie_quant.codecs import Measured, _feedback
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.dtypes import BLOCKS
 from ernie_quant.errors import ErnieQuantError
@@ -26,7 +26,7 @@ SUGGESTED = ("Q8_0", "Q5_0", "Q4_0", "IQ4_NL")  # for rows that 256 does not div
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Measured):
     """A type has no options: its bytes are all that a file shows of it."""
 
     dtype: ClassVar[str]

@@ -5,7 +5,7 @@ they agree to the bit and a file does not depend on the machine that wrote it. E
 loops stand products of large matrices, which torch sums as the processor likes (feedback).
 
 numba keeps what it compiled in __pycache__ or, where that cannot be written, in the user's cache or nowhere (`_compiled`). It
-does not see that a function of another file has changed: after an edit in _ggml_search, _lanes, _transpose, ccq_bytes,
+does not see that a function of another file has changed: after an edit in _ggml_search, _lanes, _registers, ccq_bytes,
 ccq_feedback_loops or ccq_scores delete the *.nbi there, or the old code goes on in those who call it.
 """
 

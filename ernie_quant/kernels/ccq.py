@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ernie_quant.kernels.ccq_bytes import decode_rows, nearest_rows
-from ernie_quant.kernels.ccq_lists import lines
+from ernie_quant.kernels.ccq_lists import tables
 from ernie_quant.kernels.ccq_reference import (
     FACTORS,
     GROUP,
@@ -48,7 +48,7 @@ def encode(weight: torch.Tensor, pairs: Sequence[Pair]) -> dict[str, torch.Tenso
         PER_RMS,
         PER_PEAK,
         np.array(FACTORS),
-        *(table.numpy() for table in lines(pairs)),
+        tuple(table.numpy() for table in tables(pairs)),
         codes.numpy(),
         local_scale.numpy(),
         super_scale.numpy(),

@@ -16,8 +16,9 @@ The search maximizes what the codes explain. Over bytes with values p, for x = w
 so the sum of the largest `x.p - |p|^2 / 2` of each 4 weights, times s^2, is the gain of scale s. x is rounded to 1/512
 and clipped below 64 (twice what a code reaches). Then every product and every partial sum is a multiple of 1/512 below 2^14:
 float32 and integers hold it exactly, and any order of summation, fused or not, on any machine, gives the same bits. The
-largest of 8 bytes is taken, those that are listed for the cell of x (`listed`, with reasons in ccq_lists); the byte that is
-stored is the one that has it, the lowest of equals.
+largest of 8 bytes is taken, those that are listed for the cell of x (`listed`, with reasons in ccq_lists). The bytes that
+are stored are chosen by the distance to the decoded bf16 weights in float64, without grid and clipping: the nearest of all
+256, the lower one of two.
 
 A row: from energy and peak of each group the scale that it likes; the super scale whose multiples fit these best; with the
 local scales that follow the pair that explains most; with that pair the local scales one step below and above, and one
@@ -199,6 +200,16 @@ def _best_locals(
     return local
 
 
+def _nearest_bytes(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The byte whose decoded weights are nearest, the lower one of two: f32 [groups, 64], f32 [groups], int32 [256, 4]."""
+    decoded = _bf16(values * scale[:, None, None]).double()  # [groups, 256, 4]
+    target = weight.double().view(-1, 16, 1, 4)
+    distance = torch.zeros(())
+    for i in range(4):
+        distance = distance + (target[..., i] - decoded[:, None, :, i]).square()
+    return distance.argmin(2).to(torch.uint8).view(-1)
+
+
 def _encode_rows(weight: torch.Tensor, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
     """The fields of a few rows that are in stored order."""
     rows = len(weight)
@@ -215,8 +226,6 @@ def _encode_rows(weight: torch.Tensor, pairs: Sequence[Pair]) -> dict[str, torch
     pair = _row_sum(gain.mT).argmax(1)  # the first of equals
     table, lists = tables[pair], lists[pair]
     local = _best_locals(weight, scale, start, gain[torch.arange(rows), pair], table, lists)
-    product = _bf16(local * scale[:, None])
-    scores, bytes_ = _scores(weight, product, table, lists)
-    codes = bytes_.gather(2, scores.argmax(2, keepdim=True))[:, :, 0].to(torch.uint8)
-    codes[product.repeat_interleave(GROUP // 4, 1) == 0] = 0  # where all bytes decode alike
+    product, values = _bf16(local * scale[:, None]), table[:, :, :4].to(torch.int32)
+    codes = torch.stack([_nearest_bytes(weight[r], product[r], values[r]) for r in range(rows)])
     return fields(codes, local.to(torch.uint8), scale, pair, pairs)

@@ -14,9 +14,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from ernie_quant.kernels._compiled import compiled
+from ernie_quant.kernels._compiled import compiled, written_out
 from ernie_quant.kernels.ccq_lists import LAST_TWO, LINE, NORMS
 from ernie_quant.kernels.ccq_reference import LISTED
 
@@ -31,6 +30,7 @@ STEPS = (
     ([0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]),
     ([0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]),
 )
+BOTH = types.UniTuple(types.int32, 2)  # type: ignore[no-untyped-call]
 
 Code = Callable[..., Any]
 
@@ -93,7 +93,7 @@ def _data(context: Any, builder: ir.IRBuilder, kind: Any, array: ir.Value) -> ir
     return cgutils.create_struct_proxy(kind)(context, builder, array).data  # type: ignore[no-untyped-call]
 
 
-@intrinsic
+@written_out
 def explained(typing: Any, lines: Any, cell: Any, x01: Any, x23: Any, first: Any) -> tuple[Any, Code]:
     """512 times the sum of the largest scores of the 16 vectors from `first` on: int32, exact.
 
@@ -112,16 +112,30 @@ def explained(typing: Any, lines: Any, cell: Any, x01: Any, x23: Any, first: Any
     return types.int32(lines, cell, x01, x23, types.intp), code
 
 
-@intrinsic
-def best_listed(typing: Any, lines: Any, cell: Any, x01: Any, x23: Any) -> tuple[Any, Code]:
-    """The place in the list of a cell of the largest score, of equals the first; cell, x01 and x23 int32."""
+@written_out
+def best_of_line(typing: Any, lines: Any, line: Any, x01: Any, x23: Any) -> tuple[Any, Code]:
+    """512 times the largest score of the 8 bytes of a line, and its place there, of equals the first; line and x int32."""
 
     def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
         scores = _scores(builder, _data(context, builder, signature.args[0], arguments[0]), *arguments[1:])
-        equal = builder.icmp_signed("==", scores, _splat(builder, _folded(builder, scores, _larger)))
-        return builder.zext(builder.cttz(builder.bitcast(equal, ir.IntType(LISTED)), ir.IntType(1)(1)), ir.IntType(64))
+        largest = _folded(builder, scores, _larger)
+        equal = builder.bitcast(builder.icmp_signed("==", scores, _splat(builder, largest)), ir.IntType(LISTED))
+        place = builder.zext(builder.cttz(equal, ir.IntType(1)(1)), I32)
+        return context.make_tuple(builder, signature.return_type, [largest, place])
 
-    return types.intp(lines, types.int32, types.int32, types.int32), code
+    return BOTH(lines, types.int32, types.int32, types.int32), code
+
+
+@written_out
+def near_best(typing: Any, lines: Any, line: Any, x01: Any, x23: Any, least: Any) -> tuple[Any, Code]:
+    """A bit for each of the 8 bytes of a line: is 512 times its score at least so much? Lowest bit first; all int32."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        scores = _scores(builder, _data(context, builder, signature.args[0], arguments[0]), *arguments[1:4])
+        above = builder.icmp_signed(">=", scores, _splat(builder, arguments[4]))
+        return builder.zext(builder.bitcast(above, ir.IntType(LISTED)), I32)
+
+    return types.int32(lines, *[types.int32] * 4), code
 
 
 @compiled()
@@ -159,15 +173,5 @@ def gains(x, cell, scale, lines, out):  # type: ignore[no-untyped-def]
     """Half of what the bytes explain of each group of a row that was placed at `scale`: -> out f64 [groups]."""
     x01, x23 = x[0].view(np.int32), x[1].view(np.int32)
     for g in range(scale.size):
-        total = np.float64(explained(lines, cell, x01, x23, 16 * g)) * (1 / 512)  # type: ignore[call-arg]
+        total = np.float64(explained(lines, cell, x01, x23, 16 * g)) * (1 / 512)
         out[g] = total * (np.float64(scale[g]) * np.float64(scale[g]))
-
-
-@compiled()
-def choose(x, cell, scale, lines, listed, codes):  # type: ignore[no-untyped-def]
-    """The bytes of a row that was placed at `scale`, 0 where that is: listed uint8 [CELLS * LISTED] -> codes uint8 [in/4]."""
-    x01, x23 = x[0].view(np.int32), x[1].view(np.int32)
-    for g in range(scale.size):
-        for v in range(16 * g, 16 * g + 16):
-            at: int = best_listed(lines, cell[v], x01[v], x23[v])  # type: ignore[call-arg]
-            codes[v] = listed[8 * cell[v] + at] if scale[g] > 0 else 0

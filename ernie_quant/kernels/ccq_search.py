@@ -6,7 +6,8 @@ import numpy as np
 
 from ernie_quant.kernels._compiled import compiled
 from ernie_quant.kernels.ccq_bytes import round_bf16
-from ernie_quant.kernels.ccq_scores import choose, gains, place
+from ernie_quant.kernels.ccq_choice import choose
+from ernie_quant.kernels.ccq_scores import gains, place
 
 F = np.float32
 AT_ONCE = 32768  # weights: rows that go through one pair's table while it lies in the processor's second cache
@@ -90,12 +91,13 @@ def _best_locals(planes, super_scale, start, known, lines, scale, x, cell, local
 
 
 @compiled()
-def search(bits, shift, order, limits, per_rms, per_peak, factors, lines, listed, codes, local_scale, super_scale, pair):  # type: ignore[no-untyped-def]
+def search(bits, shift, order, limits, per_rms, per_peak, factors, tables, codes, local_scale, super_scale, pair):  # type: ignore[no-untyped-def]
     """Scales, pair and bytes of every row, given as bits of bf16 (shift 16) or f32 [out, in], into the last four arrays.
 
     Pair after pair for some rows at a time, so that the table of a pair is read from the cache: order int64 [2, 32] of the
-    inputs of a group, lines and listed as ccq_lists makes them.
+    inputs of a group, tables as ccq_lists makes them.
     """
+    lines, listed, clear, values, all_lines, begins = tables
     rows, width = bits.shape
     groups, pairs = width // 64, len(lines)
     block = max(1, min(rows, AT_ONCE // width))
@@ -130,6 +132,7 @@ def search(bits, shift, order, limits, per_rms, per_peak, factors, lines, listed
             _best_locals(planes[r], top, start[r], known[r], lines[which], scale[r], x[r], cell[r], local)
             _multiply(local, top, scale[r])
             place(planes[r], scale[r], x[r], cell[r])
-            choose(x[r], cell[r], scale[r], lines[which], listed[which], codes[first + r])
+            near = (lines[which], listed[which], clear[which], values[which], all_lines[which], begins[which])
+            choose(planes[r], x[r], cell[r], scale[r], *near, codes[first + r])
             for g in range(groups):
                 local_scale[first + r, g] = local[g]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Download
-from ernie_quant.measure import Difference, Values, compare, means_something, values_of
+from ernie_quant.measure import Difference, Values, checked, means_something, squares, values_of
 from ernie_quant.planning.steps import ShardJob, Step
 from ernie_quant.planning.taken import given
 from ernie_quant.reporting.rows import FITTED, ShardResult, TensorReport
@@ -96,13 +96,16 @@ def encode_slab(
     step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None, known: Encoded | None = None
 ) -> Slab:
     """What is stored of rows of a weight, and what they lost; nothing is written. `known`: it has been encoded before."""
-    encoded = known or (encoder.encode(weight) if encoder else step.codec.encode(weight))
-    if step.quantized or known:
-        once = encoder.once if encoder else {}
-        difference = compare(step.name, weight, step.codec.decode({**once, **encoded}))
-        values = Values(only_zeros=difference.total == 0)
+    if not (step.quantized or known):
+        return Slab(runtime.pack(step.name, step.codec, step.codec.encode(weight)), Difference(), values_of(weight))
+    if known is None and encoder is None:
+        encoded, difference = step.codec.measured(weight)
     else:
-        difference, values = Difference(), values_of(weight)
+        encoded = known or encoder.encode(weight) if encoder else {**(known or {})}
+        once = encoder.once if encoder else {}
+        difference = squares(weight, step.codec.decode({**once, **encoded}))
+    difference = checked(step.name, weight, difference)
+    values = Values(only_zeros=difference.total == 0)
     return Slab(runtime.pack(step.name, step.codec, encoded), difference, values)
 
 
