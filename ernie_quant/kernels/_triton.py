@@ -7,12 +7,17 @@ instructions round, or saturate, in their own way: bf16 and float8 are made by i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+
+jit: Callable[[Callable[..., Any]], Any] = triton.jit
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4) -> None:
     """Run a kernel on the device, and the stream, of the first tensor among its arguments; an empty grid is nothing."""
@@ -34,7 +39,7 @@ def unrolled(length: int) -> int:
     return next(n for n in (8, 4, 2, 1) if length % n == 0)
 
 
-@triton.jit
+@jit
 def round_bf16(x):  # type: ignore[no-untyped-def]
     """float32 rounded to what bf16 can hold, half to even; x is finite."""
     bits = x.to(tl.uint32, bitcast=True)
@@ -42,13 +47,13 @@ def round_bf16(x):  # type: ignore[no-untyped-def]
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@jit
 def upper_half(x):  # type: ignore[no-untyped-def]
     """The bits of a bf16, as int16, of a float32 that one can hold."""
     return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.int16)
 
 
-@triton.jit
+@jit
 def nearest(x, low, high):  # type: ignore[no-untyped-def]
     """x clipped and rounded to an integer, half to even: 1.5 * 2**23 leaves no bits for fractions."""
     return (tl.minimum(tl.maximum(x, low), high) + 12582912.0) - 12582912.0

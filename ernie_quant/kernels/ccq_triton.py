@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from ernie_quant.kernels._triton import cdiv, launch, round_bf16, upper_half
+from ernie_quant.kernels._triton import cdiv, jit, launch, round_bf16, upper_half
 from ernie_quant.kernels.ccq_reference import GROUP
 
 LANES = 256  # outputs of a program that decodes
@@ -38,14 +37,14 @@ def _scales(encoded: Fields) -> tuple[torch.Tensor, ...]:
     return encoded["local_scale"].contiguous(), *(encoded[name].float().contiguous() for name in names)
 
 
-@triton.jit
+@jit
 def _code(byte, code_scale, code_zp):  # type: ignore[no-untyped-def]
     """The 15 bits of a byte: the product is exact in float64 and the sum is rounded once."""
     sum_ = byte.to(tl.float64) * code_scale.to(tl.float64) + code_zp.to(tl.float64)
     return tl.floor(sum_.to(tl.float32) + 0.5).to(tl.int32)
 
 
-@triton.jit
+@jit
 def _decode(codes, local_scale, super_scale, code_scale, code_zp, out, width, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -61,7 +60,7 @@ def _decode(codes, local_scale, super_scale, code_scale, code_zp, out, width, LA
     tl.store(out + row * width + at, upper_half(round_bf16(value.to(tl.float32) * scale)), mask=there)
 
 
-@triton.jit
+@jit
 def _nearest_bytes(weight, local_scale, super_scale, code_scale, code_zp, codes, width):  # type: ignore[no-untyped-def]
     """A program is a group: its 16 times 4 inputs against all 256 bytes, in float64; of equal distances the lowest byte."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 
-from ernie_quant.kernels._triton import cdiv, launch, unrolled
+from ernie_quant.kernels._triton import cdiv, jit, launch, unrolled
 
 COLUMNS = 64  # of a program
 
@@ -26,7 +25,7 @@ def squares(weight: torch.Tensor, decoded: torch.Tensor) -> tuple[float, float, 
     return math.fsum(error), math.fsum(total), float(largest.max())
 
 
-@triton.jit
+@jit
 def _squares(left, right, sums, largest, rows, columns, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr):  # type: ignore[no-untyped-def]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     at, there = column.to(tl.int64), column < columns

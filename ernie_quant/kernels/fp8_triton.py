@@ -7,14 +7,13 @@ capability 8.9.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from ernie_quant.kernels._triton import launch
+from ernie_quant.kernels._triton import jit, launch
 from ernie_quant.kernels.fp8 import BLOCK
 from ernie_quant.kernels.fp8 import decode as decode  # one product and one rounding: the same on every device
 
-WARPS = 8
+WARPS = 16
 SIDE = tl.constexpr(BLOCK)
 LARGEST = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-120)
@@ -41,38 +40,43 @@ def _taken(weight: torch.Tensor) -> torch.Tensor:
     return (weight if weight.dtype == torch.bfloat16 else weight.float()).contiguous()
 
 
-@triton.jit
+@jit
+def _first(width):  # type: ignore[no-untyped-def]
+    """Where a program's block begins in a matrix of that width."""
+    return tl.program_id(0).to(tl.int64) * SIDE * width + tl.program_id(1) * SIDE
+
+
+@jit
 def _places(width):  # type: ignore[no-untyped-def]
-    """Of the elements of a program's block in a matrix of that width."""
-    row = tl.program_id(0) * SIDE + tl.arange(0, SIDE)[:, None]
-    return row.to(tl.int64) * width + (tl.program_id(1) * SIDE + tl.arange(0, SIDE)[None, :])
+    """Of the elements of a block, from its first; 64 bits for each would not fit the registers."""
+    return tl.arange(0, SIDE)[:, None] * width + tl.arange(0, SIDE)[None, :]
 
 
-@triton.jit
+@jit
 def _place_of_scale():  # type: ignore[no-untyped-def]
     return tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
 
 
-@triton.jit
+@jit
 def _scales(weight, scales, width):  # type: ignore[no-untyped-def]
-    x = tl.load(weight + _places(width)).to(tl.float32)
+    x = tl.load(weight + _first(width) + _places(width)).to(tl.float32)
     numbers = tl.min(tl.min((x == x).to(tl.int32), 1), 0)  # 0 where there is a NaN, which a maximum may not show
     scale = tl.div_rn(tl.max(tl.max(tl.abs(x), 1), 0), LARGEST)
     tl.store(scales + _place_of_scale(), tl.where((scale >= SMALLEST_SCALE) & (numbers > 0), scale, 1.0))
 
 
-@triton.jit
+@jit
 def _codes(weight, scales, codes, width):  # type: ignore[no-untyped-def]
-    places = _places(width)
-    x = tl.load(weight + places).to(tl.float32)
+    first, places = _first(width), _places(width)
+    x = tl.load(weight + first + places).to(tl.float32)
     scale = tl.load(scales + _place_of_scale())
     ratio = tl.div_rn(tl.abs(x), tl.zeros((SIDE, SIDE), tl.float32) + scale)
     sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
     code = tl.where(ratio == ratio, _magnitude(tl.minimum(ratio, LARGEST)), 0x7F) | sign
-    tl.store(codes + places, code.to(tl.uint8))
+    tl.store(codes + first + places, code.to(tl.uint8))
 
 
-@triton.jit
+@jit
 def _magnitude(x):  # type: ignore[no-untyped-def]
     """Exponent and mantissa of the float8 nearest to x in [0, 448], half to even (c10/util/Float8_e4m3fn.h)."""
     bits = x.to(tl.uint32, bitcast=True)

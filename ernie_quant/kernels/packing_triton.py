@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from ernie_quant.kernels._triton import cdiv, launch
+from ernie_quant.kernels._triton import cdiv, jit, launch
 from ernie_quant.kernels.packing import unpack as unpack  # shifts and masks of torch: the same on every device
 
 WORDS = 256  # of a program
@@ -21,7 +20,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return words
 
 
-@triton.jit
+@jit
 def _pack(codes, words, columns, width, BITS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * WORDS + tl.arange(0, WORDS)

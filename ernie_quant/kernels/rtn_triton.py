@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ernie_quant.kernels._triton import cdiv, launch, nearest, round_bf16, unrolled, upper_half
+from ernie_quant.kernels._triton import cdiv, jit, launch, nearest, round_bf16, unrolled, upper_half
 from ernie_quant.kernels.rtn import Array
 from ernie_quant.kernels.rtn_reference import decode as decode  # one product and one rounding: the same on every device
 
@@ -30,7 +30,7 @@ def encode(
     scale = torch.empty((rows, columns // group), dtype=torch.bfloat16, device=weight.device)
     tried = triton.next_power_of_2(len(ratios))
     # what fills up to a power of two is the first once more, which is never better than itself
-    padded = torch.tensor([*ratios.tolist(), *[float(ratios[0])] * (tried - len(ratios))], device=weight.device)
+    padded = torch.tensor([*ratios.tolist(), *[float(ratios[0])] * (tried - len(ratios))]).to(weight.device)
     block = LANES if group <= LONG else LANES // 2
     launch(
         _search, (cdiv(lanes, block),), by_lane, codes, scale.view(torch.int16), padded, lanes, group, float(low), float(high),
@@ -39,11 +39,11 @@ def encode(
     return codes.t().reshape(rows, columns).contiguous(), scale
 
 
-@triton.jit
-def _search(
+@jit
+def _search(  # type: ignore[no-untyped-def]
     weight, codes, scales, ratios, lanes, group, low, high, divisor, REFINE: tl.constexpr, SIGNED: tl.constexpr,
     TRIED: tl.constexpr, LANES: tl.constexpr, UNROLLED: tl.constexpr,
-):  # type: ignore[no-untyped-def] # fmt: skip
+):  # fmt: skip
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)[None, :]
     top = _extreme(weight, lane, lanes, group, SIGNED, UNROLLED)
     ratio = tl.load(ratios + tl.arange(0, TRIED))[:, None]
@@ -61,20 +61,20 @@ def _search(
     _quantize(weight, codes, lane, lanes, group, scale, low, high, UNROLLED)
 
 
-@triton.jit
+@jit
 def _input(weight, at, there):  # type: ignore[no-untyped-def]
     """One input of every lane as float32; 0 where there is no lane."""
     return tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _as_scale(x):  # type: ignore[no-untyped-def]
     """Rounded to bf16; what is too small for a scale, or no number, becomes 1."""
     x = round_bf16(x)
     return tl.where((tl.abs(x) >= SMALLEST) & (tl.abs(x) < float("inf")), x, 1.0)
 
 
-@triton.jit
+@jit
 def _extreme(weight, lane, lanes, group, SIGNED: tl.constexpr, UNROLLED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Largest |x| of each group; negative where the largest x is positive and the scale may be signed."""
     at, there = lane.to(tl.int64), lane < lanes
@@ -84,14 +84,10 @@ def _extreme(weight, lane, lanes, group, SIGNED: tl.constexpr, UNROLLED: tl.cons
             x = _input(weight, at, there)
             high, low = tl.maximum(high, x), tl.minimum(low, x)
             at += lanes
-    if SIGNED:
-        top = tl.where(high > -low, -high, -low)
-    else:
-        top = tl.maximum(high, -low)
-    return top
+    return tl.where(high > -low, -high, -low) if SIGNED else tl.maximum(high, -low)
 
 
-@triton.jit
+@jit
 def _judge(weight, lane, lanes, group, scale, low, high, UNROLLED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Squared errors of the scales [n, LANES], each summed in the order of the inputs."""
     at, there = lane.to(tl.int64), lane < lanes
@@ -105,7 +101,7 @@ def _judge(weight, lane, lanes, group, scale, low, high, UNROLLED: tl.constexpr)
     return error
 
 
-@triton.jit
+@jit
 def _least_squares(weight, lane, lanes, group, scale, low, high, UNROLLED: tl.constexpr):  # type: ignore[no-untyped-def]
     """<x, q> / <q, q> of the codes at a scale [1, LANES], as a scale."""
     at, there = lane.to(tl.int64), lane < lanes
@@ -121,7 +117,7 @@ def _least_squares(weight, lane, lanes, group, scale, low, high, UNROLLED: tl.co
     return _as_scale(tl.where(sum_qq > 0, tl.div_rn(sum_xq, tl.where(sum_qq > 0, sum_qq, 1.0)), 1.0))
 
 
-@triton.jit
+@jit
 def _quantize(weight, codes, lane, lanes, group, scale, low, high, UNROLLED: tl.constexpr):  # type: ignore[no-untyped-def]
     at, there = lane.to(tl.int64), lane < lanes
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
