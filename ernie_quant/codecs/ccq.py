@@ -62,9 +62,9 @@ class ConvolutionalCode:
     damping: float = _feedback.DAMPING
     passes: int = _feedback.PASSES
     rows = 1
-    rate = 2.3
+    rate = 45.0
     decodes_to = "BF16"
-    version = 1
+    version = 2
     form = "wint2 (CCQ)"
 
     def __post_init__(self) -> None:
