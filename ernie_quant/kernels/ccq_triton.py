@@ -1,16 +1,24 @@
-"""WINT2's bytes and decoder for GPUs; formulas and reasons in ccq_reference."""
+"""`ccq` for GPUs; formulas and reasons in ccq_reference."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton.language as tl
 
 from ernie_quant.kernels._triton import cdiv, jit, launch, round_bf16, upper_half
-from ernie_quant.kernels.ccq_reference import GROUP
+from ernie_quant.kernels.ccq_reference import GROUP, Pair, encodable, fields
+from ernie_quant.kernels.ccq_search_triton import search
 
 LANES = 256  # outputs of a program that decodes
 
 Fields = dict[str, torch.Tensor]
+
+
+def encode(weight: torch.Tensor, pairs: Sequence[Pair]) -> Fields:
+    """`ccq.encode`: the fields of a weight [out, in] of any float dtype, in logical order."""
+    return fields(*search(encodable(weight), pairs), pairs)
 
 
 def decode(encoded: Fields) -> torch.Tensor:
