@@ -84,6 +84,7 @@ def quantize(
     Raises PlanError with everything that does not fit, OutputError, RetryError, CheckpointError, TextError; ValueError for
     an option that is none.
     """
+    from ernie_quant.devices import named
     from ernie_quant.planning import built_in
     from ernie_quant.planning.gguf import gguf_plan
     from ernie_quant.planning.recipe import Recipe, read
@@ -91,6 +92,7 @@ def quantize(
     from ernie_quant.run.writing import asked_of, run, split
 
     how, planning, own = split(options)
+    named(device)
     opened = _open(source, how)
     if recipe == "gguf":
         planning = {"shard_bytes": built_in.GGUF_BYTES, **planning}

@@ -1,7 +1,7 @@
 """What Triton kernels share: how they are launched, and arithmetic that gives the bits of the CPU's kernels.
 
 Three things would give other bits, and none of them is left to a default. Contraction of a * b + c to one rounding:
-`enable_fp_fusion=False` for every launch. Division by a reciprocal: `tl.div_rn`, never `/`. Conversions that a GPU's
+`enable_fp_fusion` is off for every launch. Division by a reciprocal: `tl.div_rn`, never `/`. Conversions that a GPU's
 instructions round, or saturate, in their own way: bf16 and float8 are made by integer arithmetic.
 """
 
@@ -19,6 +19,9 @@ import triton.language as tl
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 
+OPTIONS = {"enable_fp_fusion": False}  # of every kernel
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4) -> None:
     """Run a kernel on the device, and the stream, of the first tensor among its arguments; an empty grid is nothing."""
     if 0 in grid:
@@ -26,7 +29,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4) -
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     # Triton launches on the current device, wherever the pointers lead
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=False)
+        kernel[grid](*args, num_warps=num_warps, **OPTIONS)
 
 
 def cdiv(n: int, by: int) -> int:

@@ -14,6 +14,13 @@ COLUMNS = 64  # of a program
 
 def squares(weight: torch.Tensor, decoded: torch.Tensor) -> tuple[float, float, float]:
     """`difference.squares`: ||W - W'||^2, ||W||^2 and max |W - W'| of two bf16 or f32 matrices."""
+    sums, largest = of_columns(weight, decoded)
+    error, total = sums.cpu().numpy()
+    return math.fsum(error), math.fsum(total), float(largest.max())
+
+
+def of_columns(weight: torch.Tensor, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """f64 [2, in]: ||W - W'||^2 and ||W||^2 of each column; f32 [in]: max |W - W'|."""
     rows, columns = weight.shape
     sums = torch.empty((2, columns), dtype=torch.float64, device=weight.device)
     largest = torch.empty(columns, dtype=torch.float32, device=weight.device)
@@ -21,8 +28,7 @@ def squares(weight: torch.Tensor, decoded: torch.Tensor) -> tuple[float, float, 
         _squares, (cdiv(columns, COLUMNS),), weight.contiguous(), decoded.contiguous(), sums, largest, rows, columns,
         COLUMNS, unrolled(rows),
     )  # fmt: skip
-    error, total = sums.cpu().numpy()
-    return math.fsum(error), math.fsum(total), float(largest.max())
+    return sums, largest
 
 
 @jit

@@ -49,6 +49,7 @@ def _search(  # type: ignore[no-untyped-def]
     ratio = tl.load(ratios + tl.arange(0, TRIED))[:, None]
     trial = _as_scale(tl.div_rn(top * ratio, tl.full((TRIED, LANES), 1.0, tl.float32) * divisor))
     error = _judge(weight, lane, lanes, group, trial, low, high, UNROLLED)
+    error = tl.where(error == error, error, float("inf"))  # a NaN is better than nothing, as with `<`
     first = tl.argmin(error, 0, tie_break_left=True)[None, :]
     scale = tl.sum(tl.where(tl.arange(0, TRIED)[:, None] == first, trial, 0.0), 0)[None, :]
     best = tl.min(error, 0)[None, :]

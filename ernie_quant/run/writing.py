@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from ernie_quant.devices import CPU, named
+from ernie_quant.devices import CPU
 from ernie_quant.planning.calibration import AUTO, Asked
 from ernie_quant.planning.recipe import Recipe
 from ernie_quant.planning.reshard import check_size
@@ -79,7 +79,6 @@ def run(plan: Plan, out: Path_, how: Writing, tp: int = 1, device: str = CPU) ->
     """Do it, or say what would be done."""
     if tp > 1:
         check_size(plan, tp)
-    named(device)
     if how.get("dry_run"):
         return planned(plan, Path(out))
     suit(plan)
