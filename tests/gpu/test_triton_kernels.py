@@ -83,7 +83,7 @@ def test_a_row_with_a_nan_changes_no_other_and_is_refused_by_name(codec: codecs.
     plain, encoded = encoded_twice(codec, weight, device)
     good = [row for row in range(16) if row not in (7, 8)]
     assert all(same(plain[name][good], encoded[name].cpu()[good]) for name in plain)
-    with pytest.raises(CheckpointError, match="^up: holds NaN or infinity, which cannot be quantized$"):
+    with pytest.raises(CheckpointError, match=r"^up: holds NaN or infinity, which cannot be quantized$"):
         compare("up", weight.to(device), codec.decode(encoded))
 
 
@@ -120,14 +120,14 @@ def test_float8_has_all_codes(device: str) -> None:
 
 @pytest.mark.parametrize("effort", [1, 4, 16])
 def test_wint2(effort: int, device: str) -> None:
-    rows, width = {1: (9, 192), 4: (9, 256), 16: (7, 128)}[effort]
+    rows, width = {1: (9, 192), 4: (7, 128), 16: (7, 128)}[effort]
     weight = odd(rows, width, effort)
     weight[6, :64] = 0
     check(ConvolutionalCode(effort), weight if effort == 4 else weight.bfloat16(), device)
 
 
 def test_wint2_in_several_programs(device: str) -> None:
-    plain, found = encoded_twice(ConvolutionalCode(1), odd(45, 192).bfloat16(), device)  # 135 groups
+    plain, found = encoded_twice(ConvolutionalCode(1), odd(7, 1216).bfloat16(), device)  # 133 groups
     assert all(same(plain[name], found[name].cpu()) for name in plain)
 
 
@@ -188,7 +188,7 @@ def test_it_is_done_on_the_cpu(codec: codecs.Codec, device: str) -> None:
 
 
 def test_a_device_that_nobody_knows_is_refused() -> None:
-    with pytest.raises(ErnieQuantError, match="^kernels rtn: there are none for the device meta; there are for cpu, cuda$"):
+    with pytest.raises(ErnieQuantError, match=r"^kernels rtn: there are none for the device meta; there are for cpu, cuda$"):
         kernels.of("rtn", torch.empty(1, device="meta"))
 
 

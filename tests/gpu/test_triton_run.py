@@ -89,7 +89,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_by_number() -> None:
     assert devices.found("cuda") == ("cuda:0", "cuda:1")
     assert devices.found("cuda:1") == ("cuda:1",)
-    with pytest.raises(ErnieQuantError, match="^--device cuda:7: there is no such GPU; PyTorch sees cuda:0, cuda:1$"):
+    with pytest.raises(ErnieQuantError, match=r"^--device cuda:7: there is no such GPU; PyTorch sees cuda:0, cuda:1$"):
         devices.found("cuda:7")
 
 
