@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ernie_quant.errors import ErnieQuantError, NeedsError
-from ernie_quant.needs import install_extra, require
+from ernie_quant.errors import ErnieQuantError
+from ernie_quant.needs import require
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +41,7 @@ def found(name: str) -> tuple[str, ...]:
         without = torch.version.cuda is None
         why = f"PyTorch {torch.__version__} was built without CUDA" if without else "PyTorch finds no GPU that it can use"
         raise ErnieQuantError(f"--device {name}: {why}; --device cpu works without")
-    try:
-        require("triton")
-    except NeedsError:
-        raise NeedsError(f"--device {name}: this needs Triton: {install_extra('gpu')}") from None
+    require("triton")
     there = tuple(f"{CUDA}:{i}" for i in range(torch.cuda.device_count()))
     if name != CUDA and name not in there:
         raise ErnieQuantError(f"--device {name}: there is no such GPU; PyTorch sees {', '.join(there)}")

@@ -24,7 +24,7 @@ IN_ALL, MOST = tl.constexpr(CELLS), tl.constexpr(float(MAX_LOCAL))
 HALVES, LAST, WORDS, NORM = (tl.constexpr(n) for n in (LINE // 2, LAST_TWO // 2, LINE // 4, NORMS // 4))
 
 
-def search(stored: torch.Tensor, pairs: Sequence[Pair]) -> tuple[torch.Tensor, ...]:
+def search(stored: torch.Tensor, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes uint8 [out, in/4], local scales uint8 [out, in/64], super scales f32 [out] and pairs int64 [out] of a weight
     f32 [out, in] in stored order."""
     device, rows, groups, lanes = stored.device, len(stored), stored.shape[1] // GROUP, stored.numel() // GROUP

@@ -18,8 +18,8 @@ from ernie_quant.errors import CheckpointError, ErnieQuantError
 from ernie_quant.kernels import difference, packing, weight_quantize
 from ernie_quant.measure import compare
 
-# numpy warns of 0 / 0 and of overflow where a kernel goes on with neither
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+# numpy warns of 0 / 0 and of overflow where a kernel goes on with neither, and older interpreters make numbers of arrays
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 
 INTEGERS = [
     RoundToNearest(bits, group, scale, full_range)
