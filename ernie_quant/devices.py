@@ -7,7 +7,9 @@ third are encoded, and what is packed of a fourth comes back. Memory for copies 
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 CPU, CUDA = "cpu", "cuda"
+LEAST = (8, 0)  # compute capability (Ampere): bf16
 NAME = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,3}))?")
 
 
@@ -45,7 +48,16 @@ def found(name: str) -> tuple[str, ...]:
     there = tuple(f"{CUDA}:{i}" for i in range(torch.cuda.device_count()))
     if name != CUDA and name not in there:
         raise ErnieQuantError(f"--device {name}: there is no such GPU; PyTorch sees {', '.join(there)}")
-    return there if name == CUDA else (name,)
+    chosen = there if name == CUDA else (name,)
+    for device in chosen:
+        if (capability := torch.cuda.get_device_capability(device)) < LEAST:
+            has, wants = (".".join(map(str, version)) for version in (capability, LEAST))
+            raise ErnieQuantError(
+                f"--device {name}: {device} has compute capability {has}, and kernels need {wants}: name another"
+            )
+    if not any(map(shutil.which, ("gcc", "clang"))) and "CC" not in os.environ:
+        raise ErnieQuantError(f"--device {name}: Triton needs a C compiler for what launches its kernels: install gcc or clang")
+    return chosen
 
 
 class Crew:

@@ -7,6 +7,7 @@ instructions round, or saturate, in their own way: bf16 and float8 are made by i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 
 OPTIONS = {"enable_fp_fusion": False}  # of every kernel
+_LOCK = threading.Lock()  # the first launch of a kernel compiles it, which is one thread's work; others take microseconds
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4) -> None:
@@ -28,7 +30,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4) -
         return
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     # Triton launches on the current device, wherever the pointers lead
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with _LOCK, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, num_warps=num_warps, **OPTIONS)
 
 

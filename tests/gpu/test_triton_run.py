@@ -36,7 +36,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "gguf": ("gguf", {"type": "Q4_0", "experts_only": True}),
     "wint8": ("wint8", {"group_size": "channel", "scale": "absmax"}),
     "wint4 for FastDeploy": ("wint4", {"runtime": "fastdeploy"}),
-    "wint2": ("wint2", {"effort": 1}),
+    "wint2": ("wint2", {"effort": 1, "wint4_layers": 0}),
 }
 QUICK = ("wint4", "fp8", "gguf")  # in the interpreter: the others take a minute each
 
@@ -46,8 +46,7 @@ def test_a_run_on_a_gpu_writes_the_files_of_a_run_on_the_cpu(name: str, device: 
     recipe, options = RUNS[name]
     changes = ONE_EXPERT | ({"moe_intermediate_size": 32} if name == "wint4" else {})
     source = random_model(tmp_path / "src", "paddle", **changes)
-    # the interpreter has one state for all threads
-    library.quantize(source, tmp_path / "gpu/out", recipe, device=device, workers=4 if device == "cuda" else 1, **options)
+    library.quantize(source, tmp_path / "gpu/out", recipe, device=device, workers=3, **options)
     with kernels_of_the_cpu():
         library.quantize(source, tmp_path / "cpu/out", recipe, workers=2, **options)
     found, wanted = hashes(tmp_path / "gpu/out"), hashes(tmp_path / "cpu/out")
@@ -83,7 +82,9 @@ def test_a_pytorch_without_cuda(command: Command, tmp_path: Path, monkeypatch: p
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device == "cuda:0" else (8, 0))
     monkeypatch.setattr(devices, "require", lambda *_: None)
+    monkeypatch.setenv("CC", "cc")
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -92,6 +93,20 @@ def test_gpus_by_number() -> None:
     assert devices.found("cuda:1") == ("cuda:1",)
     with pytest.raises(ErnieQuantError, match=r"^--device cuda:7: there is no such GPU; PyTorch sees cuda:0, cuda:1$"):
         devices.found("cuda:7")
+
+
+def test_gpus_that_are_too_old(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device == "cuda:0" else (7, 5))
+    assert devices.found("cuda:0") == ("cuda:0",)
+    with pytest.raises(ErnieQuantError, match=r"^--device cuda: cuda:1 has compute capability 7\.5, and kernels need 8\.0: name"):
+        devices.found("cuda")
+
+
+def test_a_machine_without_a_c_compiler(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ErnieQuantError, match=r"^--device cuda: Triton needs a C compiler .*: install gcc or clang$"):
+        devices.found("cuda")
 
 
 def test_a_missing_triton(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
