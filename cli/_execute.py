@@ -9,6 +9,7 @@ import click
 from ernie_quant.cli._progress import layers_bar, progress_bar
 from ernie_quant.cli._show import show_plan, show_result
 
+from ernie_quant.devices import CPU, found
 from ernie_quant.needs import require
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def refuse_two_methods(rules: Recipe, method: str | None) -> None:
 
 def run(
     plan: Plan, out: Path, *, dry_run: bool, restart: bool, workers: int | None, quiet: bool, as_json: bool, tp: int = 1,
-    disk_budget: int | None = None, no_space_check: bool = False,
+    disk_budget: int | None = None, no_space_check: bool = False, device: str = CPU,
 ) -> None:  # fmt: skip
     """Show a plan, or run it and say what happened."""
     from ernie_quant.planning.reshard import check_size
@@ -105,6 +106,7 @@ def run(
         show_plan(plan, as_json)
         return
     require("torch", "numba")
+    found(device)
 
     if not no_space_check and (note := unknown_space(out)):
         click.echo(f"note: {note}; --no-space-check leaves this out", err=True)
@@ -112,5 +114,6 @@ def run(
     with layers_bar(plan.calibration is not None, quiet) as watch, progress_bar(shared_bytes(plan, tp), quiet) as progress:
         how: dict[str, Any] = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget}
         how |= {"progress": progress, "space_check": not no_space_check, "watch": watch, "each": progress.file}
+        how["device"] = device
         result = run_shared(plan, out, tp, **how) if tp > 1 else run_plan(plan, out, **how)
     show_result(result, out, quiet, as_json)

@@ -6,8 +6,7 @@ Statistics of the inputs weigh the squared errors of a search; no code makes up 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
@@ -82,7 +81,7 @@ class Blocks(Measured):
         """Of the file in `kernels`."""
         return f"ggml_{self.dtype.lower()}"
 
-    def _kernels(self, tensor: torch.Tensor) -> ModuleType:
+    def _kernels(self, tensor: torch.Tensor) -> Any:
         return kernels.of(self.kernels_name, tensor)
 
     def encode(self, weight: torch.Tensor) -> Encoded:

@@ -120,7 +120,7 @@ def fields(
     codes: torch.Tensor, local_scale: torch.Tensor, super_scale: torch.Tensor, pair: torch.Tensor, pairs: Sequence[Pair]
 ) -> dict[str, torch.Tensor]:
     """What `encode` returns, from super_scale f32 [out] (already rounded) and pair int64 [out], a place in `pairs`."""
-    table = torch.tensor(pairs, dtype=torch.float32)
+    table = torch.tensor(pairs, dtype=torch.float32).to(pair.device)
     return {
         "codes": codes,
         "local_scale": local_scale,

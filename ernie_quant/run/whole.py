@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ernie_quant import runners
 from ernie_quant.checkpoint import Stamp
+from ernie_quant.devices import CPU, found
 from ernie_quant.planning.steps import Plan, ShardJob, in_order
 from ernie_quant.reporting.rows import TensorReport
 from ernie_quant.result.carry import changed_since
@@ -51,14 +52,16 @@ Each = Callable[[FileDone], None]  # is told of every file
 def run_plan(
     plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, disk_budget: int | None = None,
     progress: Progress = lambda _: None, runner: str = "local", space_check: bool = True, watch: Watch = lambda *_: None,
-    each: Each = lambda _: None,
+    each: Each = lambda _: None, device: str = CPU,
 ) -> RunResult:  # fmt: skip
     """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError.
 
     `workers`: threads per file, 0 for as many as there are processors, at most 8. `disk_budget`: bytes of a hub's files
     that may lie on disk at a time. `runner`: a file of `ernie_quant.runners`. `space_check`: must the disk have room for it?
     `watch` is told which layer and expert is calibrated, `each` of every file that is finished.
+    `device`: `cpu`, `cuda` or `cuda:1`.
     """
+    found(device)
     folder = OutputFolder(out)
     copies = 2 if plan.calibration else 1  # calibrated weights lie on disk before the files of the result are written
     with folder.begin(plan, restart=restart, copies=copies, space_check=space_check) as complete:
@@ -66,7 +69,7 @@ def run_plan(
             return finished_before(plan, folder)
         if plan.calibration:
             plan = calibrate(plan, folder, workers, watch)
-        return write_all(plan, folder, workers, disk_budget, progress, runner, each)
+        return write_all(plan, folder, workers, disk_budget, progress, runner, each, device)
 
 
 def calibrate(plan: Plan, folder: OutputFolder, workers: int, watch: Watch) -> Plan:
@@ -85,7 +88,7 @@ def finished_before(plan: Plan, folder: OutputFolder) -> RunResult:
 
 def write_all(
     plan: Plan, folder: OutputFolder, workers: int = 0, disk_budget: int | None = None,
-    progress: Progress = lambda _: None, runner: str = "local", each: Each = lambda _: None,
+    progress: Progress = lambda _: None, runner: str = "local", each: Each = lambda _: None, device: str = CPU,
 ) -> RunResult:  # fmt: skip
     """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
     plan.origin.bring(plan.copies)
@@ -95,7 +98,7 @@ def write_all(
     work = functools.partial(run_shard, folder=folder.path, workers=workers or default_workers())
     with plan.source.download([shard.needs for shard in left], disk_budget) as download:
         stamps = {**download.stamps, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
-        jobs = [ShardJob(shard, plan.runtime, plan.metadata_of(shard), stamps) for shard in left]
+        jobs = [ShardJob(shard, plan.runtime, plan.metadata_of(shard), stamps, device) for shard in left]
         then, sizes = time.monotonic(), {shard.filename: shard.nbytes_in for shard in left}
         for result in runners.find(runner).map_jobs(work, jobs, progress, download):
             results[result.filename] = result
