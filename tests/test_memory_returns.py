@@ -15,7 +15,7 @@ from helpers.models import GOLDEN, write  # and with them torch, whose own loadi
 
 Command = Callable[..., tuple[int, str, str]]
 SOURCE = GOLDEN / "moe/pt"
-WANTED = [(-3, 4 << 20)]  # M_MMAP_THRESHOLD, 4 MiB
+WANTED = [(-3, 4 << 20), (-1, 16 << 20)]  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
 
 # the number of blocks, of so many MiB, that are mapped for themselves, so that freeing them unmaps them
 SCRIPT = """

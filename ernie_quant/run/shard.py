@@ -25,6 +25,7 @@ from ernie_quant.planning.taken import given
 from ernie_quant.reporting.rows import FITTED, ShardResult, TensorReport
 from ernie_quant.runtimes import Runtime
 from ernie_quant.threads import Progress, one_torch_thread, ordered
+from ernie_quant.views.buffers import Buffers
 from ernie_quant.views.files import Files
 from ernie_quant.views.read import read, row_bytes
 from ernie_quant.writers import ShardWriter
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     import torch
 
     from ernie_quant.codecs import Encoded, Encoder
+
+
+AT_ONCE = 1 << 19  # weights: with codes and what is packed of them they fill most of a second cache
 
 
 class Rows(NamedTuple):
@@ -75,7 +79,7 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
                 device = own if step.quantized else CPU  # what is kept would come back as it went
                 weight = read(step.view, files, (rows.first, rows.last), device)
                 known = given(step, files, (rows.first, rows.last), device)
-                slab = encode_slab(step, runtime, weight, encoder, known)
+                slab = encode_slab(step, runtime, weight, encoder, known, files.buffers)
                 parts = fetched(slab.parts, device)
                 once = encoder.once if encoder else {}
             constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
@@ -97,20 +101,61 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
 
 
 def encode_slab(
-    step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None, known: Encoded | None = None
-) -> Slab:
-    """What is stored of rows of a weight, and what they lost; nothing is written. `known`: it has been encoded before."""
+    step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None, known: Encoded | None = None,
+    buffers: Buffers | None = None,
+) -> Slab:  # fmt: skip
+    """What is stored of rows of a weight, and what they lost; nothing is written. `known`: it has been encoded before.
+
+    Some rows at a time, so that all that is done with them finds them in the processor's cache.
+    """
     if not (step.quantized or known):
         return Slab(runtime.pack(step.name, step.codec, step.codec.encode(weight)), Difference(), values_of(weight))
     if known is None and encoder is None:
-        encoded, difference = step.codec.measured(weight)
-    else:
-        encoded = known or encoder.encode(weight) if encoder else {**(known or {})}
-        once = encoder.once if encoder else {}
-        difference = squares(weight, step.codec.decode({**once, **encoded}))
+        slabs = [_finished(step, runtime, block, *step.codec.measured(block)) for block in _blocks(step, weight)]
+        return _joined(step, slabs, buffers or Buffers())
+    encoded = known or encoder.encode(weight) if encoder else {**(known or {})}
+    once = encoder.once if encoder else {}
+    return _finished(step, runtime, weight, encoded, squares(weight, step.codec.decode({**once, **encoded})))
+
+
+def _finished(step: Step, runtime: Runtime, weight: torch.Tensor, encoded: Encoded, difference: Difference) -> Slab:
     difference = checked(step.name, weight, difference)
-    values = Values(only_zeros=difference.total == 0)
-    return Slab(runtime.pack(step.name, step.codec, encoded), difference, values)
+    return Slab(runtime.pack(step.name, step.codec, encoded), difference, Values(only_zeros=difference.total == 0))
+
+
+def _blocks(step: Step, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Rows that stay in the cache; on a GPU, all."""
+    if weight.device.type != CPU or not weight.dim():
+        yield weight
+        return
+    together = max(1, AT_ONCE // max(1, weight[:1].numel()) // step.multiple) * step.multiple
+    for first in range(0, max(1, len(weight)), together):
+        yield weight[first : first + together]
+
+
+def _joined(step: Step, slabs: Sequence[Slab], buffers: Buffers) -> Slab:
+    """One of several, in order of their rows."""
+    import torch
+
+    if len(slabs) == 1:
+        return slabs[0]
+    parts = {}
+    for name, first in slabs[0].parts.items():
+        axis, pieces = step.parts[name].out_axis, [slab.parts[name] for slab in slabs]
+        if axis is None:
+            parts[name] = first
+            continue
+        shape = (*first.shape[:axis], sum(piece.shape[axis] for piece in pieces), *first.shape[axis + 1 :])
+        parts[name] = buffers.empty(shape, first.dtype)
+        torch.cat([_whole_numbers(piece) for piece in pieces], axis, out=_whole_numbers(parts[name]))
+    return Slab(parts, sum((s.difference for s in slabs), Difference()), sum((s.values for s in slabs), Values()))
+
+
+def _whole_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes: torch does not join all dtypes."""
+    import torch
+
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def _row(step: Step, difference: Difference, values: Values, writer: ShardWriter) -> TensorReport:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ernie_quant.checkpoint import Extent, Stamp, TensorRef
 from ernie_quant.errors import CheckpointError
+from ernie_quant.views.buffers import Buffers
 
 TEXT_BLOCK = 1 << 16
 CONTINUATION = bytes(range(0x80, 0xC0))  # second and later bytes of a UTF-8 character
@@ -47,6 +48,7 @@ class Files:
         self._read: set[Path] = set()
         self._lock = threading.Lock()
         self._counts: dict[tuple[Path, Extent], list[int]] = {}
+        self.buffers = Buffers()  # of what is read
 
     def __enter__(self) -> Files:
         return self

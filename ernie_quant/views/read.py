@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, TypeAlias
 
 from ernie_quant.checkpoint import TensorRef, TensorSpec
-from ernie_quant.devices import CPU, buffer, sent
+from ernie_quant.devices import CPU, sent
 from ernie_quant.dtypes import ITEMSIZE, as_bytes, torch_dtype
 from ernie_quant.errors import CheckpointError
 from ernie_quant.views.build import refs
@@ -40,7 +40,10 @@ def read(view: View, files: Files, rows: tuple[int, int] | None = None, device: 
     box = tuple((0, n) for n in view.shape)
     if rows is not None and box:
         box = (rows, *box[1:])
-    return _read_box(view, files, box, device).contiguous()
+    weight = _read_box(view, files, box, device)
+    if weight.is_contiguous() or device != CPU:
+        return weight.contiguous()
+    return files.buffers.empty(tuple(weight.shape), weight.dtype).copy_(weight)
 
 
 def _read_box(view: View, files: Files, box: Box, device: str) -> torch.Tensor:
@@ -103,7 +106,7 @@ def _read_leaf(ref: TensorRef, spec: TensorSpec, files: Files, box: Box, device:
     """One read for every run of bytes: whole rows are one, a range of columns is one per row. `spec`: of what lies there."""
     shape = spec.shape
     size = tuple(stop - start for start, stop in box)
-    out = buffer(size, torch_dtype(spec.dtype), device)
+    out = files.buffers.empty(size, torch_dtype(spec.dtype), device)
     if out.numel():
         bytes_ = as_bytes(out)
         # the last axis of which not all is wanted: what lies below it is contiguous

@@ -15,6 +15,8 @@ from helpers.hessians import correlated
 from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.dtypes import dtype_name
+from ernie_quant.errors import CheckpointError
+from ernie_quant.measure import checked, squares
 from ernie_quant.names import EXPERT, IN, MLP
 from ernie_quant.runtimes import fastdeploy
 from ernie_quant.weights.layouts import PADDLE
@@ -72,6 +74,35 @@ def test_slabs_of_rows_encode_as_the_whole_does(codec: codecs.Codec, weight: tor
     for name, tensor in whole.items():
         joined = torch.cat([slab[name] for slab in slabs])
         assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-36, 1e-20, 0.02, 1e30], ids=lambda m: f"{m:g}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_what_is_measured_while_encoding_is_what_decoding_shows(
+    codec: codecs.Codec, spec: TensorSpec, dtype: torch.dtype, magnitude: float
+) -> None:
+    """And the codes are the same. Heavy tails and odd rows, so that clipping, zeros and roundings of scales come up."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(spec.shape, generator=generator).double().pow(3) * magnitude
+    weight[3] = 0
+    weight[5, : spec.shape[1] // 2] = 0
+    weight = weight.to(dtype)
+    encoded, found = codec.measured(weight)
+    for name, field in codec.encode(weight).items():
+        assert torch.equal(field.view(torch.uint8), encoded[name].view(torch.uint8))
+    expected = squares(weight, codec.decode(encoded))
+    assert found.largest == expected.largest
+    assert found.error == pytest.approx(expected.error, rel=1e-11, abs=0)
+    assert found.total == pytest.approx(expected.total, rel=1e-11, abs=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2.0**121])
+def test_what_cannot_be_quantized_is_refused_from_what_was_measured(
+    codec: codecs.Codec, weight: torch.Tensor, bad: float
+) -> None:
+    weight[17, 33] = bad
+    with pytest.raises(CheckpointError, match="w: holds"):
+        checked("w", weight, codec.measured(weight)[1])
 
 
 def test_statistics_of_inputs_change_codes_and_nothing_else(codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec) -> None:

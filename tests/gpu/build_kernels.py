@@ -23,15 +23,7 @@ from ernie_quant import codecs, kernels
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.kernels import (
-    _triton,
-    ccq_search_triton,
-    ccq_triton,
-    difference_triton,
-    fp8_triton,
-    packing_triton,
-    rtn_triton,
-)
+from ernie_quant.kernels import _triton, ccq_search_triton, ccq_triton, difference_triton, fp8_triton, packing_triton, rtn_triton
 from ernie_quant.runtimes import Runtime, fastdeploy, vllm
 
 DEVICE, TARGET = "made_up", GPUTarget("cuda", 90, 32)
