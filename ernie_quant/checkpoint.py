@@ -204,6 +204,11 @@ class Checkpoint:
         return {file: stamp for rank in self.ranks for file, stamp in rank.files.items()}
 
     @property
+    def changeable(self) -> dict[Path, Stamp]:
+        """Stamps of the weight files that may change under our feet; none of those that come with a hash."""
+        return {} if self.downloader else self.stamps
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors in all ranks."""
         return sum(ref.spec.nbytes for rank in self.ranks for ref in rank.refs.values())

@@ -121,8 +121,7 @@ class OutputFolder:
     def _prepare(self, plan: Plan, restart: bool) -> None:
         """Go on with what was begun, or begin. Raises OutputError or RetryError."""
         # mtimes, because equal sizes and headers are not yet equal weights; private, as they say nothing about the result
-        stamps = {} if plan.source.downloader else plan.source.stamps
-        times = {plan.source.name_of(path): stamp.mtime_ns for path, stamp in stamps.items()}
+        times = {plan.source.name_of(path): stamp.mtime_ns for path, stamp in plan.source.changeable.items()}
         now = {**plan.identity, "libraries": libraries(), "mtime_ns": times}
         begun = self.state / BEGUN
         if begun.is_file() and not restart:
