@@ -106,6 +106,10 @@ class Downloader(Protocol):
         """Bring `needs[0]`, `needs[1]`, … in this order, with at most `budget` bytes of them on disk."""
         ...
 
+    def needed_at_once(self, needs: Sequence[Collection[Path]]) -> int:
+        """Bytes that must lie on disk together, for `needs` one after the other."""
+        ...
+
     def check_budget(self, needs: Sequence[Collection[Path]], budget: int) -> None:
         """Is it enough for what must lie on disk together? Raises CheckpointError."""
         ...

@@ -98,7 +98,7 @@ def write_all(
     jobs = [ShardJob(shard, plan.runtime, plan.metadata_of(shard), stamps) for shard in left]
     common = Common(plan.source, folder.path, workers, disk_budget)
     then, sizes = time.monotonic(), {shard.filename: shard.nbytes_in for shard in left}
-    with closing(runner.map_jobs(work, jobs, progress, common)) as written:
+    with folder.partials_of(left), closing(runner.map_jobs(work, jobs, progress, common)) as written:
         for result in written:
             results[result.filename] = result
             folder.record(result)
