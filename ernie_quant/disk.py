@@ -27,11 +27,14 @@ TRIES = 3  # to copy a file that changes meanwhile
 
 
 @contextmanager
-def hold(place: Path, busy: str) -> Iterator[IO[str]]:
-    """The file `place`, locked for this process alone. Raises RetryError(busy), OutputError where no lock can be had."""
-    with open(place, "w") as file:
+def hold(place: Path, busy: str, *, shared: bool = False, wait: bool = False) -> Iterator[IO[str]]:
+    """The file `place`, locked for this process alone, or with others that share it; `wait` until it can be.
+
+    Raises RetryError(busy), OutputError where no lock can be had.
+    """
+    with open(place, "a+") as file:  # NFS locks for sharing what can be read, and for one alone what can be written
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RetryError(busy) from None
         except OSError as error:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ernie_quant.checkpoint import Stamp
-from ernie_quant.planning.steps import Plan, ShardJob, in_order
-from ernie_quant.reporting.rows import TensorReport
+from ernie_quant.planning.steps import Plan, Shard, ShardJob, in_order
+from ernie_quant.reporting.rows import ShardResult, TensorReport
 from ernie_quant.result.carry import changed_since
 from ernie_quant.result.finish import finish
 from ernie_quant.result.folder import OutputFolder
@@ -90,9 +90,23 @@ def write_all(
 ) -> RunResult:  # fmt: skip
     """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
     plan.origin.bring(plan.copies)
-    results = {shard.filename: known for shard in plan.shards if (known := folder.finished(shard, progress)) is not None}
+    results, before = write_files(plan, plan.shards, folder, workers, disk_budget, progress, runner, each)
+    ordered = [results[shard.filename] for shard in plan.shards]
+    reports = plan.reports
+    if reports is None:
+        reports = tuple(row for result in ordered for row in result.reports)
+    plan = finish(folder, plan, ordered, reports)
+    return RunResult(plan, complete_before=False, reports=reports, files_before=before)
+
+
+def write_files(
+    plan: Plan, shards: Sequence[Shard], folder: OutputFolder, workers: int, disk_budget: int | None, progress: Progress,
+    runner: Runner, each: Each,
+) -> tuple[dict[str, ShardResult], int]:  # fmt: skip
+    """Those of `shards` that are not finished yet; what became of all of them, and how many were finished before."""
+    results = {shard.filename: known for shard in shards if (known := folder.finished(shard, progress)) is not None}
     before = len(results)
-    left = in_order([shard for shard in plan.shards if shard.filename not in results])
+    left = in_order([shard for shard in shards if shard.filename not in results])
     work = functools.partial(run_shard, folder=folder.path)
     stamps = {**plan.source.changeable, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
     jobs = [ShardJob(shard, plan.runtime, plan.metadata_of(shard), stamps) for shard in left]
@@ -103,12 +117,7 @@ def write_all(
             results[result.filename] = result
             folder.record(result)
             now = time.monotonic()
-            done = (len(results), len(plan.shards), sizes[result.filename], result.nbytes, now - then)
+            done = (len(results), len(shards), sizes[result.filename], result.nbytes, now - then)
             each(FileDone(result.filename, *done))
             then = now
-    ordered = [results[shard.filename] for shard in plan.shards]
-    reports = plan.reports
-    if reports is None:
-        reports = tuple(row for result in ordered for row in result.reports)
-    plan = finish(folder, plan, ordered, reports)
-    return RunResult(plan, complete_before=False, reports=reports, files_before=before)
+    return results, before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -25,9 +26,12 @@ from ernie_quant.sources.elsewhere import Elsewhere
 from ernie_quant.threads import TICK, Progress
 from ernie_quant.version import __version__
 
+AUTO = "auto"
+TOKENS = "RAY_AUTH_MODE and the token must be the same here as on the nodes"
 THREADS = 4  # about so many can work on one file before they wait for each other
 RETRIES = 5  # of a file whose worker or node has died, or had trouble with a disk or a network
 LOOK = 60.0  # seconds in which a node must answer
+KNOCK = 10.0  # seconds in which the head must take a connection
 STOP = 5.0  # seconds that tasks have for their end when nobody wants them any more
 
 
@@ -35,7 +39,7 @@ STOP = 5.0  # seconds that tasks have for their end when nobody wants them any m
 class Cluster:
     """A cluster that runs already: `auto` for that of this machine, or the address of its head. `gpus`: for each file."""
 
-    address: str = "auto"
+    address: str = AUTO
     gpus: int = 0
 
     def map_jobs(
@@ -99,21 +103,34 @@ def map_jobs(
 def _connected(address: str) -> Iterator[ModuleType]:
     """Ray, with a connection that is closed at the end if it was opened here. Raises NeedsError or ClusterError."""
     require("ray")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process; what there is to say, we say
     import ray
 
     if ray.is_initialized():  # by a program that uses the library
         yield ray
         return
     try:
+        _knock(os.environ.get("RAY_ADDRESS", address) if address == AUTO else address)
         with _own_signals():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         why = line_of(str(error).strip().partition("\n")[0])
-        raise ClusterError(f"--ray {address}: no Ray cluster can be reached there ({why})") from None
+        hint = f"; {TOKENS}" if "oken" in str(error) or "Failed to connect" in why else ""
+        raise ClusterError(f"--ray {address}: no Ray cluster can be reached there ({why}){hint}") from None
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Does anything listen there? Ray asks for minutes. Raises OSError or ValueError."""
+    if address in (AUTO, "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("auto, or HOST:PORT of the head, as `ray start --head` says it")
+    socket.create_connection((host.strip("[]"), int(port)), KNOCK).close()
 
 
 @contextmanager
