@@ -101,7 +101,7 @@ def write_options(command: F, shard_size: str = "5GB", files: str = "Largest out
             click.option("--shard-index", type=click.IntRange(0), metavar="I",
                          help="Write share I of N, from 0 on, beside other processes; then `ernie-quant merge OUT`."),
             click.option("--num-shards", type=click.IntRange(1), metavar="N", help="With --shard-index: number of shares."),
-            click.option("--merge", is_flag=True, hidden=True),  # `ernie-quant merge` says it
+            click.option("--merge", is_flag=True, hidden=True, help="What `ernie-quant merge` adds: write no weights."),
             click.option("--no-space-check", is_flag=True, help="Begin though the disk reports too little free space."),
             click.option("--max-shard-size", type=Size(), default=shard_size, show_default=True, help=files),
             click.option("--copy", multiple=True, metavar="PATTERN",

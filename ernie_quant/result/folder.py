@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ernie_quant import writers
-from ernie_quant.disk import FULL, PARTIAL, drop_partials, file_sha256, fsync_folder, hold, write_file
+from ernie_quant.disk import FULL, PARTIAL, file_sha256, fsync_folder, hold, write_file
 from ernie_quant.errors import AnotherPlanError, CheckpointError, OutputError, RetryError
 from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.paths import CONFIG, MANIFEST, README, SOURCE_README, STATE, SUMS, inside, is_place, weight_folders
@@ -208,14 +208,6 @@ class OutputFolder:
         places = [*weight_folders(self.path), *weight_folders(self.unsplit)]
         calibrated = [p for p in self.calibration.iterdir() if p.is_file()] if self.calibration.is_dir() else []
         return sum(p.stat().st_size for p in [*calibrated, *(p for f in places for p in f.iterdir() if _is_shard(p))])
-
-    @contextmanager
-    def partials_of(self, shards: Sequence[Shard]) -> Iterator[None]:
-        """While they are written, by whatever processes: half-written files of those that were killed do not stay."""
-        try:
-            yield
-        finally:
-            drop_partials(self.path / shard.filename for shard in shards)
 
     def record(self, result: ShardResult) -> None:
         """Remember a finished file."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ernie_quant.checkpoint import Stamp
+from ernie_quant.disk import drop_partials
 from ernie_quant.planning.steps import Plan, Shard, ShardJob, in_order
 from ernie_quant.reporting.rows import ShardResult, TensorReport
 from ernie_quant.result.carry import changed_since
@@ -109,15 +110,21 @@ def write_files(
     left = in_order([shard for shard in shards if shard.filename not in results])
     work = functools.partial(run_shard, folder=folder.path)
     stamps = {**plan.source.changeable, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
-    jobs = [ShardJob(shard, plan.runtime, plan.metadata_of(shard), stamps) for shard in left]
+    jobs = [
+        ShardJob(shard, plan.runtime, plan.metadata_of(shard), {file: stamps[file] for file in shard.files if file in stamps})
+        for shard in left
+    ]
     common = Common(plan.source, folder.path, workers, disk_budget)
     then, sizes = time.monotonic(), {shard.filename: shard.nbytes_in for shard in left}
-    with folder.partials_of(left), closing(runner.map_jobs(work, jobs, progress, common)) as written:
-        for result in written:
-            results[result.filename] = result
-            folder.record(result)
-            now = time.monotonic()
-            done = (len(results), len(shards), sizes[result.filename], result.nbytes, now - then)
-            each(FileDone(result.filename, *done))
-            then = now
+    try:
+        with closing(runner.map_jobs(work, jobs, progress, common)) as written:
+            for result in written:
+                results[result.filename] = result
+                folder.record(result)
+                now = time.monotonic()
+                done = (len(results), len(shards), sizes[result.filename], result.nbytes, now - then)
+                each(FileDone(result.filename, *done))
+                then = now
+    finally:  # of processes that were killed
+        drop_partials(folder.path / shard.filename for shard in left)
     return results, before
