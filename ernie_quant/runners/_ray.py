@@ -7,9 +7,10 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,6 @@ KNOCK = 10.0  # seconds in which the head must take a connection
 def connected(address: str) -> Iterator[ModuleType]:
     """Ray, with a connection that is closed at the end if it was opened here. Raises NeedsError or ClusterError."""
     require("ray")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process; what there is to say, we say
     import ray
 
     if ray.is_initialized():  # by a program that uses the library
@@ -46,7 +46,8 @@ def connected(address: str) -> Iterator[ModuleType]:
         hint = f"; {TOKENS}" if "oken" in str(error) or "Failed to connect" in said else ""
         raise ClusterError(f"--ray {address}: no Ray cluster can be reached there ({said}){hint}") from None
     try:
-        yield ray
+        with redirect_stdout(sys.stderr):  # for what Ray says of nodes that die
+            yield ray
     finally:
         ray.shutdown()
 
@@ -94,7 +95,9 @@ def look_around(ray: ModuleType, nodes: Sequence[Mapping[str, Any]], token: Path
     source = None if common.source.downloader else common.source.folder
     look = ray.remote(num_cpus=0, max_retries=1)(_seen_from_a_node)
     refs = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(token, source): node
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            Path.cwd(), token, source
+        ): node
         for node in nodes
     }
     done, late = ray.wait(list(refs), num_returns=len(refs), timeout=LOOK)
@@ -105,6 +108,8 @@ def look_around(ray: ModuleType, nodes: Sequence[Mapping[str, Any]], token: Path
         who, out = f"node {_name(refs[ref])}", token.parent.parent
         try:
             seen, there, programs = ray.get(ref)
+        except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+            continue  # it has just died, and Ray knows it by now
         except ray.exceptions.RayError as error:
             raise ClusterError(f"{who}: cannot run ernie-quant: {why(error)}") from None
         if seen != own[0]:
@@ -119,8 +124,15 @@ def look_around(ray: ModuleType, nodes: Sequence[Mapping[str, Any]], token: Path
             raise ClusterError(f"{who} has {'; '.join(differ)}; all nodes must have the same versions, for the same bytes")
 
 
-def _seen_from_a_node(token: Path, source: Path | None) -> tuple[str, bool, dict[str, str]]:
+def stand_in(folder: Path) -> None:
+    """On a node: relative paths are those of the machine where the command was typed, if the folder is there."""
+    with suppress(OSError):
+        os.chdir(folder)
+
+
+def _seen_from_a_node(here: Path, token: Path, source: Path | None) -> tuple[str, bool, dict[str, str]]:
     """On a node: the text of the token or what is wrong with the folder, whether the source is there, and versions."""
+    stand_in(here)
     there = source is None or source.is_dir()
     try:
         text = token.read_text()

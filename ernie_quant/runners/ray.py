@@ -14,7 +14,7 @@ from ernie_quant.disk import FULL
 from ernie_quant.errors import ClusterError, ErnieQuantError, RetryError
 from ernie_quant.planning.steps import ShardJob
 from ernie_quant.runners import Common, Result, Work
-from ernie_quant.runners._ray import AUTO, connected, look_around, token_in, why
+from ernie_quant.runners._ray import AUTO, connected, look_around, stand_in, token_in, why
 from ernie_quant.sources.elsewhere import Elsewhere
 from ernie_quant.threads import TICK, Progress
 
@@ -49,7 +49,7 @@ class Cluster:
             for job in jobs:
                 job = replace(job, device="cuda") if self.gpus else job
                 before = [refs[name] for name in job.shard.after if name in refs]
-                refs[job.shard.filename] = task.remote(work, job, threads, elsewhere, token, *before)
+                refs[job.shard.filename] = task.remote(Path.cwd(), work, job, threads, elsewhere, token, *before)
             left = {refs[job.shard.filename]: job for job in jobs}
             try:
                 while left:
@@ -91,12 +91,13 @@ def map_jobs(
 
 
 def _on_a_node(
-    work: Work[Result], job: ShardJob, threads: int, elsewhere: Elsewhere, token: Path, *before: object
+    here: Path, work: Work[Result], job: ShardJob, threads: int, elsewhere: Elsewhere, token: Path, *before: object
 ) -> Result | Exception:
     """What the work gives, or an error that another try would meet again; Ray tries again after any other OSError."""
     for error in before:
         if isinstance(error, Exception):
             return error
+    stand_in(here)
     try:
         if not token.is_file():
             return ClusterError(f"{token.parent.parent}: node {socket.gethostname()} does not see it; all nodes must share it")
