@@ -72,27 +72,6 @@ def test_trouble_that_stays(
     assert contents(tmp_path / "out") == wanted
 
 
-@pytest.mark.timeout(180)  # Ray waits a while before it calls a node dead
-def test_a_node_dies_in_the_middle_of_a_file(cluster: Any, plan: Plan, wanted: dict[str, bytes], tmp_path: Path) -> None:
-    """Ungracefully, as when its power is cut; another node writes the file, and nothing of the first try is left."""
-    node = cluster.add_node(num_cpus=1)
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    (marks / "node").write_text(node.node_id)
-
-    def cut_the_power() -> None:
-        while not (marks / "stuck").exists():
-            time.sleep(0.05)
-        cluster.remove_node(node, allow_graceful=False)
-
-    power = threading.Thread(target=cut_the_power, daemon=True)
-    power.start()
-    run_plan(plan, tmp_path / "out", runner=On(clusters.Stuck, marks), workers=1)
-    power.join(10)
-    assert contents(tmp_path / "out") == wanted
-    assert (marks / "stuck").exists()
-
-
 @pytest.mark.parametrize(
     ("look", "line"),
     [
@@ -129,3 +108,24 @@ def test_relative_paths_are_those_of_the_one_who_types(
     monkeypatch.chdir(tmp_path)
     assert command("convert", "src", "out", "--to", "pt", "--ray", "auto")[::2] == (0, "")
     assert (tmp_path / "out/ernie-quant.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_node_dies_in_the_middle_of_a_file(cluster: Any, plan: Plan, wanted: dict[str, bytes], tmp_path: Path) -> None:
+    """Ungracefully, as when its power is cut; another node writes the file, and nothing of the first try is left."""
+    node = cluster.add_node(num_cpus=1)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    (marks / "node").write_text(node.node_id)
+
+    def cut_the_power() -> None:
+        while not (marks / "stuck").exists():
+            time.sleep(0.05)
+        cluster.remove_node(node, allow_graceful=False)
+
+    power = threading.Thread(target=cut_the_power, daemon=True)
+    power.start()
+    run_plan(plan, tmp_path / "out", runner=On(clusters.Stuck, marks), workers=1)
+    power.join(10)
+    assert contents(tmp_path / "out") == wanted
+    assert (marks / "stuck").exists()
