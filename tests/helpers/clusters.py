@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,22 +46,43 @@ def ray_environment() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def two_nodes() -> Iterator[Any]:
-    """A cluster that this process is connected to."""
-    if find_spec("ray") is None:
-        pytest.skip("the package ray is not installed")
-    with ray_environment():
-        import ray
+def nodes() -> Iterator[Any]:
+    """A cluster that other processes find by `auto`."""
+    with ray_environment(), pytest.MonkeyPatch.context() as patched:
         from ray.cluster_utils import Cluster
 
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS[0], "include_dashboard": False})
         try:
             cluster.add_node(num_cpus=CPUS[1])
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+            patched.setenv("RAY_ADDRESS", cluster.address)
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+@contextmanager
+def two_nodes() -> Iterator[Any]:
+    """A cluster that this process is connected to."""
+    if find_spec("ray") is None:
+        pytest.skip("the package ray is not installed")
+    with nodes() as cluster:
+        import ray
+
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        try:
             yield cluster
         finally:
             ray.shutdown()
-            cluster.shutdown()
+
+
+def at_work() -> list[int]:
+    """Processes of this cluster that write a file just now."""
+    mine, found = f"RAY_TMPDIR={os.environ['RAY_TMPDIR']}".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            if b"ray::_on_a_node" in (process / "cmdline").read_bytes() and mine in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 @dataclass(frozen=True)
