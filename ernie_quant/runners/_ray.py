@@ -45,11 +45,11 @@ def connected(address: str) -> Iterator[ModuleType]:
         said = line_of(str(error).strip().partition("\n")[0])
         hint = f"; {TOKENS}" if "oken" in str(error) or "Failed to connect" in said else ""
         raise ClusterError(f"--ray {address}: no Ray cluster can be reached there ({said}){hint}") from None
-    try:
-        with redirect_stdout(sys.stderr):  # for what Ray says of nodes that die
+    with redirect_stdout(sys.stderr):  # what Ray says of nodes that die is not our result
+        try:
             yield ray
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _knock(address: str) -> None:
