@@ -48,6 +48,8 @@ def connected(address: str) -> Iterator[ModuleType]:
     with redirect_stdout(sys.stderr):  # what Ray says of nodes that die is not our result
         try:
             yield ray
+        except SystemError as error:  # so Ray hands on what the handler of a signal has raised
+            raise error.__cause__ or error from None
         finally:
             ray.shutdown()
 

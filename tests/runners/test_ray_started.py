@@ -127,7 +127,7 @@ def test_a_run_that_is_asked_to_stop(
     in_the_middle(out)
     process.send_signal(number)
     said, err = process.communicate()
-    assert (process.returncode, said) == (code, "")
+    assert (process.returncode, said) == (code, ""), err
     assert err.removeprefix("\n") == "interrupted; the same command goes on where it stopped\n"  # ^C stands there
     assert not list(out.rglob("*.partial"))
     assert subprocess.run([*line, str(out)], check=False).returncode == 0
