@@ -3,6 +3,7 @@
 #   make demo-gguf    the same for llama.cpp, from the Paddle layout; ends with llama.cpp's own words
 #   make test    lint and tests        make lint    lint alone        make test-slow    what takes minutes
 #   make test WORKERS=4    on more processors
+#   make gpu     on a machine with a GPU: tests of kernels, and a table of speeds in build/gpu.md
 #   make faults  every way to break a run, at length
 #   make test-lowest    the tests with the lowest version of everything that pyproject.toml allows, in .venv-lowest
 #   make test-sdist     the tests of the source archive, unpacked and installed in build/sdist
@@ -26,7 +27,7 @@ export HF_HUB_OFFLINE ?= 1
 
 GGUF_DEMO = demo/gguf/smol-Q4_K_M.gguf
 
-.PHONY: demo demo-gguf dist test test-slow test-lowest test-sdist test-vllm lint faults clean
+.PHONY: demo demo-gguf dist gpu test test-slow test-lowest test-sdist test-vllm lint faults clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -75,7 +76,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 $(LOWEST_VENV)/.lowest: pyproject.toml tests/lowest.txt
 	$(PYTHON) -m venv $(LOWEST_VENV)
@@ -113,6 +114,10 @@ $(VLLM_VENV)/.plugin: tests/vllm/plugin/pyproject.toml $(wildcard tests/vllm/plu
 # make test-vllm ONLY="mtp fp8"    some of it
 test-vllm: $(VENV)/.test $(VLLM_VENV)/.plugin
 	$(BIN)/python tests/vllm/matrix.py --vllm-python $(VLLM_VENV)/bin/python --table $(VLLM_VENV)/table.md -k "$(ONLY)"
+
+# PyTorch for CUDA is the usual one on Linux: make gpu TORCH="torch==2.13.0"
+gpu: $(VENV)/.test
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/gpu.py --table build/gpu.md
 
 # half an hour of killed runs, full disks and broken files; the figures of docs/reliability.md
 faults: $(VENV)/.test

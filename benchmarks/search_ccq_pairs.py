@@ -23,7 +23,6 @@ import numba as nb
 import numpy as np
 
 from ernie_quant.kernels.ccq_reference import GROUP, score_tables
-from ernie_quant.kernels.ccq_scores import best_scores, gains
 
 ROWS, WIDTH = 192, 2048
 RATIOS = np.array([0.8, 0.9, 1.0, 1.1, 1.22])  # of rms / 15.5, the scale that fits a Gaussian group best
@@ -33,12 +32,49 @@ ZPS_PER_SCALE, SECOND_ROUND, THIRD_ROUND = 24, 4000, 1500
 Array = np.ndarray
 
 
+# "contract" allows fused multiply-add. It changes no bit: every intermediate is exact in float32, see ccq_reference.
+@nb.njit(nogil=True, cache=True, fastmath={"contract"})
+def best_scores(x, table, best):
+    """Largest `x.p - |p|^2 / 2` over the 256 bytes: x f32 [4, n], table f32 [256, 5] -> best f32 [n]."""
+    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+    for i in range(best.size):
+        best[i] = np.float32(-3e38)
+    for b in range(0, 256, 4):  # four at a time, so that x is loaded once for 20 operations
+        p0, p1, p2, p3, ph = table[b]
+        q0, q1, q2, q3, qh = table[b + 1]
+        r0, r1, r2, r3, rh = table[b + 2]
+        s0, s1, s2, s3, sh = table[b + 3]
+        for i in range(best.size):
+            a0, a1, a2, a3 = x0[i], x1[i], x2[i], x3[i]
+            p = a0 * p0 + (a1 * p1 + (a2 * p2 + (a3 * p3 + ph)))
+            q = a0 * q0 + (a1 * q1 + (a2 * q2 + (a3 * q3 + qh)))
+            r = a0 * r0 + (a1 * r1 + (a2 * r2 + (a3 * r3 + rh)))
+            s = a0 * s0 + (a1 * s1 + (a2 * s2 + (a3 * s3 + sh)))
+            p = p if p > q else q
+            r = r if r > s else s
+            p = p if p > r else r
+            best[i] = p if p > best[i] else best[i]
+
+
+@nb.njit(nogil=True, cache=True)
+def gains(planes, scale, table, scratch, out):
+    """Half of what all 256 bytes explain of each group: planes f32 [4, in/4], scale f32 [groups] -> out f64 [groups]."""
+    best, x = scratch[0], scratch[1:]
+    for g in range(scale.size):
+        for v in range(16 * g, 16 * g + 16):
+            for i in range(4):
+                x[i, v] = np.rint(planes[i, v] * (np.float32(512) / scale[g])) * np.float32(1 / 512)
+    best_scores(x, table, best)
+    for g in range(scale.size):
+        out[g] = best[16 * g : 16 * g + 16].sum() * np.float64(scale[g]) ** 2
+
+
 @nb.njit(nogil=True, cache=True)
 def errors(tables, planes, scales, energy):
     """Relative error [tables, rows]: planes f32 [rows, 4, in/4], scales f32 [rows, ratios, groups], energy f64 [rows]."""
     rows, ratios, groups = scales.shape
     out = np.empty((len(tables), rows))
-    scratch, gain, best = np.empty((6, planes.shape[2]), np.float32), np.empty(groups), np.empty(groups)
+    scratch, gain, best = np.empty((5, planes.shape[2]), np.float32), np.empty(groups), np.empty(groups)
     for t in range(len(tables)):
         for row in range(rows):
             best[:] = 0

@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 from ernie_quant.cli._paths import FILE, FOLDER, TOML, ParamType, Source
 
+from ernie_quant import devices
 from ernie_quant.planning import built_in
 from ernie_quant.planning.calibration import LEAST_TOKENS, METHOD, METHODS, MOST_TOKENS, TOKENS
 from ernie_quant.settings import parse_size
@@ -128,6 +129,29 @@ def run_options(command: F) -> F:
     ):  # fmt: skip
         command = option(command)
     return write_options(command)
+
+
+class Device(ParamType):
+    """A name that `devices` knows; whether there is one is asked when it is used."""
+
+    name = "device"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None) -> str | None:
+        """What may be said."""
+        return "cpu|cuda|cuda:N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name itself."""
+        try:
+            return devices.named(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+device = click.option(
+    "--device", type=Device(), default=devices.CPU, show_default=True,
+    help="Where weights are quantized: cuda is all GPUs, cuda:0 the first. The files are the same.",
+)  # fmt: skip
 
 
 class Size(ParamType):

@@ -16,6 +16,7 @@ from ernie_quant.cli import _execute, _options
 @_options.runtime("fp8")
 @_options.mtp
 @_options.keep_unfit
+@_options.device
 @_options.run_options
 def command(src: Path | str, out: Path, **options: Any) -> None:
     """Quantize to float8 in blocks of 128x128, for vLLM, SGLang and transformers.

@@ -24,6 +24,7 @@ from ernie_quant.planning import built_in
 @click.option("--imatrix", type=_options.FILE, metavar="STATS",
               help="Weigh errors by the inputs that `calibrate SRC STATS` has seen.")  # fmt: skip
 @_options.fix
+@_options.device
 @_options.single_file_options
 def command(
     src: Path | str, out: Path, max_shard_size: int, copy: tuple[str, ...], copy_code: bool, fixes: tuple[str, ...],

@@ -16,6 +16,7 @@ from ernie_quant.cli import _execute, _options
 @_options.runtime_of_rules
 @_options.keep_unfit
 @_options.calibration
+@_options.device
 @_options.run_options
 def command(src: Path | str, out: Path, recipe_file: Path, runtime: str, keep_unfit: bool, **options: Any) -> None:
     """Quantize by a recipe: [[rule]] tables with role or match, codec and its options; the first match wins.

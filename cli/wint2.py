@@ -25,6 +25,7 @@ from ernie_quant.planning import built_in
 @_options.scale
 @_options.unsupported
 @_options.calibration
+@_options.device
 @_options.run_options
 def command(src: Path | str, out: Path, **options: Any) -> None:
     """Quantize the experts to 2 bits (CCQ), for FastDeploy.

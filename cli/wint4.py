@@ -26,6 +26,7 @@ CONTAINER_ONLY = ("unsupported", "tp")
 @click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Ranks to write, for FastDeploy.")
 @_options.unsupported
 @_options.calibration
+@_options.device
 @_options.run_options
 @click.pass_context
 def command(ctx: click.Context, /, src: Path | str, out: Path, **options: Any) -> None:

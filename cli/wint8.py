@@ -19,6 +19,7 @@ from ernie_quant.cli import _execute, _options
 @_options.mtp
 @_options.keep_unfit
 @_options.calibration
+@_options.device
 @_options.run_options
 def command(src: Path | str, out: Path, **options: Any) -> None:
     """Quantize to int8, for vLLM and transformers.

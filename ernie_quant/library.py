@@ -70,7 +70,7 @@ def convert(source: Path_, out: Path_, *, to: Literal["pt", "paddle"], **how: Un
 def quantize(
     source: Path_, out: Path_, recipe: str | os.PathLike[str] | Recipe, *, runtime: str = "", tp: int = 1,
     calibration: Path_ | Sequence[Path_] | None = None, calibration_tokens: int | None = None, method: str | None = None,
-    fit: bool | None = None, imatrix: Path_ | None = None, **options: Any,
+    fit: bool | None = None, imatrix: Path_ | None = None, device: str = "cpu", **options: Any,
 ) -> Result:  # fmt: skip
     """A quantized checkpoint in the folder `out`.
 
@@ -78,11 +78,13 @@ def quantize(
     `group_size=64`, `type="Q4_K_M"`, …), a TOML file of rules (`keep_unfit=True`), or a `Recipe`. Options of `Writing` go
     with all of them, and `vl_config`, `fixes` and `unsupported`. `runtime`: `vllm`, `transformers`, `fastdeploy` or
     `llama_cpp`; by default that which the recipe is for. `tp`: ranks to write, for FastDeploy. `calibration`: `auto`, or
-    files of text that codes are chosen by; `imatrix`: statistics of `calibrate`, for gguf.
+    files of text that codes are chosen by; `imatrix`: statistics of `calibrate`, for gguf. `device`: `cpu`, `cuda` for all GPUs,
+    or `cuda:1`; the files are the same.
 
     Raises PlanError with everything that does not fit, OutputError, RetryError, CheckpointError, TextError; ValueError for
     an option that is none.
     """
+    from ernie_quant.devices import named
     from ernie_quant.planning import built_in
     from ernie_quant.planning.gguf import gguf_plan
     from ernie_quant.planning.recipe import Recipe, read
@@ -90,10 +92,11 @@ def quantize(
     from ernie_quant.run.writing import asked_of, run, split
 
     how, planning, own = split(options)
+    named(device)
     opened = _open(source, how)
     if recipe == "gguf":
         planning = {"shard_bytes": built_in.GGUF_BYTES, **planning}
-        return run(gguf_plan(opened, settings=own, imatrix=_path(imatrix), **planning), out, how)
+        return run(gguf_plan(opened, settings=own, imatrix=_path(imatrix), **planning), out, how, device=device)
     if isinstance(recipe, str) and recipe in built_in.KINDS:
         made = built_in.make(recipe, runtime, **own)
     else:
@@ -102,7 +105,7 @@ def quantize(
             raise ValueError(f"recipe {rules.name}: takes no option {', '.join(sorted(own))}")
         made = built_in.BuiltIn(rules, runtime or built_in.VLLM)
     asked = asked_of(made.recipe, calibration, {"tokens": calibration_tokens, "method": method, "fit": fit})
-    return run(plan_of(opened, made.recipe, made.runtime, text_of(asked), **planning), out, how, tp)
+    return run(plan_of(opened, made.recipe, made.runtime, text_of(asked), **planning), out, how, tp, device)
 
 
 def dequantize(source: Path_, out: Path_, *, to: Literal["pt", "paddle"], **how: Unpack[Writing]) -> Result:

@@ -77,10 +77,12 @@ def means_something(name: str) -> bool:
 
 
 def compare(name: str, weight: torch.Tensor, decoded: torch.Tensor) -> Difference:
-    """The sums for a weight (or a slab of it) and what became of it.
+    """The sums for a weight (or a slab of it) and what became of it. Raises what `checked` raises."""
+    return checked(name, weight, squares(weight, decoded))
 
-    Raises CheckpointError for NaN and infinity, in either, and for what is too large to be quantized.
-    """
+
+def squares(weight: torch.Tensor, decoded: torch.Tensor) -> Difference:
+    """The sums, whatever they are."""
     import torch
 
     from ernie_quant import kernels
@@ -88,17 +90,24 @@ def compare(name: str, weight: torch.Tensor, decoded: torch.Tensor) -> Differenc
     weight, decoded = (t if t.dtype in (torch.bfloat16, torch.float32) else t.float() for t in (weight, decoded))
     if weight.dim() != 2:  # a norm or a bias
         weight, decoded = weight.reshape(1, -1), decoded.reshape(1, -1)
-    error, total, largest = kernels.of("difference", weight).squares(weight, decoded)
-    if not math.isfinite(total):
+    return Difference(*kernels.of("difference", weight).squares(weight, decoded))
+
+
+def checked(name: str, weight: torch.Tensor, difference: Difference) -> Difference:
+    """The sums of a weight, if it may be quantized.
+
+    Raises CheckpointError for NaN and infinity, in it or in what became of it, and for what is too large to be quantized.
+    """
+    if not math.isfinite(difference.total):
         raise CheckpointError(f"{name}: holds NaN or infinity, which cannot be quantized")
-    if total > LARGEST**2 and abs(peak := _peak(weight)) > LARGEST:  # many smaller ones may add up to as much
+    if difference.total > LARGEST**2 and abs(peak := _peak(weight)) > LARGEST:  # many smaller ones may add up to as much
         raise CheckpointError(
             f"{name}: holds {peak:.4g}; weights are quantized up to {LARGEST:.4g} (2^120), and no sound model has larger ones:"
             " get the file again, or keep this tensor (quantize with a --recipe that leaves it out, or convert)"
         )
-    if not math.isfinite(error + largest):
+    if not math.isfinite(difference.error + difference.largest):
         raise CheckpointError(f"{name}: its codes decode to NaN or infinity; keep this tensor, or choose another format for it")
-    return Difference(error, total, largest)
+    return difference
 
 
 def _peak(weight: torch.Tensor) -> float:

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from ernie_quant.errors import NeedsError
 
 NAMES = {
-    "torch": "PyTorch", "numpy": "numpy", "numba": "numba", "transformers": "transformers", "google": "protobuf",
+    "torch": "PyTorch", "triton": "Triton",
+    "numpy": "numpy", "numba": "numba", "transformers": "transformers", "google": "protobuf",
     "modelscope_hub": "modelscope-hub", "aistudio_sdk": "aistudio-sdk",
 }  # fmt: skip
 REQUIREMENT = re.compile(r"(?P<wanted>(?P<name>[\w.-]+)[^;]*?)\s*(;.*extra == [\"'](?P<extra>[\w-]+)[\"'].*)?")

@@ -11,6 +11,8 @@ from typing import Any
 # before torch and transformers are imported: one thread (two shared cores are slower), no hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# before triton is: its kernels run on the CPU, in Python; `make gpu` says 0
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.ccq import CANDIDATES, EFFORTS, ConvolutionalCode
 from ernie_quant.errors import CheckpointError
-from ernie_quant.kernels import ccq, ccq_reference, ccq_scores
+from ernie_quant.kernels import ccq, ccq_lists, ccq_reference, ccq_scores
 from ernie_quant.measure import compare
 
 CODEC = ConvolutionalCode()
@@ -165,6 +165,39 @@ def test_each_byte_is_the_nearest_of_256(kind: str, magnitude: float, effort: in
     assert (encoded["codes"].numpy() == distance.argmin(2)).all()
 
 
+@pytest.mark.parametrize("pair", CANDIDATES)
+def test_lists_hold_the_bytes_nearest_to_the_middle_of_a_cell(pair: tuple[float, float]) -> None:
+    """By hand for a few cells, in fractions; and a line says of its bytes what the code says."""
+    values = windows(np.array([code(byte, *pair) for byte in range(256)]))
+    lines, listed, clear, _, all_lines, begins = (part[0].numpy() for part in ccq_lists.tables([pair]))
+    table, listed = lines.reshape(4096, 64), listed.reshape(4096, 8)
+    for cell in (0, 1, 63, 2019, 4095):
+        places = [int(digit) for digit in f"{cell:04o}"]
+        middle = [8 * place - 28.5 + {0: -2, 7: 2}.get(place, 0) for place in places]
+        distance = np.square(values - np.array(middle)).sum(1)
+        nearest = sorted(np.lexsort((np.arange(256), distance))[:8])
+        assert listed[cell].tolist() == nearest
+        assert (table[cell, :16].reshape(8, 2) == values[nearest, :2]).all()
+        assert (table[cell, 16:32].reshape(8, 2) == values[nearest, 2:]).all()
+        assert (table[cell, 32:].view(np.int32) == -256 * np.square(values[nearest]).sum(1)).all()
+        low = np.array([-64 if place == 0 else 8 * place - 32.5 for place in places])
+        high = np.array([64 if place == 7 else 8 * place - 24.5 for place in places])
+        others = np.delete(values, nearest, 0)
+        assert clear[cell] == 4 * np.square(np.maximum(low - others, others - high).clip(0)).sum(1).min()
+    assert (all_lines.reshape(32, 64)[:, :16].reshape(256, 2) == values[:, :2]).all()
+    assert all((values[: begins[i], 0] < i - 32).all() and (values[begins[i] :, 0] >= i - 32).all() for i in range(65))
+    assert ccq_lists.tables(CANDIDATES).lines.data_ptr() % 64 == 0
+
+
+@settings(deadline=None, max_examples=10)
+@given(KINDS, st.sampled_from([8, 40]), SEEDS)
+def test_many_bytes_are_those_of_trying_all(kind: str, rows: int, seed: int) -> None:
+    """Near ties, vectors out of reach and far outside come up here: the search by scores must not miss one."""
+    weight = weights(kind, rows, 2048, 0.02, seed).bfloat16()
+    encoded = CODEC.encode(weight)
+    assert same(encoded["codes"], CODEC.recode(weight, encoded)["codes"])
+
+
 def decode_bytes(encoded: dict[str, torch.Tensor], byte: int) -> torch.Tensor:
     return CODEC.decode(encoded | {"codes": torch.full_like(encoded["codes"], byte)})
 
@@ -184,20 +217,22 @@ def test_the_kernel_is_the_plain_search(kind: str, magnitude: float, width: int,
 
 
 @settings(deadline=None, max_examples=20)
-@given(SEEDS, st.floats(0.01, 100))
-def test_gains_are_exact_in_any_order(seed: int, spread: float) -> None:
-    """Why the kernel may reorder and fuse: every partial sum fits into float32."""
+@given(SEEDS, st.floats(0.01, 100), st.sampled_from(CANDIDATES))
+def test_gains_are_exact_in_any_order(seed: int, spread: float, pair: tuple[float, float]) -> None:
+    """Why whole numbers, float32 and any order of sums agree: nothing is rounded. Here in float64, over the listed bytes."""
     rng = np.random.default_rng(seed)
-    weight = torch.from_numpy(rng.standard_t(2, (2, 3, 64)) * spread).float()
-    scale = (torch.from_numpy(rng.random((2, 3)) + 0.1)).bfloat16().float()
-    table = ccq_reference.score_tables(CANDIDATES[:1])
-    x = (weight * (512 / scale)[:, :, None]).clamp(-65536, 65536).round().double().view(2, -1, 1, 4) / 512
-    score = (x * table[0, :, :4]).sum(3) + table[0, :, 4]  # float64
-    expected = score.amax(2).view(2, 3, 16).sum(2) * scale.double() ** 2
-    planes, found, scratch = weight.view(2, 48, 4).mT.contiguous().numpy(), np.empty(3), np.empty((6, 48), F)
-    for row in range(2):
-        ccq_scores.gains(planes[row], scale[row].numpy(), table[0].numpy(), scratch, found)
-        assert (found == expected[row].numpy()).all()
+    weight = torch.from_numpy(rng.standard_t(2, (3, 64)) * spread).float()
+    scale = (torch.from_numpy(rng.random(3) + 0.1)).bfloat16().float()
+    table, tables = ccq_reference.score_tables([pair])[0].double(), ccq_lists.tables([pair])
+    x = (weight * (512 / scale)[:, None]).clamp(-32767, 32767).round().double().view(-1, 1, 4) / 512
+    planes = weight.view(3 * 16, 2, 2).transpose(0, 1).reshape(2, -1).contiguous().numpy()
+    placed, cell, found = np.empty((2, 96), np.int16), np.empty(48, np.int32), np.empty(3)
+    ccq_scores.place(planes, scale.numpy(), placed, cell)
+    ccq_scores.gains(placed, cell, scale.numpy(), tables.lines[0].numpy(), found)
+    near = table[tables.listed.view(4096, 8).long()[cell]]  # [vectors, 8, 5]
+    score = (x * near[..., :4]).sum(2) + near[..., 4]
+    expected = score.amax(1).view(3, 16).sum(1) * scale.double() ** 2
+    assert (found == expected.numpy()).all()
 
 
 @settings(deadline=None, max_examples=60)

@@ -192,7 +192,7 @@ def test_the_promises_of_a_codec_hold_without_the_lowest_code(bits: int, group: 
 def test_the_search_without_the_lowest_code_is_the_plain_search(bits: int, low: int) -> None:
     weight = gaussian(67, 256)
     ratios = np.array([1.0, 0.9, 0.8], np.float32)
-    codes, scale = rtn.encode(weight, 256, low, -low, -low, ratios, 2, False)
+    codes, scale, _ = rtn.encode(weight, 256, low, -low, -low, ratios, 2, False)
     plain_codes, plain_scale = rtn_reference.encode(weight, 256, low, -low, -low, ratios, 2, False)
     assert same(codes, plain_codes)
     assert same(scale, plain_scale)

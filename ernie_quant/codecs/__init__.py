@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ernie_quant import plugins
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.errors import PlanError
+from ernie_quant.measure import Difference, squares
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +87,10 @@ class Codec(Protocol):
         """The fields for a weight [out, in], or for a slab of its rows."""
         ...
 
+    def measured(self, weight: torch.Tensor) -> tuple[Encoded, Difference]:
+        """`encode`, and what `decode` will have lost: `measure.squares` of it, in whatever order."""
+        ...
+
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """The weight that a runtime will see. This is what reports measure."""
         ...
@@ -94,7 +100,24 @@ class Codec(Protocol):
         ...
 
 
-class DataFree:
+class Measured(ABC):
+    """Base of the codecs whose kernels do not measure what they lose while they encode."""
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """A codec's own."""
+
+    @abstractmethod
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        """A codec's own."""
+
+    def measured(self, weight: torch.Tensor) -> tuple[Encoded, Difference]:
+        """Encodes, decodes, and compares."""
+        encoded = self.encode(weight)
+        return encoded, squares(weight, self.decode(encoded))
+
+
+class DataFree(Measured):
     """Base of the codecs that look at the weight alone."""
 
     decodes_to = "BF16"

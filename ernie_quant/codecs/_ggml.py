@@ -6,12 +6,11 @@ Statistics of the inputs weigh the squared errors of a search; no code makes up 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.codecs import _feedback
+from ernie_quant.codecs import Measured, _feedback
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.dtypes import BLOCKS
 from ernie_quant.errors import ErnieQuantError
@@ -26,7 +25,7 @@ SUGGESTED = ("Q8_0", "Q5_0", "Q4_0", "IQ4_NL")  # for rows that 256 does not div
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Measured):
     """A type has no options: its bytes are all that a file shows of it."""
 
     dtype: ClassVar[str]
@@ -82,7 +81,7 @@ class Blocks:
         """Of the file in `kernels`."""
         return f"ggml_{self.dtype.lower()}"
 
-    def _kernels(self, tensor: torch.Tensor) -> ModuleType:
+    def _kernels(self, tensor: torch.Tensor) -> Any:
         return kernels.of(self.kernels_name, tensor)
 
     def encode(self, weight: torch.Tensor) -> Encoded:

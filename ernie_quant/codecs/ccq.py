@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.codecs import _feedback
+from ernie_quant.codecs import Measured, _feedback
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ CANDIDATES = (
 
 
 @dataclass(frozen=True)
-class ConvolutionalCode:
+class ConvolutionalCode(Measured):
     """`effort`: how many pairs of code_scale and code_zp are tried per output channel, 1, 4 or 16.
 
     `method`, `damping` and `passes` say what is done with statistics of the inputs (codecs/_feedback.py), with the first pair
@@ -62,9 +62,9 @@ class ConvolutionalCode:
     damping: float = _feedback.DAMPING
     passes: int = _feedback.PASSES
     rows = 1
-    rate = 2.3
+    rate = 45.0
     decodes_to = "BF16"
-    version = 1
+    version = 2
     form = "wint2 (CCQ)"
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import DataFree
 
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
     from ernie_quant.codecs import Encoded
 
 BLOCK = 128
-LARGEST = 448.0  # of float8_e4m3fn
-SMALLEST_SCALE = 2.0**-120  # a block below it is all but zero; 1 / scale must stay finite
-
-
 FP8, COMPRESSED_TENSORS = "fp8", "compressed-tensors"
 
 
@@ -69,34 +66,17 @@ class Float8Block(DataFree):
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Codes and scales of a weight [out, in] whose sizes are multiples of 128."""
-        import torch
-
-        out, width = weight.shape
-        blocks = weight.float().reshape(out // BLOCK, BLOCK, width // BLOCK, BLOCK)
-        scale = blocks.abs().amax((1, 3)) / LARGEST
-        scale = torch.where(scale >= SMALLEST_SCALE, scale, 1.0)
-        return {"codes": _codes(weight, scale), "scale": scale}
+        codes, scale = kernels.of("fp8", weight).encode(weight)
+        return {"codes": codes, "scale": scale}
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """bf16 [out, in]."""
-        codes, scale = encoded["codes"], encoded["scale"]
-        out, width = codes.shape
-        blocks = codes.float().reshape(out // BLOCK, BLOCK, width // BLOCK, BLOCK)
-        return (blocks * scale[:, None, :, None]).bfloat16().reshape(out, width)
+        weight: torch.Tensor = kernels.of("fp8", encoded["codes"]).decode(encoded["codes"], encoded["scale"])
+        return weight
 
     def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
         """Codes of weight / scale, rounded."""
-        return encoded | {"codes": _codes(weight, encoded["scale"])}
-
-
-def _codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float8 [out, in] of weight / scale, scale f32 [out / 128, in / 128]."""
-    import torch
-
-    out, width = weight.shape
-    blocks = weight.float().reshape(out // BLOCK, BLOCK, width // BLOCK, BLOCK)
-    codes = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return codes.reshape(out, width)
+        return encoded | {"codes": kernels.of("fp8", weight).codes(weight, encoded["scale"])}
 
 
 CODEC = Float8Block

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import _feedback
+from ernie_quant.measure import Difference, squares
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ class RoundToNearest:
     passes: int = _feedback.PASSES
     rows = 1
     decodes_to = "BF16"
-    version = 1
+    version = 2
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -143,6 +144,10 @@ class RoundToNearest:
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Codes and scales of a weight [out, in] of any float dtype."""
+        return self.measured(weight)[0]
+
+    def measured(self, weight: torch.Tensor) -> tuple[Encoded, Difference]:
+        """Codes and scales, and what the kernel saw being lost."""
         import numpy as np
         import torch
 
@@ -151,10 +156,8 @@ class RoundToNearest:
         group = weight.shape[1] if self.group_size == CHANNEL else int(self.group_size)
         high = 2 ** (self.bits - 1) - 1
         if self.scale == "absmax" and not self.full_range:
-            codes, scale = kernels.of("weight_quantize", weight).absmax_codes(
-                weight.reshape(-1, group), self.bits, torch.bfloat16
-            )
-            return {"codes": codes.reshape(weight.shape), "scale": scale.reshape(len(weight), -1)}
+            encoded = self._absmax_codes(weight, group)
+            return encoded, squares(weight, self.decode(encoded))
         ratios: tuple[float, ...]
         low = -high - 1
         if self.scale == "absmax":
@@ -165,10 +168,17 @@ class RoundToNearest:
         else:
             ratios, refine = (SYMMETRIC_RATIOS_INT8, 1) if self.bits == 8 else (SYMMETRIC_RATIOS, 2)
             low, divisor, signed = -high, high, False
-        codes, scale = kernels.of("rtn", weight).encode(
+        codes, scale, sums = kernels.of("rtn", weight).encode(
             weight, group, low, high, divisor, np.array(ratios, np.float32), refine, signed
         )
-        return {"codes": codes, "scale": scale}
+        return {"codes": codes, "scale": scale}, Difference(*sums)
+
+    def _absmax_codes(self, weight: torch.Tensor, group: int) -> Encoded:
+        """As paddle's `weight_quantize` makes them."""
+        import torch
+
+        codes, scale = kernels.of("weight_quantize", weight).absmax_codes(weight.reshape(-1, group), self.bits, torch.bfloat16)
+        return {"codes": codes.reshape(weight.shape), "scale": scale.reshape(len(weight), -1)}
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """bf16 [out, in]."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numba as nb
 from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -24,6 +25,11 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
         return result
 
     return decorate
+
+
+def written_out(make: Callable[..., Any]) -> Any:
+    """As `numba.extending.intrinsic`: what LLVM is told to do, written out, for compiled functions to call."""
+    return intrinsic(make)
 
 
 def _has_place() -> bool:

@@ -8,19 +8,22 @@ import numpy as np
 import torch
 
 from ernie_quant.kernels.ccq_bytes import decode_rows, nearest_rows
+from ernie_quant.kernels.ccq_lists import tables
 from ernie_quant.kernels.ccq_reference import (
     FACTORS,
-    FINALISTS,
     GROUP,
-    LOCAL_STEPS,
-    PROBES,
+    MAX_PEAK,
+    MIN_PEAK,
+    PER_PEAK,
+    PER_RMS,
     Pair,
-    encodable,
     fields,
     score_tables,
     stored_order,
 )
 from ernie_quant.kernels.ccq_search import search
+
+LIMITS = np.array([MIN_PEAK, MAX_PEAK], np.float32)
 
 
 def encode(weight: torch.Tensor, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
@@ -30,19 +33,22 @@ def encode(weight: torch.Tensor, pairs: Sequence[Pair]) -> dict[str, torch.Tenso
     and code_zp f32 [out]. Rows that hold NaN, infinity or more than 2^120, or whose largest magnitude is below 2^-104, get
     zero scales. No GIL is held and no threads are started: the caller encodes slabs of rows in parallel.
     """
-    stored = encodable(weight)
-    rows, width = stored.shape
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        weight = weight.float()
+    half = weight.dtype == torch.bfloat16
+    rows, width = weight.shape
     codes = torch.empty((rows, width // 4), dtype=torch.uint8)
     local_scale = torch.empty((rows, width // GROUP), dtype=torch.uint8)
     super_scale, pair = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-    tables, factors, steps = score_tables(pairs).numpy(), np.array(FACTORS), np.array(LOCAL_STEPS)
     search(
-        stored.numpy(),
-        tables,
-        factors,
-        steps,
-        PROBES,
-        FINALISTS,
+        weight.detach().contiguous().view(torch.uint16 if half else torch.uint32).numpy(),
+        np.uint32(16 if half else 0),
+        stored_order().view(16, 2, 2).transpose(0, 1).reshape(2, 32).numpy(),
+        LIMITS,
+        PER_RMS,
+        PER_PEAK,
+        np.array(FACTORS),
+        tuple(table.numpy() for table in tables(pairs)),
         codes.numpy(),
         local_scale.numpy(),
         super_scale.numpy(),

@@ -11,7 +11,7 @@ import torch
 from ernie_quant.kernels.ccq_feedback import CODE_RMS, DESCENT_STEPS, FEEDBACK_STEPS
 from ernie_quant.kernels.ccq_reference import GROUP, MAX_LOCAL
 from ernie_quant.kernels.rtn_feedback_reference import take_better
-from ernie_quant.kernels.rtn_reference import _sum_in_order
+from ernie_quant.kernels.rtn_reference import sum_in_order
 
 Tensor = torch.Tensor
 
@@ -20,7 +20,7 @@ def feedback_group(
     weight: Tensor, upper: Tensor, inverse: Tensor, metric: Tensor, half: Tensor, values: Tensor, super_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes uint8 [16, rows], local scales uint8 [rows], decoded and err [64, rows] of weight f32 [64, rows]."""
-    rms = (_sum_in_order(weight.T.square()) / GROUP).sqrt()
+    rms = (sum_in_order(weight.T.square()) / GROUP).sqrt()
     around = torch.where(super_scale > 0, (rms / CODE_RMS / super_scale).round(), 0)
     best: tuple[Tensor, ...] = ()
     for step in FEEDBACK_STEPS:
@@ -72,7 +72,7 @@ def _walk(
         errors[four] = _times(work[four] - decoded[four], inverse[b])
         for j in range(4 * b, 4 * b + 4):
             work[four.stop :] -= errors[j] * upper[j, four.stop :, None]
-    return codes, decoded, errors, _sum_in_order(errors.T.square())
+    return codes, decoded, errors, sum_in_order(errors.T.square())
 
 
 def descend_group(
@@ -88,7 +88,7 @@ def descend_group(
         found = best_bytes((_times(q[four], metric[b]) - g[four]) * reciprocal, values, half[b])
         found, of_found, new = _decode(found, values, scale)
         change = new - q[four]
-        better = _sum_in_order((change * ((g[four] + g[four]) + _times(change, metric[b]))).T) < 0
+        better = sum_in_order((change * ((g[four] + g[four]) + _times(change, metric[b]))).T) < 0
         for j in range(4 * b, 4 * b + 4):
             g += torch.where(better, change[j - 4 * b], 0) * curvature[j, :, None]
         c[four] = torch.where(better, of_found, values[byte[b]].T)

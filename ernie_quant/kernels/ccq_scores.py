@@ -1,74 +1,177 @@
-"""How much of a row WINT2's 256 bytes explain at given scales: the inner loop of the search.
+"""How much of a row WINT2's bytes explain at given scales: the inner loop of the search.
 
-All 256 bytes are scored for every 4 weights. The four coordinates lie in planes, so that one instruction works on 8 or 16
-vectors and 5 of them make a score: 360 million weights per second and scale with AVX-512, 200 with AVX2. A table from 16^4
-cells to the 3.6 bytes that can be nearest did 200 with either: its loads and branches do not vectorize.
+The 8 listed bytes of a vector of 4 weights lie side by side in a register, in whole numbers: two multiply-adds of pairs
+(pmaddwd) score them, 8 vectors share a tree of maxima, and a table's line is a cache line. numba does not vectorize loops of
+8, so the vectors are written out; LLVM makes of them what a processor has.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from typing import Any
 
-from ernie_quant.kernels._compiled import compiled
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from ernie_quant.kernels._compiled import compiled, written_out
+from ernie_quant.kernels.ccq_lists import LAST_TWO, LINE, NORMS
+from ernie_quant.kernels.ccq_reference import LISTED
 
 F = np.float32
+I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+EIGHT, SIXTEEN = ir.VectorType(I32, LISTED), ir.VectorType(I32, 2 * LISTED)
+SIXTEEN_BYTES, SIXTEEN_HALVES = ir.VectorType(I8, 2 * LISTED), ir.VectorType(I16, 2 * LISTED)
+VECTORS = 16  # of 4 weights, in a group
+# Lanes of two registers of which the larger are kept: after three steps one register holds the largest of each of eight.
+STEPS = (
+    ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]),
+    ([0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]),
+    ([0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]),
+)
+BOTH = types.UniTuple(types.int32, 2)  # type: ignore[no-untyped-call]
+
+Code = Callable[..., Any]
 
 
-# "contract" allows fused multiply-add. It changes no bit: every intermediate is exact in float32, see ccq_reference.
-@compiled(fastmath={"contract"})
-def best_scores(x, table, best):  # type: ignore[no-untyped-def]
-    """Largest `x.p - |p|^2 / 2` over the 256 bytes: x f32 [4, n], table f32 [256, 5] -> best f32 [n]."""
-    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
-    for i in range(best.size):
-        best[i] = F(-3e38)
-    for b in range(0, 256, 4):  # four at a time, so that x is loaded once for 20 operations
-        p0, p1, p2, p3, ph = table[b]
-        q0, q1, q2, q3, qh = table[b + 1]
-        r0, r1, r2, r3, rh = table[b + 2]
-        s0, s1, s2, s3, sh = table[b + 3]
-        for i in range(best.size):
-            a0, a1, a2, a3 = x0[i], x1[i], x2[i], x3[i]
-            p = a0 * p0 + (a1 * p1 + (a2 * p2 + (a3 * p3 + ph)))
-            q = a0 * q0 + (a1 * q1 + (a2 * q2 + (a3 * q3 + qh)))
-            r = a0 * r0 + (a1 * r1 + (a2 * r2 + (a3 * r3 + rh)))
-            s = a0 * s0 + (a1 * s1 + (a2 * s2 + (a3 * s3 + sh)))
-            p = p if p > q else q
-            r = r if r > s else s
-            p = p if p > r else r
-            best[i] = p if p > best[i] else best[i]
+def _lanes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def _splat(builder: ir.IRBuilder, one: ir.Value) -> ir.Value:
+    nothing = ir.Constant(EIGHT, ir.Undefined)
+    return _lanes(builder, builder.insert_element(nothing, one, I32(0)), nothing, [0] * LISTED)
+
+
+def _load(builder: ir.IRBuilder, line: ir.Value, at: int, kind: ir.Type) -> ir.Value:
+    loaded = builder.load(builder.bitcast(builder.gep(line, [I32(at)]), kind.as_pointer()))
+    loaded.align = LISTED
+    return loaded
+
+
+def _products(builder: ir.IRBuilder, values: ir.Value, two: ir.Value) -> ir.Value:
+    """a0 b0 + a1 b1 for int8 [8, 2] and two int16 in one int32; in this form LLVM knows it as one instruction."""
+    pairs = builder.bitcast(_splat(builder, two), SIXTEEN_HALVES)
+    products = builder.mul(builder.sext(values, SIXTEEN), builder.sext(pairs, SIXTEEN))
+    even, odd = (_lanes(builder, products, products, list(range(first, 2 * LISTED, 2))) for first in (0, 1))
+    return builder.add(even, odd)
+
+
+def _scores(builder: ir.IRBuilder, lines: ir.Value, cell: ir.Value, x01: ir.Value, x23: ir.Value) -> ir.Value:
+    """512 (x.p - |p|^2 / 2) of the 8 bytes of a cell: int32, exact."""
+    line = builder.gep(lines, [builder.mul(builder.zext(cell, ir.IntType(64)), ir.IntType(64)(LINE))])
+    first = _products(builder, _load(builder, line, 0, SIXTEEN_BYTES), x01)
+    last = _products(builder, _load(builder, line, LAST_TWO, SIXTEEN_BYTES), x23)
+    return builder.add(builder.add(first, _load(builder, line, NORMS, EIGHT)), last)
+
+
+def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+
+def _largest_of_eight(builder: ir.IRBuilder, scores: list[ir.Value]) -> ir.Value:
+    """Eight registers of eight -> the largest of each, in another order."""
+    for low, high in STEPS:
+        pairs = zip(scores[::2], scores[1::2], strict=True)
+        scores = [_larger(builder, _lanes(builder, a, b, low), _lanes(builder, a, b, high)) for a, b in pairs]
+    return scores[0]
+
+
+def _folded(builder: ir.IRBuilder, vector: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
+    """All lanes combined into one number."""
+    n = LISTED
+    while n > 1:
+        n //= 2
+        vector = combine(
+            builder, _lanes(builder, vector, vector, [*range(n)]), _lanes(builder, vector, vector, [*range(n, 2 * n)])
+        )
+    return builder.extract_element(vector, I32(0))
+
+
+def _data(context: Any, builder: ir.IRBuilder, kind: Any, array: ir.Value) -> ir.Value:
+    return cgutils.create_struct_proxy(kind)(context, builder, array).data  # type: ignore[no-untyped-call]
+
+
+@written_out
+def explained(typing: Any, lines: Any, cell: Any, x01: Any, x23: Any, first: Any) -> tuple[Any, Code]:
+    """512 times the sum of the largest scores of the 16 vectors from `first` on: int32, exact.
+
+    lines int8 [CELLS * LINE]; cell, x01 and x23 int32 [in/4], of which the latter hold two int16 each.
+    """
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        table, *arrays = [_data(context, builder, *pair) for pair in zip(signature.args[:4], arguments[:4], strict=True)]
+        arrays = [builder.gep(array, [arguments[4]]) for array in arrays]
+        halves = []
+        for half in range(0, VECTORS, 8):
+            loaded = [[builder.load(builder.gep(array, [I32(half + v)])) for array in arrays] for v in range(8)]
+            halves.append(_largest_of_eight(builder, [_scores(builder, table, *vector) for vector in loaded]))
+        return _folded(builder, builder.add(*halves), lambda builder, a, b: builder.add(a, b))
+
+    return types.int32(lines, cell, x01, x23, types.intp), code
+
+
+@written_out
+def best_of_line(typing: Any, lines: Any, line: Any, x01: Any, x23: Any) -> tuple[Any, Code]:
+    """512 times the largest score of the 8 bytes of a line, and its place there, of equals the first; line and x int32."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        scores = _scores(builder, _data(context, builder, signature.args[0], arguments[0]), *arguments[1:])
+        largest = _folded(builder, scores, _larger)
+        equal = builder.bitcast(builder.icmp_signed("==", scores, _splat(builder, largest)), ir.IntType(LISTED))
+        place = builder.zext(builder.cttz(equal, ir.IntType(1)(1)), I32)
+        return context.make_tuple(builder, signature.return_type, [largest, place])
+
+    return BOTH(lines, types.int32, types.int32, types.int32), code
+
+
+@written_out
+def near_best(typing: Any, lines: Any, line: Any, x01: Any, x23: Any, least: Any) -> tuple[Any, Code]:
+    """A bit for each of the 8 bytes of a line: is 512 times its score at least so much? Lowest bit first; all int32."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        scores = _scores(builder, _data(context, builder, signature.args[0], arguments[0]), *arguments[1:4])
+        above = builder.icmp_signed(">=", scores, _splat(builder, arguments[4]))
+        return builder.zext(builder.bitcast(above, ir.IntType(LISTED)), I32)
+
+    return types.int32(lines, *[types.int32] * 4), code
 
 
 @compiled()
-def gains(planes, scale, table, scratch, out):  # type: ignore[no-untyped-def]
-    """Half of what the codes explain of each group of a row: planes f32 [4, in/4], scale f32 [groups] -> out f64 [groups]."""
-    place(planes, scale, scratch)
-    placed_gains(scale, table, scratch, out)
+def place(planes, scale, x, cell):  # type: ignore[no-untyped-def]
+    """512 * planes / scale in whole numbers, and the cells in which they lie.
+
+    planes f32 [2, in/2], the first and the last two weights of each vector, scale f32 [groups] -> x int16 [2, in/2], cell
+    int32 [in/4].
+    """
+    for half in range(2):
+        w, placed = planes[half], x[half]
+        for g in range(scale.size):
+            inverse = F(512) / scale[g] if scale[g] > 0 else F(0)
+            for v in range(32 * g, 32 * g + 32):
+                y = w[v] * inverse
+                y = y if y < F(32767) else F(32767)
+                y = y if y > F(-32767) else F(-32767)
+                placed[v] = np.int16(np.rint(y))
+    x01, x23 = x[0].view(np.int32), x[1].view(np.int32)
+    for v in range(cell.size):
+        a, b = _axis(np.int16(x01[v])), _axis(x01[v] >> 16)
+        c, d = _axis(np.int16(x23[v])), _axis(x23[v] >> 16)
+        cell[v] = (a << 9) | (b << 6) | (c << 3) | d
+
+
+@compiled(inline="always")
+def _axis(x):  # type: ignore[no-untyped-def]
+    """How many edges of 8 is x, in units of 1/512, away from -32.5?"""
+    edges = (np.int32(x) + np.int32(16640)) >> np.int32(12)
+    return np.int32(min(max(edges, np.int32(0)), np.int32(7)))
 
 
 @compiled()
-def place(planes, scale, scratch):  # type: ignore[no-untyped-def]
-    """x = planes / scale on the grid of 1/512: -> scratch[2:], scratch f32 [6, in/4]."""
-    inverse = scratch[0]
+def gains(x, cell, scale, lines, out):  # type: ignore[no-untyped-def]
+    """Half of what the bytes explain of each group of a row that was placed at `scale`: -> out f64 [groups]."""
+    x01, x23 = x[0].view(np.int32), x[1].view(np.int32)
     for g in range(scale.size):
-        one = F(512) / scale[g] if scale[g] > 0 else F(0)
-        for v in range(16 * g, 16 * g + 16):
-            inverse[v] = one
-    for i in range(4):
-        w, x = planes[i], scratch[2 + i]
-        for v in range(inverse.size):
-            y = w[v] * inverse[v]
-            y = y if y < F(65536) else F(65536)
-            y = y if y > F(-65536) else F(-65536)
-            x[v] = np.rint(y) * F(1 / 512)
-
-
-@compiled()
-def placed_gains(scale, table, scratch, out):  # type: ignore[no-untyped-def]
-    """The gains of a row that `place` has put into scratch at this scale -> out f64 [groups]."""
-    best = scratch[1]
-    best_scores(scratch[2:], table, best)
-    for g in range(scale.size):
-        total = 0.0
-        for v in range(16 * g, 16 * g + 16):
-            total += best[v]
+        total = np.float64(explained(lines, cell, x01, x23, 16 * g)) * (1 / 512)
         out[g] = total * (np.float64(scale[g]) * np.float64(scale[g]))

@@ -1,14 +1,65 @@
-"""The search of WINT2's scales, row by row, compiled: the same steps as in ccq_reference, which has the reasons."""
+"""The search of WINT2's scales, compiled: the same steps as in ccq_reference, which has the reasons."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ernie_quant.kernels._compiled import compiled
-from ernie_quant.kernels.ccq_bytes import nearest_bytes, round_bf16
-from ernie_quant.kernels.ccq_scores import gains, place, placed_gains
+from ernie_quant.kernels.ccq_bytes import round_bf16
+from ernie_quant.kernels.ccq_choice import choose
+from ernie_quant.kernels.ccq_scores import gains, place
 
 F = np.float32
+AT_ONCE = 32768  # weights: rows that go through one pair's table while it lies in the processor's second cache
+
+
+@compiled()
+def _load(bits, shift, order, least, most, planes):  # type: ignore[no-untyped-def]
+    """A row, as bits of bf16 (shift 16) or f32, into planes f32 [2, in/2] in stored order; zeros if it cannot be encoded."""
+    words, peak, one = planes.view(np.uint32), np.uint32(0), np.empty(1, F)
+    for g in range(bits.size // 64):
+        for half in range(2):
+            for j in range(32):
+                word = np.uint32(bits[64 * g + order[half, j]]) << shift
+                words[half, 32 * g + j] = word
+                peak = max(peak, word & np.uint32(0x7FFFFFFF))  # larger numbers have larger bits, and NaN the largest
+    one.view(np.uint32)[0] = peak
+    if not least <= one[0] <= most:
+        planes[:] = 0
+
+
+@compiled()
+def _liked_scales(planes, per_rms, per_peak, energy, liked):  # type: ignore[no-untyped-def]
+    """What each group likes, from its energy |w|^2 (-> f64 [groups]) and its largest |w|: -> liked f32 [groups]."""
+    for g in range(liked.size):
+        total, peak = 0.0, F(0)
+        for v in range(16 * g, 16 * g + 16):
+            for half in range(2):
+                for w in (planes[half, 2 * v], planes[half, 2 * v + 1]):
+                    total += np.float64(w) * np.float64(w)
+                    peak = max(peak, abs(w))
+        energy[g] = total
+        liked[g] = max(np.sqrt(total / 64) * per_rms, np.float64(peak) * per_peak)
+    round_bf16(liked)
+
+
+@compiled()
+def _super_scale(liked, energy, factors, ideal, loss):  # type: ignore[no-untyped-def]
+    """The f32 (rounded to bf16) whose multiples 1 to 15 lie nearest to the liked scales; ideal f32, loss f64 [factors]."""
+    loudest = np.float64(0)
+    for g in range(liked.size):
+        loudest = max(loudest, np.float64(liked[g]))
+    for k in range(factors.size):
+        ideal[k], loss[k] = loudest * factors[k], 0.0
+    round_bf16(ideal)
+    for g in range(liked.size):
+        like = np.float64(liked[g])
+        if like > 0:
+            for k in range(factors.size):
+                multiple = np.float64(ideal[k])
+                miss = min(max(np.rint(like / multiple), 1.0), 15.0) * multiple / like - 1
+                loss[k] += energy[g] * min(miss * miss, 1.0)
+    return ideal[np.argmin(loss)]  # the first of equals
 
 
 @compiled()
@@ -20,117 +71,68 @@ def _multiply(local, super_scale, scale):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def _liked_scales(planes, energy, probes, table, scratch, liked, gain):  # type: ignore[no-untyped-def]
-    """The best of `probes` scales for each group, into liked f32 [groups], and its energy |w|^2, into energy f64 [groups]."""
-    groups = liked.size
-    low, high, best, scale = np.empty(groups), np.empty(groups), np.zeros(groups), np.empty(groups, F)
+def _best_locals(planes, super_scale, start, known, lines, scale, x, cell, local):  # type: ignore[no-untyped-def]
+    """Local scales near `start` (gain `known`, which becomes theirs) -> local int64 [groups]."""
+    groups = start.size
+    trial, gain = np.empty(groups, np.int64), np.empty(groups)
     for g in range(groups):
-        energy[g], peak = 0.0, 0.0
-        for v in range(16 * g, 16 * g + 16):
-            for i in range(4):
-                w = np.float64(planes[i, v])
-                energy[g] += w * w
-                peak = max(peak, abs(w))
-        rms = np.sqrt(energy[g] / 64)
-        low[g] = rms / 19
-        high[g] = max(rms / 11, peak / 31)
-        liked[g] = low[g]
-    round_bf16(liked)
-    for i in range(probes):
+        known[g] = max(known[g], 0.0)
+        local[g] = start[g] if known[g] > 0 else 0
+    for step in range(3):
         for g in range(groups):
-            scale[g] = low[g] + (high[g] - low[g]) * (i / (probes - 1))
-        round_bf16(scale)
-        gains(planes, scale, table, scratch, gain)
-        for g in range(groups):
-            if gain[g] > best[g]:
-                best[g], liked[g] = gain[g], scale[g]
-
-
-@compiled()
-def _super_scale(liked, energy, factors):  # type: ignore[no-untyped-def]
-    """The f32 (rounded to bf16) whose multiples 1 to 15 lie nearest to the liked scales."""
-    loudest = np.float64(0)
-    for g in range(liked.size):
-        loudest = max(loudest, np.float64(liked[g]))
-    chosen, least, ideal = F(0), np.inf, np.empty(1, F)
-    for factor in factors:
-        ideal[0] = loudest * factor
-        round_bf16(ideal)
-        multiple = np.float64(ideal[0])
-        loss = 0.0
-        for g in range(liked.size):
-            if liked[g] > 0:
-                like = np.float64(liked[g])
-                miss = min(max(np.rint(like / multiple), 1.0), 15.0) * multiple / like - 1
-                loss += energy[g] * min(miss * miss, 1.0)
-        if loss < least:
-            least, chosen = loss, ideal[0]
-    return chosen
-
-
-@compiled()
-def _best_locals(planes, super_scale, around, known, steps, table, scratch, local, best_gain):  # type: ignore[no-untyped-def]
-    """Local scales near `around` (gain `known`), into local int64 [groups] and best_gain f64 [groups]; returns its sum."""
-    groups = around.size
-    trial, scale, gain = np.empty(groups, np.int64), np.empty(groups, F), np.empty(groups)
-    for g in range(groups):
-        best_gain[g] = max(known[g], 0.0)
-        local[g] = around[g] if known[g] > 0 else 0
-    for step in steps:
-        for g in range(groups):
-            trial[g] = min(max(around[g] + step, 0), 15)
+            near = start[g] - 1 if step == 0 else start[g] + 1
+            trial[g] = min(max(2 * local[g] - start[g] if step == 2 else near, 0), 15)
         _multiply(trial, super_scale, scale)
-        gains(planes, scale, table, scratch, gain)
+        place(planes, scale, x, cell)
+        gains(x, cell, scale, lines, gain)
         for g in range(groups):
-            if gain[g] > best_gain[g]:
-                best_gain[g], local[g] = gain[g], trial[g]
-    total = 0.0
-    for g in range(groups):
-        total += best_gain[g]
-    return total
+            if gain[g] > known[g]:
+                known[g], local[g] = gain[g], trial[g]
 
 
 @compiled()
-def search(weight, tables, factors, steps, probes, finalists, codes, local_scale, super_scale, pair):  # type: ignore[no-untyped-def]
-    """Scales, pair and bytes of every row of a weight f32 [out, in] in stored order, into the last four arrays."""
-    rows, width = weight.shape
-    groups, pairs = width // 64, len(tables)
-    planes, scratch = np.empty((4, width // 4), F), np.empty((6, width // 4), F)
-    energy, liked, scale = np.empty(groups), np.empty(groups, F), np.empty(groups, F)
-    gain, best_gain, total = np.empty((pairs, groups)), np.empty(groups), np.empty(pairs)
-    start, local = np.empty(groups, np.int64), np.empty(groups, np.int64)
-    for row in range(rows):
-        for v in range(width // 4):
-            for i in range(4):
-                planes[i, v] = weight[row, 4 * v + i]
-        _liked_scales(planes, energy, probes, tables[0], scratch, liked, best_gain)
-        top = _super_scale(liked, energy, factors)
-        for g in range(groups):
-            k = np.float64(liked[g]) / np.float64(top) if liked[g] > 0 else 0.0
-            local[g] = np.int64(min(np.rint(k), 15.0))
-        _multiply(local, top, scale)
-        gains(planes, scale, tables[0], scratch, best_gain)
-        _best_locals(planes, top, local, best_gain, steps[:2], tables[0], scratch, start, gain[0])
+def search(bits, shift, order, limits, per_rms, per_peak, factors, tables, codes, local_scale, super_scale, pair):  # type: ignore[no-untyped-def]
+    """Scales, pair and bytes of every row, given as bits of bf16 (shift 16) or f32 [out, in], into the last four arrays.
 
-        # every pair at these local scales, then the local scales again for the best of them
-        _multiply(start, top, scale)
-        place(planes, scale, scratch)
-        for p in range(pairs):
-            if p > 0:
-                placed_gains(scale, tables[p], scratch, gain[p])
-            total[p] = 0
+    Pair after pair for some rows at a time, so that the table of a pair is read from the cache: order int64 [2, 32] of the
+    inputs of a group, tables as ccq_lists makes them.
+    """
+    lines, listed, clear, values, all_lines, begins = tables
+    rows, width = bits.shape
+    groups, pairs = width // 64, len(lines)
+    block = max(1, min(rows, AT_ONCE // width))
+    planes, x = np.empty((block, 2, width // 2), F), np.empty((block, 2, width // 2), np.int16)
+    cell = np.empty((block, width // 4), np.int32)
+    start, local, scale = np.empty((block, groups), np.int64), np.empty(groups, np.int64), np.empty((block, groups), F)
+    energy, liked, gain, known = np.empty(groups), np.empty(groups, F), np.empty(groups), np.empty((block, groups))
+    ideal, loss, most = np.empty(factors.size, F), np.empty(factors.size), np.empty(block)
+    for first in range(0, rows, block):
+        n = min(block, rows - first)
+        for r in range(n):
+            _load(bits[first + r], shift, order, limits[0], limits[1], planes[r])
+            _liked_scales(planes[r], per_rms, per_peak, energy, liked)
+            top = _super_scale(liked, energy, factors, ideal, loss)
             for g in range(groups):
-                total[p] += gain[p, g]
-        best = -1.0
-        for _ in range(min(finalists, pairs)):
-            choice = np.argmax(total)  # the first of equals
-            total[choice] = -np.inf
-            explained = _best_locals(planes, top, start, gain[choice], steps, tables[choice], scratch, local, best_gain)
-            if explained > best:
-                best, pair[row] = explained, choice
+                k = np.float64(liked[g]) / np.float64(top) if liked[g] > 0 else 0.0
+                start[r, g] = np.int64(min(np.rint(k), 15.0))
+            _multiply(start[r], top, scale[r])
+            place(planes[r], scale[r], x[r], cell[r])
+            super_scale[first + r], most[r] = top, -np.inf
+        for p in range(pairs):
+            for r in range(n):
+                gains(x[r], cell[r], scale[r], lines[p], gain)
+                total = 0.0
                 for g in range(groups):
-                    local_scale[row, g] = local[g]
-        for g in range(groups):
-            local[g] = local_scale[row, g]
-        super_scale[row] = top
-        nearest_bytes(planes, top, local, tables[pair[row]], codes[row])
+                    total += gain[g]
+                if total > most[r]:  # the first of equals
+                    most[r], pair[first + r] = total, p
+                    known[r] = gain
+        for r in range(n):
+            top, which = super_scale[first + r], pair[first + r]
+            _best_locals(planes[r], top, start[r], known[r], lines[which], scale[r], x[r], cell[r], local)
+            _multiply(local, top, scale[r])
+            place(planes[r], scale[r], x[r], cell[r])
+            near = (lines[which], listed[which], clear[which], values[which], all_lines[which], begins[which])
+            choose(planes[r], x[r], cell[r], scale[r], *near, codes[first + r])
+            for g in range(groups):
+                local_scale[first + r, g] = local[g]

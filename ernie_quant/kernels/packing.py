@@ -52,7 +52,7 @@ def _pack(codes, bits, out):  # type: ignore[no-untyped-def]
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """int8 codes [out, columns] of packed int32 words; the inverse of `pack`."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     values = (packed[..., None] >> shifts) & ((1 << bits) - 1)
     return (values.reshape(packed.shape[0], -1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
 

@@ -5,38 +5,46 @@ The search, for a group x: scales that let the largest |x| reach the far end of 
 to bf16, as it is stored, before it is judged by the squared error. With `signed` the scale takes the sign that puts
 the largest |x| on the side with one code more (-8 for 4 bits): 8% less error than positive scales on Gaussian groups
 of 128, and runtimes only multiply.
+
+A group is read once, searched while it lies in the first cache, and leaves its codes and what they lost.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 
+from ernie_quant.kernels import _registers
 from ernie_quant.kernels._compiled import compiled
-from ernie_quant.kernels._transpose import load_16, store_8
+from ernie_quant.kernels._registers import LANES, extremes, finish, least_squares, squared_miss
 
 F = np.float32
-ROUND = F(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to an integer, half to even
+ROUND = F(_registers.ROUND)
 SMALLEST = F(2.0**-120)  # below it 1 / scale comes near the end of float32; such a group is stored as zeros
-LANES, LANES_LONG, LONG = 64, 16, 1024  # rows side by side; fewer where a group would not fit in the cache
+AT_ONCE = 2048  # inputs: of so many the groups are searched side by side
 
 Array = np.ndarray[Any, Any]
+Sums = tuple[float, float, float]
 
 
 def encode(
     weight: torch.Tensor, group: int, low: int, high: int, divisor: int, ratios: Array, refine: int, signed: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [out, in] and bf16 scales [out, in / group] of a bf16 or f32 weight [out, in]."""
-    bits = weight.contiguous().view(torch.uint16 if weight.dtype == torch.bfloat16 else torch.uint32).numpy()
+) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+    """Codes int8 [out, in] and bf16 scales [out, in / group] of a bf16 or f32 weight [out, in]; what they lost.
+
+    That is, as `difference.squares` says it, summed in another order: ||W - W'||^2, ||W||^2 and max |W - W'|.
+    """
+    half = weight.dtype == torch.bfloat16
+    rows, width = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    scale = torch.empty((weight.shape[0], weight.shape[1] // group), dtype=torch.bfloat16)
-    lanes = LANES if group <= LONG else LANES_LONG
-    shift = np.uint32(16 if weight.dtype == torch.bfloat16 else 0)
+    scale = torch.empty((rows, width // group), dtype=torch.bfloat16)
+    sums, top = np.zeros((2, rows)), np.zeros(rows, F)
     _encode(
-        bits,
-        shift,
+        weight.contiguous().view(torch.uint16 if half else torch.uint32).numpy(),
+        np.uint32(16 if half else 0),
         group,
         F(low),
         F(high),
@@ -44,141 +52,91 @@ def encode(
         ratios,
         refine,
         signed,
-        lanes,
         codes.numpy(),
         scale.view(torch.uint16).numpy(),
+        sums,
+        top,
     )
-    return codes, scale
+    return codes, scale, (math.fsum(sums[0]), math.fsum(sums[1]), float(top.max(initial=0)))
 
 
 @compiled()
-def _encode(bits, shift, group, low, high, divisor, ratios, refine, signed, lanes, codes, scales):  # type: ignore[no-untyped-def]
-    rows, columns = bits.shape
-    tile = np.empty((group, lanes), F)
-    tile_bits = tile.view(np.uint32)
-    narrow = np.empty((group, lanes // 4), np.uint64)  # the tile as it is read (16 bits) and written (8 bits)
-    words = columns % 8 == 0 and group % 8 == 0
-    work = np.empty((6, lanes), F)
-    scale, best, error, trial, sum_xq, sum_qq = work[0], work[1], work[2], work[3], work[4], work[5]
-    scale_bits, trial_bits = scale.view(np.uint32), trial.view(np.uint32)
-    inverse, top = np.empty(lanes, F), np.empty(lanes, F)
-    for first in range(0, rows, lanes):
-        n = min(lanes, rows - first)
-        for g in range(columns // group):
-            if shift and words and n % 8 == 0:
-                load_16(bits.view(np.uint64), first, n, g * group, group, narrow)
-                _widen(narrow.view(np.uint16), n, group, tile_bits)
-            else:
-                _load(bits, shift, first, n, g * group, group, tile_bits)
-            _extremes(tile, group, n, signed, top)
-            for k in range(len(ratios)):
-                for i in range(n):
-                    trial[i] = top[i] * ratios[k] / divisor
-                _round_bf16(trial_bits, trial, n)
-                _judge(tile, group, n, trial, inverse, low, high, error)
-                for i in range(n):
-                    better = k == 0 or error[i] < best[i]
-                    scale[i] = trial[i] if better else scale[i]
-                    best[i] = error[i] if better else best[i]
-            for _ in range(refine):
-                _least_squares(tile, group, n, scale, inverse, low, high, sum_xq, sum_qq, trial)
-                _round_bf16(trial_bits, trial, n)
-                _judge(tile, group, n, trial, inverse, low, high, error)
-                for i in range(n):
-                    better = error[i] < best[i]
-                    scale[i] = trial[i] if better else scale[i]
-                    best[i] = error[i] if better else best[i]
+def _encode(bits, shift, group, low, high, divisor, ratios, refine, signed, codes, scales, sums, top):  # type: ignore[no-untyped-def]
+    """Some groups of a row at a time, step by step, so that no step of a group waits for another one of its own."""
+    rows, groups, blocks = bits.shape[0], scales.shape[1], (group + LANES - 1) // LANES
+    room, together = blocks * LANES, max(1, min(scales.shape[1], AT_ONCE // (blocks * LANES)))
+    x, line = np.zeros(together * room, F), np.empty(together * room, np.int8)  # zeros behind a group's end add nothing
+    ideal, scale, trial, inverse = (np.empty(together, F), np.empty(together, F), np.empty(together, F), np.empty(together, F))
+    best = np.empty(together)
+    for r in range(rows):
+        for first in range(0, groups, together):
+            n = min(together, groups - first)
+            _load(bits[r], shift, first * group, n, group, room, x)
             for i in range(n):
-                inverse[i] = F(1) / scale[i]
-                scales[first + i, g] = scale_bits[i] >> np.uint32(16)
-            codes_of_tile = narrow.view(np.int8)
-            _quantize(tile, group, n, inverse, low, high, codes_of_tile)
-            if words and n % 8 == 0:
-                store_8(narrow, first, n, g * group, group, codes.view(np.uint64))
-            else:
-                _store(codes_of_tile, group, n, codes, first, g * group)
+                lowest, highest = extremes(x, i * room, blocks)
+                peak = max(highest, -lowest)
+                ideal[i] = -highest if signed and highest > -lowest else peak
+                best[i] = np.inf
+            for ratio in ratios:
+                for i in range(n):
+                    trial[i] = ideal[i] * ratio / divisor
+                _round_bf16(trial, inverse, n)
+                if len(ratios) + refine > 1:
+                    _take_better(x, room, blocks, trial, inverse, low, high, n, best, scale)
+                else:
+                    scale[:n] = trial[:n]
+            for _ in range(refine):
+                for i in range(n):
+                    with_x, with_itself = least_squares(x, i * room, blocks, F(1) / scale[i], low, high)
+                    trial[i] = with_x / with_itself if with_itself > 0 else F(1)
+                _round_bf16(trial, inverse, n)
+                _take_better(x, room, blocks, trial, inverse, low, high, n, best, scale)
+            for i in range(n):
+                error, energy, largest = finish(x, i * room, blocks, scale[i], F(1) / scale[i], low, high, line)
+                sums[0, r] += error
+                sums[1, r] += energy
+                top[r] = max(top[r], largest)
+            _store(line, scale.view(np.uint32), first, n, group, room, codes[r], scales[r])
 
 
 @compiled()
-def _load(bits, shift, first, n, column, group, tile):  # type: ignore[no-untyped-def]
-    for start in range(0, group, 16):  # 16 columns: whole cache lines of the source, and the tile's rows stay in L1
-        for i in range(n):
-            for j in range(start, min(start + 16, group)):
-                tile[j, i] = np.uint32(bits[first + i, column + j]) << shift
-
-
-@compiled()
-def _widen(half, n, group, tile):  # type: ignore[no-untyped-def]
-    """bf16 to float32: the upper half of its bits."""
-    for j in range(group):
-        for i in range(n):
-            tile[j, i] = np.uint32(half[j, i]) << np.uint32(16)
-
-
-@compiled()
-def _extremes(tile, group, n, signed, top):  # type: ignore[no-untyped-def]
-    """Largest |x| of each group; negative where the largest x is positive and the scale may be signed."""
-    low, high = np.zeros(n, F), np.zeros(n, F)
-    for j in range(group):
-        for i in range(n):
-            high[i] = max(high[i], tile[j, i])
-            low[i] = min(low[i], tile[j, i])
+def _load(bits, shift, column, n, group, room, x):  # type: ignore[no-untyped-def]
+    """n groups from `column` on, each with room for whole blocks."""
+    words = x.view(np.uint32)
     for i in range(n):
-        if signed:
-            top[i] = -high[i] if high[i] > -low[i] else -low[i]
-        else:
-            top[i] = max(high[i], -low[i])
+        to, source = words[i * room : i * room + group], bits[column + i * group : column + (i + 1) * group]
+        for j in range(group):
+            to[j] = np.uint32(source[j]) << shift
 
 
 @compiled()
-def _round_bf16(bits, value, n):  # type: ignore[no-untyped-def]
-    """Round to bf16, half to even; what is too small for a scale, or no number, becomes 1."""
+def _store(line, scale_bits, first, n, group, room, codes, scales):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        scales[first + i] = scale_bits[i] >> np.uint32(16)
+        to, source = codes[(first + i) * group : (first + i + 1) * group], line[i * room : i * room + group]
+        for j in range(group):
+            to[j] = source[j]
+
+
+@compiled()
+def _round_bf16(value, inverse, n):  # type: ignore[no-untyped-def]
+    """Round to bf16, half to even, and invert; what is too small for a scale, or no number, becomes 1."""
+    bits = value.view(np.uint32)
     for i in range(n):
         bits[i] = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
         value[i] = value[i] if abs(value[i]) >= SMALLEST and abs(value[i]) < F(np.inf) else F(1)
+        inverse[i] = F(1) / value[i]
 
 
 @compiled()
-def _judge(tile, group, n, scale, inverse, low, high, error):  # type: ignore[no-untyped-def]
+def _take_better(x, room, blocks, trial, inverse, low, high, n, best, scale):  # type: ignore[no-untyped-def]
+    """Scales whose |x - q scale|^2 is the least so far; in float64, as they may be as large as 2^120."""
     for i in range(n):
-        error[i] = F(0)
-        inverse[i] = F(1) / scale[i]
-    for j in range(group):
-        for i in range(n):
-            x = tile[j, i]
-            q = (min(max(x * inverse[i], low), high) + ROUND) - ROUND
-            d = x - q * scale[i]
-            error[i] += d * d
-
-
-@compiled()
-def _least_squares(tile, group, n, scale, inverse, low, high, sum_xq, sum_qq, out):  # type: ignore[no-untyped-def]
-    for i in range(n):
-        sum_xq[i] = F(0)
-        sum_qq[i] = F(0)
-        inverse[i] = F(1) / scale[i]
-    for j in range(group):
-        for i in range(n):
-            x = tile[j, i]
-            q = (min(max(x * inverse[i], low), high) + ROUND) - ROUND
-            sum_xq[i] += x * q
-            sum_qq[i] += q * q
-    for i in range(n):
-        out[i] = sum_xq[i] / sum_qq[i] if sum_qq[i] > 0 else F(1)
-
-
-@compiled()
-def _quantize(tile, group, n, inverse, low, high, out):  # type: ignore[no-untyped-def]
-    for j in range(group):
-        for i in range(n):
-            out[j, i] = np.int8((min(max(tile[j, i] * inverse[i], low), high) + ROUND) - ROUND)
-
-
-@compiled()
-def _store(tile, group, n, codes, first, column):  # type: ignore[no-untyped-def]
-    for i in range(n):
-        for j in range(group):
-            codes[first + i, column + j] = tile[j, i]
+        miss = squared_miss(x, i * room, blocks, inverse[i], low, high)
+        error = np.float64(miss) * (np.float64(trial[i]) * np.float64(trial[i]))
+        better = error < best[i] or best[i] == np.inf
+        scale[i] = trial[i] if better else scale[i]
+        best[i] = error if better else best[i]
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

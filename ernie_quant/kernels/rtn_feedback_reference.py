@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ernie_quant.kernels.rtn_feedback import Grid
-from ernie_quant.kernels.rtn_reference import _codes, _scale, _sum_in_order
+from ernie_quant.kernels.rtn_reference import _codes, _scale, sum_in_order
 
 Tensor = torch.Tensor
 
@@ -49,7 +49,7 @@ def _walk(work: Tensor, upper: Tensor, scale: Tensor, grid: Grid) -> tuple[tuple
         decoded[j] = (codes[j] * scale).bfloat16().float()
         errors[j] = (work[j] - decoded[j]) * inverse[j]
         work[j + 1 :] -= errors[j] * upper[j, j + 1 :, None]
-    return (codes, decoded, errors, scale[None]), _sum_in_order(errors.T.square())
+    return (codes, decoded, errors, scale[None]), sum_in_order(errors.T.square())
 
 
 def descend_block(
@@ -75,8 +75,8 @@ def descend_block(
 
 def _rescale(g: Tensor, c: Tensor, q: Tensor, scale: Tensor, curvature: Tensor, part: slice) -> None:
     """The closed form for the scale [rows] of one group with codes c, as stored, where the loss falls with it."""
-    up = _sum_in_order((c * g[part]).T)
-    down = _sum_in_order((c * along(c, curvature[part, part])).T)
+    up = sum_in_order((c * g[part]).T)
+    down = sum_in_order((c * along(c, curvature[part, part])).T)
     moved = _scale(torch.where(down > 0, scale - up / down, scale))
     new = (c * moved).bfloat16().float()
     better = take_better(g, q, part, new, curvature)
@@ -95,7 +95,7 @@ def take_better(g: Tensor, q: Tensor, part: slice, new: Tensor, curvature: Tenso
     """bool [rows]: where the loss falls if the inputs of `part` decode to `new`; there q and g follow."""
     change = new - q[part]
     product = along(change, curvature[part])
-    better = _sum_in_order((change * ((g[part] + g[part]) + product[part])).T) < 0
+    better = sum_in_order((change * ((g[part] + g[part]) + product[part])).T) < 0
     q[part] = torch.where(better, new, q[part])
     g.copy_(torch.where(better, g + product, g))
     return better

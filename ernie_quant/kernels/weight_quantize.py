@@ -25,7 +25,7 @@ COLUMNS = 64  # inputs of a tile; a rank's share of the inputs is a multiple of 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 [out / 2, in] (4 bits) or [out, in] (8 bits) of int8 codes [out, in]."""
-    _check(codes.shape, bits)
+    check(codes.shape, bits)
     rows, columns = codes.shape
     together = 16 // bits
     packed = torch.empty((rows * bits // 8, columns), dtype=torch.int8)
@@ -64,7 +64,7 @@ def _pack8(codes, out):  # type: ignore[no-untyped-def]
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 codes [out, in] of packed int8; the inverse of `pack`."""
     rows, columns = packed.shape[0] * 8 // bits, packed.shape[1]
-    _check((rows, columns), bits)
+    check((rows, columns), bits)
     together = 16 // bits
     codes = torch.empty((rows, columns), dtype=torch.int8)
     tiles = packed.contiguous().view(torch.uint8).numpy()
@@ -101,7 +101,8 @@ def _unpack8(packed, codes):  # type: ignore[no-untyped-def]
                     x[8 + i] = np.int8(row[16 * b + 2 * i + 1] ^ flip)
 
 
-def _check(shape: tuple[int, ...], bits: int) -> None:
+def check(shape: tuple[int, ...], bits: int) -> None:
+    """Of codes that can be packed."""
     assert bits in (4, 8), bits
     assert len(shape) == 2, shape
     assert shape[0] % ROWS == 0, shape
@@ -144,7 +145,8 @@ def absmax_codes(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[t
     x = weight.float()
     top = x.abs().amax(1, keepdim=True)
     info = torch.finfo(dtype)
-    scale = (top / high).to(dtype).clamp_(min=info.smallest_normal * info.eps)
+    # by a tensor: a GPU divides by a number of Python's by way of its reciprocal
+    scale = (top / torch.full_like(top, high)).to(dtype).clamp_(min=info.smallest_normal * info.eps)
     ratio = (x / scale.float()).clamp_(-high, high)
     whole = ratio.trunc()
     rest = ratio.sub_(whole).mul_(2).trunc_()  # exact, where floor(|x| + 0.5) rounds .49999997 up

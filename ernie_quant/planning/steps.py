@@ -13,6 +13,7 @@ from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Checkpoint, Stamp, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.devices import CPU
 from ernie_quant.names import Row
 from ernie_quant.planning.built_in import SHARD_BYTES as SHARD_BYTES
 from ernie_quant.planning.calibration import Calibration
@@ -23,7 +24,7 @@ from ernie_quant.reporting.rows import TensorReport
 from ernie_quant.runtimes import Part, Spread
 from ernie_quant.views import build
 from ernie_quant.views.kinds import View
-from ernie_quant.views.read import CPU, slabs
+from ernie_quant.views.read import slabs
 from ernie_quant.weights.layouts import Layout
 from ernie_quant.weights.stored import Stored
 
@@ -150,7 +151,7 @@ class ShardJob:
     runtime: str
     metadata: Mapping[str, Any]
     stamps: Mapping[Path, Stamp]  # of the files it reads, as far as they may change
-    device: str = CPU
+    device: str = CPU  # by its name for people: `cuda` means all that the process sees
 
 
 @dataclass(frozen=True)

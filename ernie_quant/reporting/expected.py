@@ -29,9 +29,9 @@ INTEGERS = {
 }
 # all others, at any width
 OTHERS = {
-    "wint2 (CCQ)": 102400,
-    "wint2 (CCQ), effort 4": 103100,
-    "wint2 (CCQ), effort 1": 104300,
+    "wint2 (CCQ)": 102500,
+    "wint2 (CCQ), effort 4": 103200,
+    "wint2 (CCQ), effort 1": 104400,
     "fp8, blocks 128x128": 702.4,
     "fp8, blocks 128x128, compressed-tensors": 702.4,
     "IQ4_NL": 5384,

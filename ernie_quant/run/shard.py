@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Download
-from ernie_quant.measure import Difference, Values, compare, means_something, values_of
+from ernie_quant.devices import CPU, Crew, fetched
+from ernie_quant.measure import Difference, Values, checked, means_something, squares, values_of
 from ernie_quant.planning.steps import ShardJob, Step
 from ernie_quant.planning.taken import given
 from ernie_quant.reporting.rows import FITTED, ShardResult, TensorReport
@@ -60,24 +61,27 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
     layout = writers.find(runtime.FORMAT).lay_out(shard.specs, job.metadata)
     sums = {step.name: Difference() for step in shard.steps}
     values = {step.name: Values() for step in shard.steps}
+    crew = Crew(job.device)
     with (
         one_torch_thread(),
         Files(job.stamps, download.path) as files,
         ShardWriter(path, shard.specs, layout, shard.stacks) as writer,
     ):
-        encoders = _Encoders(todo, files, job.device)
+        encoders = _Encoders(todo, files, CPU)  # statistics make large matrices, which every device would sum in another order
 
         def work(rows: Rows) -> Slab:
             step = rows.step
-            weight = read(step.view, files, (rows.first, rows.last), job.device)
-            with encoders.of(step) as encoder:
-                known = given(step, files, (rows.first, rows.last), job.device)
+            with crew.at_work() as own, encoders.of(step) as encoder:
+                device = own if step.quantized else CPU  # what is kept would come back as it went
+                weight = read(step.view, files, (rows.first, rows.last), device)
+                known = given(step, files, (rows.first, rows.last), device)
                 slab = encode_slab(step, runtime, weight, encoder, known)
+                parts = fetched(slab.parts, device)
                 once = encoder.once if encoder else {}
             constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
-            return replace(slab, parts={**constants, **slab.parts})
+            return replace(slab, parts={**constants, **parts})
 
-        for rows, slab in zip(todo, ordered(work, todo, workers, download.stop, lambda: progress(0)), strict=True):
+        for rows, slab in zip(todo, ordered(work, todo, crew.workers(workers), download.stop, lambda: progress(0)), strict=True):
             step, out = rows.step, max((1, *rows.step.spec.shape[:1]))
             for name, tensor in slab.parts.items():
                 part = step.parts[name]
@@ -96,13 +100,16 @@ def encode_slab(
     step: Step, runtime: Runtime, weight: torch.Tensor, encoder: Encoder | None = None, known: Encoded | None = None
 ) -> Slab:
     """What is stored of rows of a weight, and what they lost; nothing is written. `known`: it has been encoded before."""
-    encoded = known or (encoder.encode(weight) if encoder else step.codec.encode(weight))
-    if step.quantized or known:
-        once = encoder.once if encoder else {}
-        difference = compare(step.name, weight, step.codec.decode({**once, **encoded}))
-        values = Values(only_zeros=difference.total == 0)
+    if not (step.quantized or known):
+        return Slab(runtime.pack(step.name, step.codec, step.codec.encode(weight)), Difference(), values_of(weight))
+    if known is None and encoder is None:
+        encoded, difference = step.codec.measured(weight)
     else:
-        difference, values = Difference(), values_of(weight)
+        encoded = known or encoder.encode(weight) if encoder else {**(known or {})}
+        once = encoder.once if encoder else {}
+        difference = squares(weight, step.codec.decode({**once, **encoded}))
+    difference = checked(step.name, weight, difference)
+    values = Values(only_zeros=difference.total == 0)
     return Slab(runtime.pack(step.name, step.codec, encoded), difference, values)
 
 

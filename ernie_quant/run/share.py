@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ernie_quant.devices import CPU, found
 from ernie_quant.errors import OutputError
 from ernie_quant.planning.share import Share, check_sharing, shares
 from ernie_quant.planning.steps import Plan, ShardJob
@@ -31,19 +32,21 @@ class ShareResult:
 def run_share(
     plan: Plan, out: Path, share: Share, request: Mapping[str, Any], *, workers: int = 0, disk_budget: int | None = None,
     progress: Progress = lambda _: None, space_check: bool = True, each: Each = lambda _: None,
+    device: str = CPU,
 ) -> ShareResult | RunResult:  # fmt: skip
     """Write what `out` lacks of the files of a share; of a folder that is complete already, what `run_plan` says of it.
 
     `request`: what `merge` shall know. Raises PlanError where the plan has no shares, and what `run_plan` raises.
     """
     check_sharing(plan)
+    found(device)
     folder = SharedFolder(out, share, request)
     with folder.begin(plan, restart=False, space_check=space_check) as complete:
         if complete:
             return finished_before(plan, folder)
         mine = share.files(plan)
         beside = replace(plan, source=side_by_side(plan.source))
-        results, before = write_files(beside, mine, folder, workers, disk_budget, progress, local, each)
+        results, before = write_files(beside, mine, folder, workers, disk_budget, progress, local, each, device)
         return ShareResult(share, tuple(results[shard.filename].filename for shard in mine), before)
 
 

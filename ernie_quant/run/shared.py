@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ernie_quant.devices import CPU
 from ernie_quant.planning.reshard import check_size, make_reshard_plan, shared_identity
 from ernie_quant.planning.steps import Plan
 from ernie_quant.result.folder import OutputFolder
@@ -18,6 +19,7 @@ from ernie_quant.threads import Progress, Watch, in_proportion
 def run_shared(
     plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress, disk_budget: int | None = None,
     space_check: bool = True, watch: Watch = lambda *_: None, each: Each = lambda _: None, runner: Runner = local,
+    device: str = CPU,
 ) -> RunResult:  # fmt: skip
     """Quantize once and unsplit, in the private state of `out`, then share among `tp` ranks as `reshard` would.
 
@@ -30,7 +32,7 @@ def run_shared(
         if complete:
             return finished_before(plan, folder)
         how: dict[str, Any] = {"workers": workers, "disk_budget": disk_budget, "space_check": space_check}
-        how |= {"watch": watch, "each": each, "runner": runner}
+        how |= {"watch": watch, "each": each, "runner": runner, "device": device}
         unsplit = replace(plan, copies=())  # they are copied once, at the end
         quantized = run_plan(unsplit, folder.unsplit, progress=progress, **how)
         if quantized.complete_before:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ernie_quant.checkpoint import Stamp
+from ernie_quant.devices import CPU, found
 from ernie_quant.disk import drop_partials
 from ernie_quant.planning.steps import Plan, Shard, ShardJob, in_order
 from ernie_quant.reporting.rows import ShardResult, TensorReport
@@ -53,14 +54,16 @@ Each = Callable[[FileDone], None]  # is told of every file
 def run_plan(
     plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, disk_budget: int | None = None,
     progress: Progress = lambda _: None, runner: Runner = local, space_check: bool = True, watch: Watch = lambda *_: None,
-    each: Each = lambda _: None,
+    each: Each = lambda _: None, device: str = CPU,
 ) -> RunResult:  # fmt: skip
     """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError.
 
     `workers`: threads per file, 0 for as many as there are processors, at most 8. `disk_budget`: bytes of a hub's files
     that may lie on disk at a time. `runner`: where files are written. `space_check`: must the disk have room for it?
     `watch` is told which layer and expert is calibrated, `each` of every file that is finished.
+    `device`: `cpu`, `cuda` or `cuda:1`.
     """
+    found(device)
     folder = OutputFolder(out)
     copies = 2 if plan.calibration else 1  # calibrated weights lie on disk before the files of the result are written
     with folder.begin(plan, restart=restart, copies=copies, space_check=space_check) as complete:
@@ -68,7 +71,7 @@ def run_plan(
             return finished_before(plan, folder)
         if plan.calibration:
             plan = calibrate(plan, folder, workers, watch)
-        return write_all(plan, folder, workers, disk_budget, progress, runner, each)
+        return write_all(plan, folder, workers, disk_budget, progress, runner, each, device)
 
 
 def calibrate(plan: Plan, folder: OutputFolder, workers: int, watch: Watch) -> Plan:
@@ -87,11 +90,11 @@ def finished_before(plan: Plan, folder: OutputFolder) -> RunResult:
 
 def write_all(
     plan: Plan, folder: OutputFolder, workers: int = 0, disk_budget: int | None = None,
-    progress: Progress = lambda _: None, runner: Runner = local, each: Each = lambda _: None,
+    progress: Progress = lambda _: None, runner: Runner = local, each: Each = lambda _: None, device: str = CPU,
 ) -> RunResult:  # fmt: skip
     """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
     plan.origin.bring(plan.copies)
-    results, before = write_files(plan, plan.shards, folder, workers, disk_budget, progress, runner, each)
+    results, before = write_files(plan, plan.shards, folder, workers, disk_budget, progress, runner, each, device)
     ordered = [results[shard.filename] for shard in plan.shards]
     reports = plan.reports
     if reports is None:
@@ -102,7 +105,7 @@ def write_all(
 
 def write_files(
     plan: Plan, shards: Sequence[Shard], folder: OutputFolder, workers: int, disk_budget: int | None, progress: Progress,
-    runner: Runner, each: Each,
+    runner: Runner, each: Each, device: str = CPU,
 ) -> tuple[dict[str, ShardResult], int]:  # fmt: skip
     """Those of `shards` that are not finished yet; what became of all of them, and how many were finished before."""
     results = {shard.filename: known for shard in shards if (known := folder.finished(shard, progress)) is not None}
@@ -111,7 +114,9 @@ def write_files(
     work = functools.partial(run_shard, folder=folder.path)
     stamps = {**plan.source.changeable, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
     jobs = [
-        ShardJob(shard, plan.runtime, plan.metadata_of(shard), {file: stamps[file] for file in shard.files if file in stamps})
+        ShardJob(
+            shard, plan.runtime, plan.metadata_of(shard), {file: stamps[file] for file in shard.files if file in stamps}, device
+        )
         for shard in left
     ]
     common = Common(plan.source, folder.path, workers, disk_budget)

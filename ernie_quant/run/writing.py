@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from ernie_quant.devices import CPU
 from ernie_quant.planning.calibration import AUTO, Asked
 from ernie_quant.planning.recipe import Recipe
 from ernie_quant.planning.reshard import check_size
@@ -77,7 +78,7 @@ def asked_of(rules: Recipe, text: Path_ | Sequence[Path_] | None, given: Mapping
     return Asked(**said) if rules.calibration is None else replace(rules.calibration, **said)
 
 
-def run(plan: Plan, out: Path_, how: Writing, tp: int = 1) -> Result:
+def run(plan: Plan, out: Path_, how: Writing, tp: int = 1, device: str = CPU) -> Result:
     """Do it, or say what would be done."""
     if tp > 1:
         check_size(plan, tp)
@@ -88,7 +89,7 @@ def run(plan: Plan, out: Path_, how: Writing, tp: int = 1) -> Result:
     options: dict[str, Any] = {
         "workers": how.get("workers", 0), "restart": how.get("restart", False), "space_check": how.get("space_check", True),
         "disk_budget": None if budget is None else parse_size(budget), "progress": how.get("progress", lambda _: None),
-        "each": how.get("each", lambda _: None), "runner": how.get("runner", local),
+        "each": how.get("each", lambda _: None), "runner": how.get("runner", local), "device": device,
     }  # fmt: skip
     done = run_shared(plan, Path(out), tp, **options) if tp > 1 else run_plan(plan, Path(out), **options)
     return result_of(done, Path(out))

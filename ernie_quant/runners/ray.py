@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ernie_quant.devices import CUDA
 from ernie_quant.disk import FULL
 from ernie_quant.errors import ClusterError, ErnieQuantError, RetryError
 from ernie_quant.planning.steps import ShardJob
@@ -47,7 +48,7 @@ class Cluster:
             )(_on_a_node)  # fmt: skip
             refs: dict[str, Any] = {}  # of each file
             for job in jobs:
-                job = replace(job, device="cuda") if self.gpus else job
+                job = replace(job, device=CUDA) if self.gpus else job
                 before = [refs[name] for name in job.shard.after if name in refs]
                 refs[job.shard.filename] = task.remote(Path.cwd(), work, job, threads, elsewhere, token, *before)
             left = {refs[job.shard.filename]: job for job in jobs}

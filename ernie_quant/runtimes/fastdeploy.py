@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.ccq import ConvolutionalCode
@@ -121,10 +122,8 @@ def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
                 f"{layer}.code_zp": encoded["code_zp"],
             }
         case RoundToNearest(bits=bits):
-            from ernie_quant.kernels import weight_quantize
-
             return {
-                f"{layer}.quant_weight": weight_quantize.pack(encoded["codes"], bits),
+                f"{layer}.quant_weight": kernels.of("weight_quantize", encoded["codes"]).pack(encoded["codes"], bits),
                 f"{layer}.weight_scale": encoded["scale"][:, 0].contiguous(),
             }
     return {name: encoded["weight"]}
@@ -146,9 +145,8 @@ def unpack(name: str, codec: Codec, stored: Mapping[str, torch.Tensor]) -> Encod
                 "code_zp": stored[f"{layer}.code_zp"],
             }
         case RoundToNearest(bits=bits):
-            from ernie_quant.kernels import weight_quantize
-
-            codes = weight_quantize.unpack(stored[f"{layer}.quant_weight"], bits)
+            packed = stored[f"{layer}.quant_weight"]
+            codes = kernels.of("weight_quantize", packed).unpack(packed, bits)
             return {"codes": codes, "scale": stored[f"{layer}.weight_scale"][:, None]}
     return {"weight": stored[name]}
 

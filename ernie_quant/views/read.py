@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, TypeAlias
 
 from ernie_quant.checkpoint import TensorRef, TensorSpec
+from ernie_quant.devices import CPU, buffer, sent
 from ernie_quant.dtypes import ITEMSIZE, as_bytes, torch_dtype
 from ernie_quant.errors import CheckpointError
 from ernie_quant.views.build import refs
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 
-CPU = "cpu"
 SLAB_BYTES = 32 << 20  # of source data: the unit of memory
 
 Box: TypeAlias = tuple[tuple[int, int], ...]  # (start, stop) per dimension
@@ -101,19 +101,17 @@ def _read_decoded(source: Readable, files: Files, box: Box, device: str) -> torc
 
 def _read_leaf(ref: TensorRef, spec: TensorSpec, files: Files, box: Box, device: str) -> torch.Tensor:
     """One read for every run of bytes: whole rows are one, a range of columns is one per row. `spec`: of what lies there."""
-    import torch
-
     shape = spec.shape
     size = tuple(stop - start for start, stop in box)
-    out = torch.empty(size, dtype=torch_dtype(spec.dtype))
+    out = buffer(size, torch_dtype(spec.dtype), device)
     if out.numel():
-        buffer = as_bytes(out)
+        bytes_ = as_bytes(out)
         # the last axis of which not all is wanted: what lies below it is contiguous
         cut = max((axis for axis in range(len(shape)) if size[axis] != shape[axis]), default=0)
         strides = [ITEMSIZE[spec.dtype] * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        run = len(buffer) // math.prod(size[:cut])
+        run = len(bytes_) // math.prod(size[:cut])
         begin = box[cut][0] * strides[cut] if box else 0
         for i, outer in enumerate(itertools.product(*(range(*axis) for axis in box[:cut]))):
             at = begin + sum(n * stride for n, stride in zip(outer, strides[:cut], strict=True))
-            files.read_into(ref, buffer[i * run : (i + 1) * run], at)
-    return out if device == CPU else out.to(device)
+            files.read_into(ref, bytes_[i * run : (i + 1) * run], at)
+    return sent(out, device)

@@ -15,13 +15,14 @@ from ernie_quant import archs, names, plugins, runtimes
 from ernie_quant.checkpoint import Checkpoint, TensorRef, TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.devices import CPU
 from ernie_quant.errors import PlanError
 from ernie_quant.names import NameMap, Row, Rule, Weight
 from ernie_quant.runtimes import Linear, Part, Runtime
 from ernie_quant.views import build
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import Decoded, View, spec_of
-from ernie_quant.views.read import CPU, read, slabs
+from ernie_quant.views.read import read, slabs
 from ernie_quant.weights import claims, ranks
 from ernie_quant.weights.layouts import LAYOUTS, Layout
 from ernie_quant.weights.plain import Resolved

@@ -145,7 +145,7 @@ def test_each_codec_has_a_scale_of_its_own(results: dict[str, Path], browser: Br
     assert browser.js(scales) == ["0.01070.0936"]
     assert len(browser.js(CELLS % 0)) < len(own)  # one scale tells codecs apart, and little more
     browser.js(choose % "expected")
-    assert browser.js(scales) == [f"0.748{TIMES}1.90{TIMES}"]
+    assert browser.js(scales) == [f"0.747{TIMES}1.90{TIMES}"]
 
 
 def test_an_outlier_has_a_sign_and_words(results: dict[str, Path], browser: Browser) -> None:

@@ -1,0 +1,64 @@
+"""What Triton kernels share: how they are launched, and arithmetic that gives the bits of the CPU's kernels.
+
+Three things would give other bits, and none of them is left to a default. Contraction of a * b + c to one rounding:
+`enable_fp_fusion` is off for every launch. Division by a reciprocal: `tl.div_rn`, never `/`. Conversions that a GPU's
+instructions round, or saturate, in their own way: bf16 and float8 are made by integer arithmetic.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+jit: Callable[[Callable[..., Any]], Any] = triton.jit
+
+
+OPTIONS = {"enable_fp_fusion": False}  # of every kernel
+_LOCK = threading.Lock()  # the first launch of a kernel compiles it, which is one thread's work; others take microseconds
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4) -> None:
+    """Run a kernel on the device, and the stream, of the first tensor among its arguments; an empty grid is nothing."""
+    if 0 in grid:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    # Triton launches on the current device, wherever the pointers lead
+    with _LOCK, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, num_warps=num_warps, **OPTIONS)
+
+
+def cdiv(n: int, by: int) -> int:
+    """n / by, rounded up."""
+    return -(-n // by)
+
+
+def unrolled(length: int) -> int:
+    """Steps of a loop of that length that are written out, without a rest: so many loads are under way at a time."""
+    return next(n for n in (8, 4, 2, 1) if length % n == 0)
+
+
+@jit
+def round_bf16(x):  # type: ignore[no-untyped-def]
+    """float32 rounded to what bf16 can hold, half to even; x is finite."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def upper_half(x):  # type: ignore[no-untyped-def]
+    """The bits of a bf16, as int16, of a float32 that one can hold."""
+    return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.int16)
+
+
+@jit
+def nearest(x, low, high):  # type: ignore[no-untyped-def]
+    """x clipped and rounded to an integer, half to even: 1.5 * 2**23 leaves no bits for fractions."""
+    return (tl.minimum(tl.maximum(x, low), high) + 12582912.0) - 12582912.0
