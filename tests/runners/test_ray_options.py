@@ -40,3 +40,10 @@ def test_the_package_is_not_installed(command: Command, tmp_path: Path, monkeypa
 def test_gpus_of_no_cluster(command: Command, tmp_path: Path) -> None:
     code, _, err = command("convert", SOURCE, tmp_path / "out", "--to", "pt", "--ray-gpus", 1)
     assert (code, err.splitlines()[-1]) == (2, "Error: --ray-gpus is for files that a Ray cluster writes; name it with --ray")
+
+
+def test_a_device_of_this_machine(command: Command, tmp_path: Path) -> None:
+    line = ("wint8", SOURCE, tmp_path / "out", "--group-size", 32, "--ray", "auto", "--device", "cuda:1")
+    code, _, err = command(*line)
+    said = "Error: --device cuda:1 is one of this machine; for those of a Ray cluster say --ray-gpus 1"
+    assert (code, err.splitlines()[-1]) == (2, said)
