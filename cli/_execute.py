@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from ernie_quant.cli import _shares
 from ernie_quant.cli._progress import layers_bar, progress_bar
 from ernie_quant.cli._show import show_plan, show_result
 
@@ -89,31 +90,50 @@ def refuse_two_methods(rules: Recipe, method: str | None) -> None:
 
 def run(
     plan: Plan, out: Path, *, dry_run: bool, restart: bool, workers: int | None, quiet: bool, as_json: bool, tp: int = 1,
-    disk_budget: int | None = None, no_space_check: bool = False, device: str = CPU,
+    disk_budget: int | None = None, no_space_check: bool = False, ray: str | None = None, ray_gpus: int | None = None,
+    shard_index: int | None = None, num_shards: int | None = None, merge: bool = False, device: str = CPU,
 ) -> None:  # fmt: skip
     """Show a plan, or run it and say what happened."""
     from ernie_quant.planning.reshard import check_size
+    from ernie_quant.planning.share import check_sharing
     from ernie_quant.result.room import unknown_space
     from ernie_quant.run.memory import suit
     from ernie_quant.run.shared import run_shared, shared_bytes
     from ernie_quant.run.whole import run_plan
+    from ernie_quant.runners.ray import Cluster
 
+    how: dict[str, Any]
+    share = _shares.asked(shard_index, num_shards, restart=restart, ray=ray)
     if disk_budget is not None and plan.source.downloader is None:
         raise click.UsageError(f"--disk-budget is for a source on a hub; {plan.source.folder} is a folder, leave it out")
+    if ray_gpus and ray is None:
+        raise click.UsageError("--ray-gpus is for files that a Ray cluster writes; name it with --ray")
+    if ray is not None and device != CPU:
+        raise click.UsageError(f"--device {device} is one of this machine; for those of a Ray cluster say --ray-gpus 1")
     if tp > 1:
         check_size(plan, tp)
+    if share is not None:
+        check_sharing(plan, tp)
     if dry_run:
         show_plan(plan, as_json)
         return
-    require("torch", "numba")
+    if merge:
+        _shares.merge(plan, out, quiet, as_json)
+        return
+    require("torch", "numba", *(["ray"] if ray else []))
     found(device)
 
     if not no_space_check and (note := unknown_space(out)):
         click.echo(f"note: {note}; --no-space-check leaves this out", err=True)
     suit(plan)
+    if share is not None:
+        how = {"workers": workers or 0, "disk_budget": disk_budget, "space_check": not no_space_check, "device": device}
+        _shares.run(plan, out, share, quiet, as_json, how)
+        return
     with layers_bar(plan.calibration is not None, quiet) as watch, progress_bar(shared_bytes(plan, tp), quiet) as progress:
-        how: dict[str, Any] = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget}
+        how = {"workers": workers or 0, "restart": restart, "disk_budget": disk_budget}
         how |= {"progress": progress, "space_check": not no_space_check, "watch": watch, "each": progress.file}
+        how |= {} if ray is None else {"runner": Cluster(ray, ray_gpus or 0)}
         how["device"] = device
         result = run_shared(plan, out, tp, **how) if tp > 1 else run_plan(plan, out, **how)
     show_result(result, out, quiet, as_json)

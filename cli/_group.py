@@ -27,6 +27,7 @@ GROUPS = {
         "gguf":       "To one file for llama.cpp, Ollama and LM Studio.",
         "quantize":   "By a recipe of your own.",
         "calibrate":  "Statistics of a text, for gguf --imatrix.",
+        "merge":      "Complete what several processes wrote in shares.",
     },
     "Check": {
         "verify":     "Read a result back from disk and compare it.",

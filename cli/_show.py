@@ -103,6 +103,14 @@ def show_result(result: RunResult, out: Path, quiet: bool, as_json: bool) -> Non
             click.echo(f"  {title}: {command}")
 
 
+def show_complete(out: Path, as_json: bool) -> None:
+    """A finished folder of which nothing more is asked."""
+    if as_json:
+        print_json({"status": "complete", "out": str(out)})
+    else:
+        click.echo(f"{out}: complete")
+
+
 def _roles(inspected: Inspection) -> str:
     from ernie_quant.reporting.tables import table
 

@@ -106,6 +106,10 @@ class Downloader(Protocol):
         """Bring `needs[0]`, `needs[1]`, … in this order, with at most `budget` bytes of them on disk."""
         ...
 
+    def needed_at_once(self, needs: Sequence[Collection[Path]]) -> int:
+        """Bytes that must lie on disk together, for `needs` one after the other."""
+        ...
+
     def check_budget(self, needs: Sequence[Collection[Path]], budget: int) -> None:
         """Is it enough for what must lie on disk together? Raises CheckpointError."""
         ...
@@ -202,6 +206,11 @@ class Checkpoint:
     def stamps(self) -> dict[Path, Stamp]:
         """Of the weight files; what else lies there may change while a run is at work."""
         return {file: stamp for rank in self.ranks for file, stamp in rank.files.items()}
+
+    @property
+    def changeable(self) -> dict[Path, Stamp]:
+        """Stamps of the weight files that may change under our feet; none of those that come with a hash."""
+        return {} if self.downloader else self.stamps
 
     @property
     def nbytes(self) -> int:

@@ -6,8 +6,9 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
@@ -26,11 +27,14 @@ TRIES = 3  # to copy a file that changes meanwhile
 
 
 @contextmanager
-def hold(place: Path, busy: str) -> Iterator[IO[str]]:
-    """The file `place`, locked for this process alone. Raises RetryError(busy), OutputError where no lock can be had."""
-    with open(place, "w") as file:
+def hold(place: Path, busy: str, *, shared: bool = False, wait: bool = False) -> Iterator[IO[str]]:
+    """The file `place`, locked for this process alone, or with others that share it; `wait` until it can be.
+
+    Raises RetryError(busy), OutputError where no lock can be had.
+    """
+    with open(place, "a+") as file:  # NFS locks for sharing what can be read, and for one alone what can be written
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RetryError(busy) from None
         except OSError as error:
@@ -109,6 +113,27 @@ def partial_of(path: Path) -> Path:
     name = os.fsencode(path.name)
     room = len(name) + len(PARTIAL) <= NAME_BYTES
     return path.with_name((path.name if room else hashlib.sha256(name).hexdigest()) + PARTIAL)
+
+
+def own_partial_of(path: Path) -> Path:
+    """The same for a file that another process may write at the same time, which has a name of its own:
+    `model.1f2e3d4c.safetensors.partial`."""
+    return path.with_name(f"{_stem(path)}.{secrets.token_hex(4)}{path.suffix}{PARTIAL}")
+
+
+def _stem(path: Path) -> str:
+    name = os.fsencode(path.name)
+    return path.stem if len(name) + len(".1f2e3d4c") + len(PARTIAL) <= NAME_BYTES else hashlib.sha256(name).hexdigest()
+
+
+def drop_partials(paths: Iterable[Path]) -> None:
+    """What processes that were killed have left of these files."""
+    wanted = {(path.parent, _stem(path), path.suffix) for path in paths}
+    for folder in sorted({folder for folder, _, _ in wanted if folder.is_dir()}):
+        for partial in folder.glob(f"*{PARTIAL}"):
+            whole = Path(partial.name.removesuffix(PARTIAL))
+            if wanted & {(folder, stem, whole.suffix) for stem in (whole.stem, Path(whole.stem).stem)}:
+                partial.unlink(missing_ok=True)
 
 
 def write_file(path: Path, data: bytes) -> str:

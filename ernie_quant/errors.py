@@ -9,6 +9,7 @@ ErnieQuantError             exit code 1, one line for the user
 ├── OutputError             the output folder is not ours, not finished, or cannot be written
 │   └── AnotherPlanError    it holds the result, or the beginning, of another plan
 ├── HubError                a hub refuses, or holds something else than it should
+├── ClusterError            a Ray cluster does not answer, lacks what is asked for, or does not share the output folder
 ├── NeedsError              a package that a command needs is not installed
 ├── VerifyError             what lies on disk is not what the report says
 └── RetryError              exit code 75: the same command may work later (disk full, another run at work)
@@ -91,6 +92,10 @@ class AnotherPlanError(OutputError):
 
 class HubError(ErnieQuantError):
     """A hub refuses, or holds something else than it should."""
+
+
+class ClusterError(ErnieQuantError):
+    """A Ray cluster does not answer, lacks what is asked for, or does not share the output folder."""
 
 
 class NeedsError(ErnieQuantError):

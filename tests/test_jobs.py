@@ -13,7 +13,6 @@ import torch
 from helpers.disk import contents
 from helpers.models import random_model
 
-from ernie_quant import runners
 from ernie_quant.checkpoint import Download, OnDisk, TensorSpec
 from ernie_quant.codecs import Encoder
 from ernie_quant.codecs.rtn import RoundToNearest
@@ -26,6 +25,7 @@ from ernie_quant.planning.steps import Plan, ShardJob, in_order
 from ernie_quant.reporting.rows import ShardResult
 from ernie_quant.run.shard import run_shard
 from ernie_quant.run.whole import run_plan
+from ernie_quant.runners import Common, local, processes
 from ernie_quant.sources import open_source
 from ernie_quant.threads import Progress
 from ernie_quant.weights import layouts
@@ -87,7 +87,7 @@ def test_processes_write_what_one_process_writes(folder: Path, tmp_path: Path) -
     plan = planned("dequantize", folder)
     done: list[int] = []
     run_plan(plan, tmp_path / "one/out")
-    run_plan(plan, tmp_path / "many/out", runner="processes", workers=1, progress=done.append)
+    run_plan(plan, tmp_path / "many/out", runner=processes, workers=1, progress=done.append)
     assert contents(tmp_path / "many/out") == contents(tmp_path / "one/out")
     assert sum(done) == sum(shard.nbytes_in for shard in plan.shards)
 
@@ -102,9 +102,8 @@ def test_an_error_crosses_to_another_process(error: ErnieQuantError) -> None:
 def test_what_fails_in_another_process_fails_here(folder: Path, tmp_path: Path) -> None:
     plan = planned("wint4", folder)
     broken = {path: replace(stamp, nbytes=stamp.nbytes + 1) for path, stamp in plan.source.stamps.items()}
-    work = runners.find("processes").map_jobs(
-        Named(tmp_path), [replace(job, stamps=broken) for job in jobs(plan)], lambda _: None, OnDisk(broken)
-    )
+    common = Common(plan.source, tmp_path, workers=1)
+    work = processes.map_jobs(Named(tmp_path), [replace(job, stamps=broken) for job in jobs(plan)], lambda _: None, common)
     with pytest.raises(Exception, match="has changed since the run began"):
         list(work)
 
@@ -115,8 +114,8 @@ class Named:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, job: ShardJob, *, progress: Progress, download: Download) -> ShardResult:
-        return run_shard(job, folder=self.folder, workers=1, progress=progress, download=download)
+    def __call__(self, job: ShardJob, *, workers: int, progress: Progress, download: Download) -> ShardResult:
+        return run_shard(job, folder=self.folder, workers=workers, progress=progress, download=download)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -133,15 +132,12 @@ def test_files_are_written_after_those_they_must_come_after(folder: Path, tmp_pa
     written: list[str] = []
 
     class Order:
-        def map_jobs(self, work, jobs, progress, download) -> Iterator[ShardResult]:  # type: ignore[no-untyped-def]
-            for result in runners.find("local").map_jobs(work, jobs, progress, download):
+        def map_jobs(self, work, jobs, progress, common) -> Iterator[ShardResult]:  # type: ignore[no-untyped-def]
+            for result in local.map_jobs(work, jobs, progress, common):
                 written.append(result.filename)
                 yield result
 
-    with pytest.MonkeyPatch.context() as patched:
-        find = runners.find
-        patched.setattr("ernie_quant.runners.find", lambda name: Order() if name == "order" else find(name))
-        run_plan(replace(plan, shards=backwards), tmp_path / "out", runner="order")
+    run_plan(replace(plan, shards=backwards), tmp_path / "out", runner=Order())
     assert written == names[::-1]
     run_plan(plan, tmp_path / "plain/out")
     weights = {n: d for n, d in contents(tmp_path / "out").items() if n.endswith(".safetensors")}

@@ -35,6 +35,7 @@ LINES = {
     "quantize": "SRC OUT --recipe RULES",
     "dequantize": "CONTAINER OUT --to pt",
     "reshard": "CONTAINER OUT --tp 1",
+    "merge": "CONTAINER",
     "verify": "CONTAINER",
     "report": "CONTAINER --out PAGE",
     "eval": "SPOKEN --text BOOK --tokens 511",

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from ernie_quant import writers
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.rtn import RoundToNearest
-from ernie_quant.disk import write_file
+from ernie_quant.disk import drop_partials, own_partial_of, write_file
 from ernie_quant.dtypes import dtype_name, torch_dtype
 from ernie_quant.planning.steps import Step
 from ernie_quant.runtimes import vllm
@@ -200,7 +201,8 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path, error: BaseException
     def fail() -> None:
         with writer(tmp_path / "model.safetensors", SPECS) as shard:
             shard.write("a", TENSORS["a"])
-            assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors.partial"]
+            assert [p.name for p in tmp_path.iterdir()] == [shard.partial.name]
+            assert shard.partial != own_partial_of(shard.path) != own_partial_of(shard.path)
             raise error
 
     before = open_files()
@@ -261,7 +263,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_data_are_durable_before_the_name_is_and_the_name_before_we_go_on(tmp_path: Path, calls: list[str]) -> None:
     write_all(tmp_path / "m.safetensors")
-    assert calls == ["write"] * 5 + ["fsync file", "m.safetensors.partial -> m.safetensors", "fsync folder"]
+    assert calls[:6] + calls[7:] == ["write"] * 5 + ["fsync file", "fsync folder"]
+    assert re.fullmatch(r"m\.[0-9a-f]{8}\.safetensors\.partial -> m\.safetensors", calls[6])
 
 
 def test_small_files_take_the_same_way(tmp_path: Path, calls: list[str]) -> None:
@@ -276,3 +279,14 @@ def test_short_writes_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pyte
     sha256 = write_all(tmp_path / "model.safetensors")
     assert exact(safe_read(tmp_path / "model.safetensors")) == exact(TENSORS)
     assert sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_partial_files_of_a_file_are_known_by_their_names(tmp_path: Path) -> None:
+    """And those of others are left alone, as another process may be writing them."""
+    mine, long, other = (tmp_path / f"{stem}.safetensors" for stem in ("model-1", "m" * 230, "model-10"))
+    partials = {path: own_partial_of(path) for path in (mine, long, other)}
+    assert all(len(partial.name) < 255 for partial in partials.values())
+    for partial in (*partials.values(), tmp_path / "model-1.safetensors.partial", tmp_path / "model-1.gguf.partial"):
+        partial.touch()
+    drop_partials([mine, long, tmp_path / "none" / "model-1.safetensors"])
+    assert {path.name for path in tmp_path.iterdir()} == {partials[other].name, "model-1.gguf.partial"}

@@ -128,6 +128,11 @@ class Shard:
         return {ref.file for view in views for ref in build.refs(view)}
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """All that it reads."""
+        return (*self.needs, *sorted(self.statistics_files - {*self.needs}))
+
+    @property
     def stacks(self) -> dict[str, int]:
         """Stored tensors that hold several weights, and how many."""
         return stacks_of(self.steps)

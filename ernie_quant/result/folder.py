@@ -27,11 +27,14 @@ from ernie_quant.result import room
 from ernie_quant.threads import Progress, in_proportion
 
 BEGUN, SWEPT = "plan.json", "swept.json"  # in the private state: what was begun; the manifest of a result that is dropped
+LOCK, PREPARING, SHARE = "lock", "preparing", "share-"  # of the whole folder, of its beginning, of a share
 JUST_FINISHED = "another run has just finished here; run the same command again"
 
 
 class OutputFolder:
     """The folder that a plan is written to. `begin` decides whether it may be, and locks it; `finish` completes it."""
+
+    SHARED = False  # does it lock the folder for itself alone?
 
     def __init__(self, path: Path) -> None:
         self.path, self.state = path, path / STATE
@@ -85,10 +88,10 @@ class OutputFolder:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """One run at a time; the lock of a dead run vanishes with it. Raises RetryError or OutputError."""
-        place = self.state / "lock"
+        place = self.state / LOCK
         with ExitStack() as stack:
             try:
-                file = stack.enter_context(hold(place, f"{self.path}: another run is at work in this folder"))
+                file = stack.enter_context(hold(place, self._busy(), shared=self.SHARED))
             except FileNotFoundError:
                 raise RetryError(f"{self.path}: {JUST_FINISHED}") from None
             except OSError as error:
@@ -96,6 +99,9 @@ class OutputFolder:
             if not (place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat())):
                 raise RetryError(f"{self.path}: {JUST_FINISHED}")  # between our two steps, and swept its lock
             yield
+
+    def _busy(self) -> str:
+        return f"{self.path}: another run is at work in this folder"
 
     def _check_complete(self, plan: Plan) -> None:
         """Is the finished result that of this plan, and all there? Raises OutputError."""
@@ -121,13 +127,12 @@ class OutputFolder:
     def _prepare(self, plan: Plan, restart: bool) -> None:
         """Go on with what was begun, or begin. Raises OutputError or RetryError."""
         # mtimes, because equal sizes and headers are not yet equal weights; private, as they say nothing about the result
-        stamps = {} if plan.source.downloader else plan.source.stamps
-        times = {plan.source.name_of(path): stamp.mtime_ns for path, stamp in stamps.items()}
+        times = {plan.source.name_of(path): stamp.mtime_ns for path, stamp in plan.source.changeable.items()}
         now = {**plan.identity, "libraries": libraries(), "mtime_ns": times}
         begun = self.state / BEGUN
         if begun.is_file() and not restart:
             self._refuse("holds the beginning of another plan", read_object(begun).get("identity"), now)
-            _unlink(path for folder in (*weight_folders(self.path), self.state) for path in folder.glob(f"*{PARTIAL}"))
+            self._drop_partials(plan)
         else:
             self._sweep()
         files = [
@@ -138,6 +143,9 @@ class OutputFolder:
             write_file(begun, dumps({"identity": now, "copied": copied}).encode())
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def _drop_partials(self, plan: Plan) -> None:
+        _unlink(path for folder in (*weight_folders(self.path), self.state) for path in folder.glob(f"*{PARTIAL}"))
 
     def _sweep(self) -> None:
         """Remove what a run writes, and nothing else; from the first step on the folder is not complete."""
@@ -157,7 +165,7 @@ class OutputFolder:
         for place in (self.unsplit, self.calibration):
             shutil.rmtree(place, ignore_errors=True)
         fsync_folder(self.path)
-        _unlink(p for p in self.state.iterdir() if p.name not in ("lock", SWEPT))
+        _unlink(p for p in self.state.iterdir() if p.name not in (LOCK, PREPARING, SWEPT) and not p.name.startswith(SHARE))
         (self.state / SWEPT).unlink(missing_ok=True)
 
     def _copied(self) -> set[str]:
@@ -185,13 +193,13 @@ class OutputFolder:
 
     def drop_state(self) -> None:
         """The lock last: another run may come at any moment, and may finish what this one begins here."""
-        for path in [p for p in self.state.iterdir() if p.name != "lock"]:
+        for path in [p for p in self.state.iterdir() if p.name != LOCK]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
         with suppress(OSError):
-            (self.state / "lock").unlink()
+            (self.state / LOCK).unlink()
             self.state.rmdir()
         fsync_folder(self.path)
 

@@ -11,13 +11,14 @@ from ernie_quant.planning.reshard import check_size, make_reshard_plan, shared_i
 from ernie_quant.planning.steps import Plan
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.whole import Each, RunResult, finished_before, run_plan, write_all
+from ernie_quant.runners import Runner, local
 from ernie_quant.sources import open_source
 from ernie_quant.threads import Progress, Watch, in_proportion
 
 
 def run_shared(
     plan: Plan, out: Path, tp: int, *, workers: int, restart: bool, progress: Progress, disk_budget: int | None = None,
-    space_check: bool = True, watch: Watch = lambda *_: None, each: Each = lambda _: None,
+    space_check: bool = True, watch: Watch = lambda *_: None, each: Each = lambda _: None, runner: Runner = local,
     device: str = CPU,
 ) -> RunResult:  # fmt: skip
     """Quantize once and unsplit, in the private state of `out`, then share among `tp` ranks as `reshard` would.
@@ -31,14 +32,15 @@ def run_shared(
         if complete:
             return finished_before(plan, folder)
         how: dict[str, Any] = {"workers": workers, "disk_budget": disk_budget, "space_check": space_check}
-        how |= {"watch": watch, "each": each, "device": device}
+        how |= {"watch": watch, "each": each, "runner": runner, "device": device}
         unsplit = replace(plan, copies=())  # they are copied once, at the end
         quantized = run_plan(unsplit, folder.unsplit, progress=progress, **how)
         if quantized.complete_before:
             progress(plan.nbytes_in)
         ranked = make_reshard_plan(open_source(folder.unsplit), tp, known=known, shard_bytes=plan.shard_bytes)
         share = in_proportion(progress, ranked.nbytes_in, plan.nbytes)
-        return write_all(replace(ranked, quantized_by=plan, copies=plan.copies), folder, workers, progress=share, each=each)
+        ranked = replace(ranked, quantized_by=plan, copies=plan.copies)
+        return write_all(ranked, folder, workers, progress=share, runner=runner, each=each)
 
 
 def shared_bytes(plan: Plan, tp: int) -> int:

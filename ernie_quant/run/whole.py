@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ernie_quant import runners
 from ernie_quant.checkpoint import Stamp
 from ernie_quant.devices import CPU, found
-from ernie_quant.planning.steps import Plan, ShardJob, in_order
-from ernie_quant.reporting.rows import TensorReport
+from ernie_quant.disk import drop_partials
+from ernie_quant.planning.steps import Plan, Shard, ShardJob, in_order
+from ernie_quant.reporting.rows import ShardResult, TensorReport
 from ernie_quant.result.carry import changed_since
 from ernie_quant.result.finish import finish
 from ernie_quant.result.folder import OutputFolder
 from ernie_quant.run.shard import run_shard
+from ernie_quant.runners import Common, Runner, local
 from ernie_quant.threads import Progress, Watch, default_workers
 
 
@@ -51,13 +53,13 @@ Each = Callable[[FileDone], None]  # is told of every file
 
 def run_plan(
     plan: Plan, out: Path, *, workers: int = 0, restart: bool = False, disk_budget: int | None = None,
-    progress: Progress = lambda _: None, runner: str = "local", space_check: bool = True, watch: Watch = lambda *_: None,
+    progress: Progress = lambda _: None, runner: Runner = local, space_check: bool = True, watch: Watch = lambda *_: None,
     each: Each = lambda _: None, device: str = CPU,
 ) -> RunResult:  # fmt: skip
     """Write the whole result to `out`, or what is left of it. Raises OutputError, RetryError or CheckpointError.
 
     `workers`: threads per file, 0 for as many as there are processors, at most 8. `disk_budget`: bytes of a hub's files
-    that may lie on disk at a time. `runner`: a file of `ernie_quant.runners`. `space_check`: must the disk have room for it?
+    that may lie on disk at a time. `runner`: where files are written. `space_check`: must the disk have room for it?
     `watch` is told which layer and expert is calibrated, `each` of every file that is finished.
     `device`: `cpu`, `cuda` or `cuda:1`.
     """
@@ -88,28 +90,46 @@ def finished_before(plan: Plan, folder: OutputFolder) -> RunResult:
 
 def write_all(
     plan: Plan, folder: OutputFolder, workers: int = 0, disk_budget: int | None = None,
-    progress: Progress = lambda _: None, runner: str = "local", each: Each = lambda _: None, device: str = CPU,
+    progress: Progress = lambda _: None, runner: Runner = local, each: Each = lambda _: None, device: str = CPU,
 ) -> RunResult:  # fmt: skip
     """The files of `plan` that are not finished yet, in a folder that was begun, and what completes it."""
     plan.origin.bring(plan.copies)
-    results = {shard.filename: known for shard in plan.shards if (known := folder.finished(shard, progress)) is not None}
-    before = len(results)
-    left = in_order([shard for shard in plan.shards if shard.filename not in results])
-    work = functools.partial(run_shard, folder=folder.path, workers=workers or default_workers())
-    with plan.source.download([shard.needs for shard in left], disk_budget) as download:
-        stamps = {**download.stamps, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
-        jobs = [ShardJob(shard, plan.runtime, plan.metadata_of(shard), stamps, device) for shard in left]
-        then, sizes = time.monotonic(), {shard.filename: shard.nbytes_in for shard in left}
-        for result in runners.find(runner).map_jobs(work, jobs, progress, download):
-            results[result.filename] = result
-            folder.record(result)
-            now = time.monotonic()
-            done = (len(results), len(plan.shards), sizes[result.filename], result.nbytes, now - then)
-            each(FileDone(result.filename, *done))
-            then = now
+    results, before = write_files(plan, plan.shards, folder, workers, disk_budget, progress, runner, each, device)
     ordered = [results[shard.filename] for shard in plan.shards]
     reports = plan.reports
     if reports is None:
         reports = tuple(row for result in ordered for row in result.reports)
     plan = finish(folder, plan, ordered, reports)
     return RunResult(plan, complete_before=False, reports=reports, files_before=before)
+
+
+def write_files(
+    plan: Plan, shards: Sequence[Shard], folder: OutputFolder, workers: int, disk_budget: int | None, progress: Progress,
+    runner: Runner, each: Each, device: str = CPU,
+) -> tuple[dict[str, ShardResult], int]:  # fmt: skip
+    """Those of `shards` that are not finished yet; what became of all of them, and how many were finished before."""
+    results = {shard.filename: known for shard in shards if (known := folder.finished(shard, progress)) is not None}
+    before = len(results)
+    left = in_order([shard for shard in shards if shard.filename not in results])
+    work = functools.partial(run_shard, folder=folder.path)
+    stamps = {**plan.source.changeable, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
+    jobs = [
+        ShardJob(
+            shard, plan.runtime, plan.metadata_of(shard), {file: stamps[file] for file in shard.files if file in stamps}, device
+        )
+        for shard in left
+    ]
+    common = Common(plan.source, folder.path, workers, disk_budget)
+    then, sizes = time.monotonic(), {shard.filename: shard.nbytes_in for shard in left}
+    try:
+        with closing(runner.map_jobs(work, jobs, progress, common)) as written:
+            for result in written:
+                results[result.filename] = result
+                folder.record(result)
+                now = time.monotonic()
+                done = (len(results), len(shards), sizes[result.filename], result.nbytes, now - then)
+                each(FileDone(result.filename, *done))
+                then = now
+    finally:  # of processes that were killed
+        drop_partials(folder.path / shard.filename for shard in left)
+    return results, before

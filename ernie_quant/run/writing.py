@@ -17,6 +17,7 @@ from ernie_quant.run.memory import suit
 from ernie_quant.run.outcome import Result, planned, result_of
 from ernie_quant.run.shared import run_shared
 from ernie_quant.run.whole import FileDone, run_plan
+from ernie_quant.runners import Runner, local
 from ernie_quant.settings import parse_size
 
 Path_ = str | os.PathLike[str]
@@ -30,7 +31,8 @@ class Writing(TypedDict, total=False):
     `dry_run`: plan and check everything, write nothing. `restart`: drop what an earlier run left there. `workers`: threads
     (one per processor, at most 8). `max_shard_size`, `disk_budget`: bytes, or text such as `5GB`. `copy`: patterns of more
     files of the source to carry along; `copy_code`: its Python files too. `progress` is called with bytes that are done,
-    `each` after every file. `follow_links`: read files that links in the source lead to.
+    `each` after every file. `follow_links`: read files that links in the source lead to. `runner`: where files are written;
+    on a Ray cluster it is `ernie_quant.runners.ray.Cluster("auto")`.
     """
 
     dry_run: bool
@@ -44,6 +46,7 @@ class Writing(TypedDict, total=False):
     follow_links: bool
     progress: Callable[[int], None]
     each: Callable[[FileDone], None]
+    runner: Runner
 
 
 def split(options: Mapping[str, Any]) -> tuple[Writing, dict[str, Any], dict[str, Any]]:
@@ -86,7 +89,7 @@ def run(plan: Plan, out: Path_, how: Writing, tp: int = 1, device: str = CPU) ->
     options: dict[str, Any] = {
         "workers": how.get("workers", 0), "restart": how.get("restart", False), "space_check": how.get("space_check", True),
         "disk_budget": None if budget is None else parse_size(budget), "progress": how.get("progress", lambda _: None),
-        "each": how.get("each", lambda _: None), "device": device,
+        "each": how.get("each", lambda _: None), "runner": how.get("runner", local), "device": device,
     }  # fmt: skip
     done = run_shared(plan, Path(out), tp, **options) if tp > 1 else run_plan(plan, Path(out), **options)
     return result_of(done, Path(out))

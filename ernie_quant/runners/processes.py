@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from ernie_quant.checkpoint import Download, OnDisk
+from ernie_quant.checkpoint import OnDisk
 from ernie_quant.planning.steps import ShardJob
-from ernie_quant.runners import Result, Work
-from ernie_quant.threads import Progress, ordered
+from ernie_quant.runners import Common, Result, Work
+from ernie_quant.threads import Progress, default_workers, ordered
 
 THREADS = 4  # about so many can work on one file before they wait for each other
 
 
-def map_jobs(work: Work[Result], jobs: Sequence[ShardJob], progress: Progress, download: Download) -> Iterator[Result]:
+def map_jobs(
+    work: Work[Result], jobs: Sequence[ShardJob], progress: Progress, common: Common
+) -> Generator[Result, None, None]:  # fmt: skip
     """A thread for each job that is at work waits for its files and for its process, so that nothing waits for us here:
     a job's files may have no room on disk before an older one is done with its own."""
-    processes = max(2, (os.cpu_count() or 1) // THREADS)
+    processes, threads = max(2, (os.cpu_count() or 1) // THREADS), common.workers or default_workers()
     ended = {job.shard.filename: threading.Event() for job in jobs}
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with (
+        common.source.download([job.shard.needs for job in jobs], common.disk_budget) as download,
+        ProcessPoolExecutor(processes, get_context("spawn")) as pool,
+    ):
 
         def one(job: ShardJob) -> Result:
             try:
@@ -29,7 +34,7 @@ def map_jobs(work: Work[Result], jobs: Sequence[ShardJob], progress: Progress, d
                     if name in ended:
                         ended[name].wait()
                 places = {path: download.path(path) for path in job.shard.needs}
-                return pool.submit(_in_child, work, job, OnDisk(job.stamps, places)).result()
+                return pool.submit(_in_child, work, job, threads, OnDisk(job.stamps, places)).result()
             finally:
                 ended[job.shard.filename].set()
 
@@ -39,5 +44,5 @@ def map_jobs(work: Work[Result], jobs: Sequence[ShardJob], progress: Progress, d
             yield result
 
 
-def _in_child(work: Work[Result], job: ShardJob, download: OnDisk) -> Result:
-    return work(job, progress=lambda _: None, download=download)
+def _in_child(work: Work[Result], job: ShardJob, threads: int, download: OnDisk) -> Result:
+    return work(job, workers=threads, progress=lambda _: None, download=download)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ernie_quant import plugins
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.disk import CHUNK, PARTIAL, fsync, fsync_folder, naming
+from ernie_quant.disk import CHUNK, fsync, fsync_folder, naming, own_partial_of
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, specs: Specs, layout: FileLayout, stacks: Iterable[str] = ()) -> None:
         self.path, self.nbytes = path, layout.nbytes
-        self.partial = path.with_name(path.name + PARTIAL)
+        self.partial = own_partial_of(path)
         self._regions: dict[tuple[str, int | None], _Region] = {}
         for name in sorted(specs, key=layout.starts.__getitem__):
             stacked = name in stacks

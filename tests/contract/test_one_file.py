@@ -99,7 +99,7 @@ def test_a_codec_with_statistics_a_runtime_of_stacks_a_format_and_a_runner(
     plan = make_plan(source, runtime="boxer", recipe=rules, statistics=statistics, shard_bytes=40_000)
     assert len(plan.shards) > 2
     assert plan.tp_sizes == (1, 2, 4)
-    result = run_plan(plan, tmp_path / "out", runner="backwards", workers=3)
+    result = run_plan(plan, tmp_path / "out", runner=runners.find("backwards"), workers=3)
 
     files = sorted((tmp_path / "out").glob("*.box"))
     assert [f.name for f in files] == [shard.filename for shard in plan.shards]
@@ -123,7 +123,7 @@ def test_a_codec_with_statistics_a_runtime_of_stacks_a_format_and_a_runner(
             assert reports[name].bytes == weight.numel() + 4 * sum(weight.shape)  # its own share of the stack
     assert {name for name in stored if ".experts." not in name} == plain.keys() - set(experts)
 
-    run_plan(plan, tmp_path / "again", runner="local", workers=1)
+    run_plan(plan, tmp_path / "again", workers=1)
     assert [f.read_bytes() for f in files] == [(tmp_path / "again" / f.name).read_bytes() for f in files]
 
 

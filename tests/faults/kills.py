@@ -3,12 +3,14 @@
 python tests/faults/kills.py                   # all of it
 python tests/faults/kills.py --kills 200       # SIGKILL at random moments
 python tests/faults/kills.py --every 1         # SIGKILL before each single file operation, with --restart too
+python tests/faults/kills.py --ray 20          # SIGKILL of runs on a Ray cluster of two nodes, and of its workers
 python tests/faults/kills.py --signals 40 --two 40 --clock 20 --changes --commands wint4 wint2
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -17,11 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import count, cycle
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers.clusters import at_work, nodes
 
 from faults._bench import (
     COMMANDS,
@@ -228,6 +233,44 @@ def result_of(out: Path) -> dict[str, tuple[int, int]]:
     return {name: stamp for name, stamp in stamps(out.parent).items() if name in visible({name: b""})}
 
 
+# --- a Ray cluster ---------------------------------------------------------------------------------------------------
+
+
+def kill_on_ray(bench: Bench, name: str, rng: random.Random, tally: Tally) -> None:
+    """A worker is killed, whose file is written again; or the command, and the next one, with Ray or without, goes on at
+    once, beside workers that have not heard of it."""
+    out, whom = bench.fresh(), rng.choice(("the command", "a worker"))
+    run = bench.start(name, out, "--ray", "auto", "--workers", 1)
+    patience = time.monotonic() + 60
+    while not (working := at_work()) and not (out.parent / MANIFEST).exists() and time.monotonic() < patience:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, bench.reference(name).seconds))
+    if whom == "the command":
+        run.send(signal.SIGKILL)
+    elif working := at_work() or working:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(working), signal.SIGKILL)
+            tally.stopped += 1
+    outcome, problems = run.wait(), []
+    if whom == "the command" and outcome.code == -signal.SIGKILL:
+        tally.stopped += 1
+        again = bench.run(name, out, *rng.choice(((), ("--ray", "auto"))))
+        problems = [f"the same command: {again}"] if again.code else []
+    elif outcome.code:
+        problems = [f"{whom} was killed: {outcome}"]
+    done(out, tally, problems, is_result(bench, name, out), f"kill -9 of {whom} of a Ray cluster")
+
+
+def all_on_ray(bench: Bench, names: list[str], kills: int, seed: int) -> list[Tally]:
+    """So many kills, over the commands in turn."""
+    tallies = {name: Tally(name) for name in names}
+    for trial, name in enumerate(cycle(names)):
+        if sum(t.stopped for t in tallies.values()) >= kills:
+            return list(tallies.values())
+        kill_on_ray(bench, name, random.Random(seed * 100_003 + trial), tallies[name])
+    raise AssertionError
+
+
 # --- a source that changes -------------------------------------------------------------------------------------------
 
 
@@ -323,12 +366,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--signals", type=int, metavar="N", help="SIGTERM or SIGINT at N random moments [60]")
     parser.add_argument("--two", type=int, metavar="N", help="N pairs of runs at once [60]")
     parser.add_argument("--clock", type=int, metavar="N", help="N kills, and a clock that goes backwards [30]")
+    parser.add_argument("--ray", type=int, metavar="N", help="kill -9 of a run on a Ray cluster, or of a worker, N times [20]")
     parser.add_argument("--changes", action="store_true", help="sources that change under the run")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to work [a temporary folder]")
     found = parser.parse_args()
-    if not any((found.kills, found.every, found.signals, found.two, found.clock, found.changes)):
+    if not any((found.kills, found.every, found.signals, found.two, found.clock, found.ray, found.changes)):
+        found.ray = 20 if find_spec("ray") else 0
         found.kills, found.every, found.signals, found.two, found.clock, found.changes = 200, 5, 60, 60, 30, True
     return found
 
@@ -338,7 +383,10 @@ def main() -> int:
     asked = arguments()
     names, failed = asked.commands, 0
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="ernie-quant-faults-"))
-    with Bench(folder) as bench:
+    with contextlib.ExitStack() as stack:
+        if asked.ray:
+            stack.enter_context(nodes())
+        bench = stack.enter_context(Bench(folder))
         for title, wanted, work in (
             ("kill -9 at random moments", asked.kills, lambda: all_kills(bench, names, asked.kills, asked.seed)),
             ("kill -9 before a file operation", asked.every, lambda: all_moments(bench, names, asked.every)),
@@ -347,6 +395,7 @@ def main() -> int:
             ("two runs at once", asked.two, lambda: all_twos(bench, names, asked.two, asked.seed)),
             ("one run stands still, another comes", asked.every, lambda: all_stand_stills(bench, names, asked.every)),
             ("clock going backwards", asked.clock, lambda: all_kills(bench, names, asked.clock, asked.seed, another_year)),
+            ("on a Ray cluster", asked.ray, lambda: all_on_ray(bench, names, asked.ray, asked.seed)),
             ("the source changes", asked.changes, lambda: all_changes(bench, names)),
         ):
             if wanted:

@@ -56,7 +56,7 @@ def writes(hub: LoopbackHub) -> list[Request]:
 
 def files_of(cache: Path) -> list[Path]:
     """Weight files, or parts of some, that lie in the cache."""
-    return [p for folder in cache.glob("*/*/files") for p in folder.rglob("*") if p.is_file()]
+    return [p for folder in cache.glob("*/*/**/files") for p in folder.rglob("*") if p.is_file()]
 
 
 def same_result(out: Path, local: dict[str, bytes]) -> bool:

@@ -29,7 +29,7 @@ from ernie_quant.hubs.hf import publish as hf_publish
 from ernie_quant.hubs.hf import read as hf
 from ernie_quant.hubs.modelscope import publish as modelscope_publish
 from ernie_quant.hubs.modelscope import read as modelscope
-from ernie_quant.runners import Runner, local, processes
+from ernie_quant.runners import Runner, local, processes, ray
 from ernie_quant.runtimes import Runtime, fastdeploy, llama_cpp, transformers, vllm
 from ernie_quant.writers import Format, gguf, safetensors
 
@@ -39,7 +39,7 @@ CODECS: tuple[Codec, ...] = (
     *q3_k.EXAMPLES, *q2_k.EXAMPLES, *q5_0.EXAMPLES, *q5_1.EXAMPLES, *q4_0.EXAMPLES, *iq4_nl.EXAMPLES, *iq4_xs.EXAMPLES,
 )  # fmt: skip
 FORMATS: tuple[Format, ...] = (gguf, safetensors)
-RUNNERS: tuple[Runner, ...] = (local, processes)
+RUNNERS: tuple[Runner, ...] = (local, processes, ray)
 RUNTIMES: tuple[Runtime, ...] = (fastdeploy, llama_cpp, transformers, vllm)
 
 

@@ -13,6 +13,7 @@ from helpers.hubs import NAME, least_budget
 from ernie_quant.planning.make import make_plan
 from ernie_quant.planning.steps import ShardJob
 from ernie_quant.run.whole import run_plan
+from ernie_quant.runners import processes
 from ernie_quant.sources import open_source
 
 
@@ -24,7 +25,7 @@ def test_processes_read_from_a_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     jobs = [ShardJob(shard, plan.runtime, plan.metadata, {}) for shard in plan.shards]
     assert [pickle.loads(pickle.dumps(job)) for job in jobs] == jobs
     run_plan(plan, tmp_path / "one/out")
-    run_plan(plan, tmp_path / "many/out", runner="processes", workers=1)
+    run_plan(plan, tmp_path / "many/out", runner=processes, workers=1)
     assert contents(tmp_path / "many/out") == contents(tmp_path / "one/out")
     assert list((tmp_path / "cache").rglob("files/*")) == []
 
@@ -36,6 +37,6 @@ def test_processes_wait_for_room_on_disk_and_not_for_each_other(hub: LoopbackHub
     plan = make_plan(open_source(f"hf://{NAME}"), runtime="vllm", shard_bytes=100_000)
     assert min(len(shard.needs) for shard in plan.shards) >= 1
     assert max(len(shard.needs) for shard in plan.shards) >= 2
-    run_plan(plan, tmp_path / "many/out", runner="processes", workers=1, disk_budget=least_budget(plan))
+    run_plan(plan, tmp_path / "many/out", runner=processes, workers=1, disk_budget=least_budget(plan))
     run_plan(plan, tmp_path / "one/out")
     assert contents(tmp_path / "many/out") == contents(tmp_path / "one/out")

@@ -1,10 +1,8 @@
 """A runner that begins with the last file."""
 
 
-def map_jobs(work, jobs, progress, download):
-    results = {}
-    for number, job in reversed(list(enumerate(jobs))):
-        results[number] = work(job, progress=progress, download=download)
-        download.done(number)
-    for number in range(len(jobs)):
-        yield results[number]
+def map_jobs(work, jobs, progress, common):
+    with common.source.download([job.shard.needs for job in jobs[::-1]], common.disk_budget) as download:
+        for number, job in enumerate(jobs[::-1]):
+            yield work(job, workers=common.workers or 1, progress=progress, download=download)
+            download.done(number)
