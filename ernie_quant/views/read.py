@@ -47,7 +47,6 @@ def read(view: View, files: Files, rows: tuple[int, int] | None = None, device: 
 
 
 def _read_box(view: View, files: Files, box: Box, device: str) -> torch.Tensor:
-    import torch
 
     match view:
         case T(base):
@@ -65,7 +64,7 @@ def _read_box(view: View, files: Files, box: Box, device: str) -> torch.Tensor:
                 if first < last:
                     pieces.append(_read_box(part, files, (*box[:axis], (first, last), *box[axis + 1 :]), device))
                 at += part.shape[axis]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
+            return pieces[0] if len(pieces) == 1 else _joined(pieces, axis)
         case Replicated(copies):
             original = _read_box(copies[0], files, box, device)
             for copy in copies[1:]:
@@ -87,6 +86,15 @@ def _read_box(view: View, files: Files, box: Box, device: str) -> torch.Tensor:
             return _read_decoded(source, files, box, device)
         case Leaf(ref):
             return _read_leaf(ref, TensorSpec(view.shape, view.dtype), files, box, device)
+
+
+def _joined(pieces: list[torch.Tensor], axis: int) -> torch.Tensor:
+    """Transposed matrices are joined as they lie in memory: what follows may want them so, or transposes them once."""
+    import torch
+
+    if all(piece.dim() == 2 and piece.t().is_contiguous() and not piece.is_contiguous() for piece in pieces):
+        return torch.cat([piece.t() for piece in pieces], dim=1 - axis).t()
+    return torch.cat(pieces, dim=axis)
 
 
 def _read_decoded(source: Readable, files: Files, box: Box, device: str) -> torch.Tensor:

@@ -11,7 +11,9 @@ import math
 import os
 import sys
 import zlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 Specs = Mapping[str, TensorSpec]
+MOST_BEHIND = 2  # writes whose hash is not done: they hold their memory
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,14 @@ def joint_crc32(parts: Iterable[int]) -> str:
 
 @dataclass
 class _Region:
-    """The bytes that one weight has of a stored tensor: all of them, or its share of a stack."""
+    """The bytes that one weight has of a stored tensor: all of them, or its share of a stack.
+
+    `unwritten` and `missing`: how many are not in the file yet, and how many the hash has not heard of.
+    """
 
     spec: TensorSpec
     start: int
+    unwritten: int
     missing: int
     crc32: int = 0
 
@@ -112,7 +119,7 @@ class _Region:
 class ShardWriter:
     """One output file. `write` in any order; `close` completes it; leaving with an error drops it.
 
-    `stacks`: tensors in which several weights lie one after the other. The hash follows the writes
+    `stacks`: tensors in which several weights lie one after the other. The hash follows the writes, in a thread of its own,
     while they come in file order, and reads back (from the page cache) the little that came early.
     """
 
@@ -125,11 +132,12 @@ class ShardWriter:
             spec = (TensorSpec(specs[name].shape[1:], specs[name].dtype) if stacked else specs[name]).held
             for index in range(specs[name].shape[0]) if stacked else [None]:
                 start = layout.starts[name] + (index or 0) * spec.nbytes
-                self._regions[name, index] = _Region(spec, start, spec.nbytes)
+                self._regions[name, index] = _Region(spec, start, spec.nbytes, spec.nbytes)
         self._order = iter(self._regions.values())
         self._next: _Region | None = next(self._order, None)
         self._hash = hashlib.sha256(layout.head)
         self._hashed = len(layout.head)
+        self._hasher, self._behind = ThreadPoolExecutor(1), deque[Future[None]]()
         self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             self._put(memoryview(layout.head), 0)
@@ -145,6 +153,7 @@ class ShardWriter:
             self._drop()
 
     def _drop(self) -> None:
+        self._hasher.shutdown(cancel_futures=True)  # it reads the file
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -163,15 +172,25 @@ class ShardWriter:
         wanted = (*shape[:axis], tensor.shape[axis] if shape else 0, *shape[axis + 1 :]) if shape else ()
         assert (tuple(tensor.shape), dtype_name(tensor.dtype)) == (wanted, spec.dtype), (name, tensor.shape, tensor.dtype, spec)
         data = as_bytes(tensor)
-        assert len(data) <= region.missing, f"{name}: written twice"
+        assert len(data) <= region.unwritten, f"{name}: written twice"
         step = spec.nbytes // max(1, math.prod(shape[: axis + 1]))  # bytes per index along the axis
         at = region.start + first * step
         outer = math.prod(shape[:axis])
         run, row = len(data) // max(1, outer), step * math.prod(shape[axis : axis + 1])
         for i in range(outer):
             self._put(data[i * run : (i + 1) * run], at + i * row)
+        region.unwritten -= len(data)
+        self._wait_for_hash(MOST_BEHIND - 1)
+        self._behind.append(self._hasher.submit(self._account, region, data, at, outer == 1))
+
+    def _wait_for_hash(self, behind: int) -> None:
+        while len(self._behind) > behind:
+            self._behind.popleft().result()
+
+    def _account(self, region: _Region, data: memoryview, at: int, whole: bool) -> None:
+        """The hash's part of a write that has been done; `whole`: its bytes are neighbours in the file."""
         region.missing -= len(data)
-        if at == self._hashed and outer == 1:
+        if at == self._hashed and whole:
             self._digest(region, data)
         self._catch_up()
 
@@ -207,14 +226,16 @@ class ShardWriter:
 
     def close(self) -> str:
         """Make the file durable under its final name; its sha256."""
-        unwritten = [name for (name, _), region in self._regions.items() if region.missing]
+        unwritten = [name for (name, _), region in self._regions.items() if region.unwritten]
         assert not unwritten, f"{self.path.name}: not written: {unwritten[:3]}"
+        self._wait_for_hash(0)
         self._skip_to(self.nbytes)
         assert self._hashed == self.nbytes, f"{self.path.name}: {self._hashed} of {self.nbytes} bytes hashed"
         with naming(self.path):
             if os.fstat(self._fd).st_size < self.nbytes:  # zeros at the end
                 os.ftruncate(self._fd, self.nbytes)
             fsync(self._fd)
+        self._hasher.shutdown()
         os.close(self._fd)
         self._fd = -1
         os.replace(self.partial, self.path)
