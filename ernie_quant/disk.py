@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -85,6 +85,21 @@ def fsync(fd: int) -> None:
     """Make a file durable, where its file system can do that."""
     with _passing(NO_FSYNC):
         os.fsync(fd)
+
+
+def crowds(nbytes: int) -> bool:
+    """Would files of that size push out what this machine has in its page cache? Half of its memory is what they may take."""
+    try:
+        return nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError):  # a system that does not tell
+        return False
+
+
+def leave_cache(fd: int) -> None:
+    """A file's pages are not needed any more; those that are not on disk yet stay. Only advice, where the system takes it."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def fsync_folder(folder: Path) -> None:

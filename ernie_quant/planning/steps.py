@@ -152,6 +152,7 @@ class ShardJob:
     metadata: Mapping[str, Any]
     stamps: Mapping[Path, Stamp]  # of the files it reads, as far as they may change
     device: str = CPU  # by its name for people: `cuda` means all that the process sees
+    once: bool = False  # must its files leave the page cache, because the run's would fill it?
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
     crew = Crew(job.device)
     with (
         one_torch_thread(),
-        Files(job.stamps, download.path) as files,
-        ShardWriter(path, shard.specs, layout, shard.stacks) as writer,
+        Files(job.stamps, download.path, once=job.once) as files,
+        ShardWriter(path, shard.specs, layout, shard.stacks, job.once) as writer,
     ):
         encoders = _Encoders(todo, files, CPU)  # statistics make large matrices, which every device would sum in another order
 

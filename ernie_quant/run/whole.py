@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ernie_quant.checkpoint import Stamp
 from ernie_quant.devices import CPU, found
-from ernie_quant.disk import drop_partials
+from ernie_quant.disk import crowds, drop_partials
 from ernie_quant.planning.steps import Plan, Shard, ShardJob, in_order
 from ernie_quant.reporting.rows import ShardResult, TensorReport
 from ernie_quant.result.carry import changed_since
@@ -113,10 +113,9 @@ def write_files(
     left = in_order([shard for shard in shards if shard.filename not in results])
     work = functools.partial(run_shard, folder=folder.path)
     stamps = {**plan.source.changeable, **{file: Stamp.of(file) for shard in left for file in shard.statistics_files}}
+    once = crowds(sum(shard.nbytes_in + sum(spec.nbytes for spec in shard.specs.values()) for shard in left))
     jobs = [
-        ShardJob(
-            shard, plan.runtime, plan.metadata_of(shard), {file: stamps[file] for file in shard.files if file in stamps}, device
-        )
+        ShardJob(shard, plan.runtime, plan.metadata_of(shard), {f: stamps[f] for f in shard.files if f in stamps}, device, once)
         for shard in left
     ]
     common = Common(plan.source, folder.path, workers, disk_budget)

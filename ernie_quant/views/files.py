@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ernie_quant.checkpoint import Extent, Stamp, TensorRef
+from ernie_quant.disk import leave_cache
 from ernie_quant.errors import CheckpointError
 from ernie_quant.views.buffers import Buffers
 
@@ -33,7 +34,8 @@ class Files:
     """Files that are open while they are read, at offsets: safe for several threads, closed together.
 
     A file of which there is a stamp must be the one that was stamped, whenever it is opened and when `check` is called.
-    `locate` tells where the bytes of a file lie, if not there. `most` files stay open, those that were read last.
+    `locate` tells where the bytes of a file lie, if not there. `most` files stay open, those that were read last. With `once`
+    a file that is closed leaves the page cache.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class Files:
         stamps: Mapping[Path, Stamp] | None = None,
         locate: Callable[[Path], Path] = lambda path: path,
         most: int = MOST_OPEN,
+        once: bool = False,
     ) -> None:
-        self._stamps, self._locate, self._most = stamps or {}, locate, most
+        self._stamps, self._locate, self._most, self._once = stamps or {}, locate, most, once
         self._open: dict[Path, _Open] = {}
         self._clock = 0
         self._read: set[Path] = set()
@@ -55,7 +58,7 @@ class Files:
 
     def __exit__(self, *_: object) -> None:
         for one in self._open.values():
-            os.close(one.fd)
+            self._close(one.fd)
         self._open.clear()
 
     @contextmanager
@@ -108,7 +111,12 @@ class Files:
         if (many := len(self._open) - self._most) > 0:
             idle = sorted((one.last, path) for path, one in self._open.items() if not one.readers)
             for _, path in idle[:many]:
-                os.close(self._open.pop(path).fd)
+                self._close(self._open.pop(path).fd)
+
+    def _close(self, fd: int) -> None:
+        if self._once:
+            leave_cache(fd)
+        os.close(fd)
 
     def check(self) -> None:
         """Are the files that were read still the same? Raises CheckpointError."""

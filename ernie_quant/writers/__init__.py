@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ernie_quant import plugins
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.disk import CHUNK, fsync, fsync_folder, naming, own_partial_of
+from ernie_quant.disk import CHUNK, fsync, fsync_folder, leave_cache, naming, own_partial_of
 
 if TYPE_CHECKING:
     import torch
@@ -120,11 +120,12 @@ class ShardWriter:
     """One output file. `write` in any order; `close` completes it; leaving with an error drops it.
 
     `stacks`: tensors in which several weights lie one after the other. The hash follows the writes, in a thread of its own,
-    while they come in file order, and reads back (from the page cache) the little that came early.
+    while they come in file order, and reads back (from the page cache) the little that came early. With `once` the file
+    leaves the cache when it is on disk.
     """
 
-    def __init__(self, path: Path, specs: Specs, layout: FileLayout, stacks: Iterable[str] = ()) -> None:
-        self.path, self.nbytes = path, layout.nbytes
+    def __init__(self, path: Path, specs: Specs, layout: FileLayout, stacks: Iterable[str] = (), once: bool = False) -> None:
+        self.path, self.nbytes, self._once = path, layout.nbytes, once
         self.partial = own_partial_of(path)
         self._regions: dict[tuple[str, int | None], _Region] = {}
         for name in sorted(specs, key=layout.starts.__getitem__):
@@ -207,6 +208,7 @@ class ShardWriter:
 
     def crc32(self, parts: Iterable[tuple[str, int | None]]) -> str:
         """`joint_crc32` of what a weight has of stored tensors: their names, and its number in each."""
+        self._wait_for_hash(0)
         return joint_crc32(self._regions[part].crc32 for part in sorted(parts, key=lambda part: (part[0], part[1] or 0)))
 
     def _catch_up(self) -> None:
@@ -235,6 +237,8 @@ class ShardWriter:
             if os.fstat(self._fd).st_size < self.nbytes:  # zeros at the end
                 os.ftruncate(self._fd, self.nbytes)
             fsync(self._fd)
+        if self._once:
+            leave_cache(self._fd)
         self._hasher.shutdown()
         os.close(self._fd)
         self._fd = -1
