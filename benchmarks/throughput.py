@@ -1,15 +1,16 @@
-"""Compare the speed and memory of quantizing with those of copying, and with llm-compressor's, on the same files.
+"""Compare the speed and memory of all that writes weights with those of copying, and with llm-compressor's, on the same files.
 
-python benchmarks/make_geometry.py 21b SRC --layers 3 --fill --format pt --shard-gb 2
-python benchmarks/throughput.py SRC --llm-compressor PYTHON
+python benchmarks/make_geometry.py 21b SRC --layers 3 --fill --format pt --shard-gb 1
+python benchmarks/throughput.py SRC [--llm-compressor PYTHON] [--only TEXT]
 
 SRC is a PT checkpoint in bf16 with routed experts, which alone are quantized. PYTHON is an interpreter that has
 llmcompressor installed; it needs its own environment. Outputs are written beside SRC and removed.
 
-Every leg is a process of its own, timed from its start to the end of a `sync`, imports included. The source is read
-once before each, so that all read from the page cache. Peak anonymous memory is that of the whole process tree,
-sampled every 20 ms. The error is measured here, for all tools alike, on a sample of experts read back from disk:
-||W - W'||^2 / ||W||^2, mean over tensors; ernie-quant's own report has to agree.
+Every leg is a process of its own, timed from its start to the end of a `sync`, imports included; what these take is a row
+too. The source is read once before each, so that all read from the page cache. Peak anonymous memory is that of the whole
+process tree, sampled every 20 ms. Of 4 and 8 bits the error is measured here, for all tools alike, on a sample of experts
+read back from disk: ||W - W'||^2 / ||W||^2, mean over tensors; ernie-quant's own report has to agree. That of WINT2 is the
+report's.
 """
 
 import argparse
@@ -61,6 +62,19 @@ class Row:
         return self.run_seconds + self.sync_seconds
 
 
+MEASURED, REPORTED = "measured", "reported"
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A command; where the error of what it writes comes from, if it has one; does it read what the one before wrote?"""
+
+    name: str
+    command: list[str]
+    error: str = ""
+    reads: bool = False
+
+
 def process_tree(pid: int) -> list[int]:
     """Return the process and all its descendants that are alive."""
     pids = [pid]
@@ -98,7 +112,7 @@ def run(command: list[str]) -> tuple[float, float, int]:
 
 def folder_bytes(folder: Path) -> int:
     """Return the bytes of all weight files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def read_once(folder: Path) -> None:
@@ -172,31 +186,52 @@ def check_report(out: Path, errors: dict[str, float]) -> None:
             raise SystemExit(f"{name}: report.json says {rows[name]:.4e}, the files say {error:.4e}")
 
 
-def measure(name: str, command: list[str], source: Path, out: Path) -> Row:
+def measure(leg: Leg, source: Path, out: Path) -> Row:
     """Run one leg and measure what it wrote."""
     read_once(source)
     os.sync()
-    took = run(command)
-    if name == "cp -r":
-        return Row(name, *took, folder_bytes(out), None)
-    errors = {tensor: rel_error(source, out, tensor) for tensor in sampled_experts(source)}
-    if name.startswith("ernie-quant"):
-        check_report(out, errors)
-    return Row(name, *took, folder_bytes(out), sum(errors.values()) / len(errors))
+    took = run(leg.command)
+    if leg.error == MEASURED:
+        errors = {tensor: rel_error(source, out, tensor) for tensor in sampled_experts(source)}
+        if leg.name.startswith("ernie-quant"):
+            check_report(out, errors)
+    elif leg.error == REPORTED:
+        rows = json.loads((out / "report.json").read_text())["tensors"]
+        errors = {row["name"]: row["rel_error"] for row in rows if EXPERT.fullmatch(row["name"])}
+    else:
+        errors = {}
+    return Row(leg.name, *took, folder_bytes(out), sum(errors.values()) / len(errors) if errors else None)
 
 
-def legs(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
-    """Return the command of every leg."""
-    source, group = str(args.source), [] if args.recipe == "fp8" else ["--group-size", "128"]
-    ours = [sys.executable, "-m", "ernie_quant", args.recipe, source, str(out), "--experts-only", *group, "--json"]
-    commands = {"cp -r": ["cp", "-r", source, str(out)], f"ernie-quant {args.recipe}": ours}
+def legs(args: argparse.Namespace, out: Path) -> list[Leg]:
+    """Return what is run, one after the other; legs that read a result come after the one that wrote it."""
+    source, program = str(args.source), [sys.executable, "-m", "ernie_quant"]
+
+    def ours(name: str, *options: str, error: str = MEASURED) -> Leg:
+        command, *rest = options
+        return Leg(f"ernie-quant {name}", [*program, command, source, str(out), *rest, "--json"], error)
+
+    found = [
+        Leg("importing torch and numba", [sys.executable, "-c", "import torch, numba"]),
+        Leg("cp -r", ["cp", "-r", source, str(out)]),
+        ours("convert", "convert", "--to", "paddle", error=""),
+        ours("wint4, absmax", "wint4", "--experts-only", "--scale", "absmax"),
+        ours("wint4", "wint4", "--experts-only"),
+        Leg("reading that", ["sh", "-c", f"cat {out}/*.safetensors > /dev/null"], reads=True),
+        Leg("ernie-quant verify", [*program, "verify", str(out)], reads=True),
+        ours("wint8", "wint8", "--experts-only"),
+        ours("fp8", "fp8", "--experts-only"),
+        ours("wint2 --effort 1", "wint2", "--wint4-layers", "0", "--effort", "1", error=REPORTED),
+        ours("wint2", "wint2", "--wint4-layers", "0", error=REPORTED),
+    ]
     if args.llm_compressor:
-        scheme = SCHEMES[args.recipe]
-        name = f"llm-compressor {scheme}, {args.workers} worker" + "s" * (args.workers > 1)
-        commands[name] = [args.llm_compressor, "-c", LLM_COMPRESSOR, source, str(out), scheme, str(args.workers)]
-    chosen = {name: command for name, command in commands.items() if not args.only or args.only in name}
-    if not chosen:
-        raise SystemExit(f"--only {args.only} chooses none of: {', '.join(commands)}")
+        workers = "1 worker" if args.workers == 1 else f"{args.workers} workers"
+        for name, scheme in SCHEMES.items():
+            command = [args.llm_compressor, "-c", LLM_COMPRESSOR, source, str(out), scheme, str(args.workers)]
+            found.append(Leg(f"llm-compressor {scheme} (for {name}), {workers}", command, MEASURED))
+    chosen = [leg for leg in found if not args.only or args.only in leg.name or leg.name == "cp -r"]
+    if len(chosen) == 1:
+        raise SystemExit(f"--only {args.only} chooses none of: {', '.join(leg.name for leg in found)}")
     return chosen
 
 
@@ -225,7 +260,6 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SRC")
-    parser.add_argument("--recipe", default="wint4", choices=SCHEMES)
     parser.add_argument("--llm-compressor", metavar="PYTHON", help="interpreter that has llmcompressor installed")
     parser.add_argument("--workers", type=int, default=1, help="llm-compressor's max_workers")
     parser.add_argument("--only", metavar="TEXT", help="only legs whose name contains this")
@@ -240,9 +274,11 @@ def main() -> None:
     # beside the source, so that reading and writing meet the same disk for all
     with tempfile.TemporaryDirectory(prefix="throughput-", dir=args.source.parent) as work:
         out = Path(work) / "out"
-        for name, command in legs(args, out).items():
-            rows.append(measure(name, command, args.source, out))
-            shutil.rmtree(out)
+        for leg in legs(args, out):
+            if out.exists() and not leg.reads:
+                shutil.rmtree(out)
+            rows.append(measure(leg, args.source, out))
+            print(f"{rows[-1].name}: {rows[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     print(table(rows, folder_bytes(args.source)))
 
 
