@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -45,10 +47,12 @@ def odd(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def encoded_twice(codec: codecs.Codec, weight: torch.Tensor, device: str) -> tuple[codecs.Encoded, codecs.Encoded]:
-    """By the CPU's kernels, and by those of the device."""
+    """By the CPU's kernels, and by those of the device, which also say what was lost; NaN is not equal to itself."""
     with kernels_of_the_cpu():
-        plain = codec.encode(weight)
-    return plain, codec.encode(weight.to(device))
+        plain, lost = codec.measured(weight)
+    encoded, found = codec.measured(weight.to(device))
+    assert lost == found or not math.isfinite(lost.total + lost.error)
+    return plain, encoded
 
 
 def check(codec: codecs.Codec, weight: torch.Tensor, device: str) -> None:
