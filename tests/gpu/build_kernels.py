@@ -23,15 +23,7 @@ from ernie_quant import codecs, kernels
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.kernels import (
-    _triton,
-    ccq_search_triton,
-    ccq_triton,
-    difference_triton,
-    fp8_triton,
-    packing_triton,
-    rtn_triton,
-)
+from ernie_quant.kernels import _triton, ccq_search_triton, ccq_triton, difference_triton, fp8_triton, packing_triton, rtn_triton
 from ernie_quant.measure import squares
 from ernie_quant.runtimes import Runtime, fastdeploy, vllm
 
@@ -102,7 +94,7 @@ def main() -> int:
     kernels.DEVICES[DEVICE] = kernels.DEVICES["cuda"]
     for module in (_triton, ccq_search_triton, ccq_triton, difference_triton, fp8_triton, packing_triton, rtn_triton):
         module.launch = build
-    for module in (difference_triton, rtn_triton):
+    for module in (difference_triton, fp8_triton, rtn_triton):
         module.totals = totals
     every: list[tuple[codecs.Codec, Any, tuple[int, int]]] = [
         (RoundToNearest(4, 128), vllm, (256, 8192)),

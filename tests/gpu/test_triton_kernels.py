@@ -122,7 +122,7 @@ def test_float8_has_all_codes(device: str) -> None:
         assert same(found, kernels.of("fp8", weight).codes(weight, scale))
 
 
-@pytest.mark.parametrize("effort", [1, 4, 16])
+@pytest.mark.parametrize("effort", [1, 4, pytest.param(16, marks=pytest.mark.slow)])
 def test_wint2(effort: int, device: str) -> None:
     rows, width = {1: (9, 192), 4: (7, 128), 16: (7, 128)}[effort]
     weight = odd(rows, width, effort)
@@ -130,6 +130,7 @@ def test_wint2(effort: int, device: str) -> None:
     check(ConvolutionalCode(effort), weight if effort == 4 else weight.bfloat16(), device)
 
 
+@pytest.mark.slow
 def test_wint2_in_several_programs(device: str) -> None:
     plain, found = encoded_twice(ConvolutionalCode(1), odd(7, 1216).bfloat16(), device)  # 133 groups
     assert all(same(plain[name], found[name].cpu()) for name in plain)
