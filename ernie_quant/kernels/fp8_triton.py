@@ -29,7 +29,7 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[floa
     codes = torch.empty((rows, width), dtype=torch.uint8, device=device)
     sums = torch.empty((2, blocks[1], rows), dtype=torch.float64, device=device)
     largest = torch.empty(blocks, dtype=torch.float32, device=device)
-    launch(_codes_and_sums, blocks, weight, scale, codes, sums, largest, rows, width, num_warps=WARPS)
+    launch(_codes_and_sums, blocks, weight, scale, codes, sums, largest, rows, width)
     return codes.view(torch.float8_e4m3fn), scale, totals(sums_of_rows(sums), largest)
 
 
@@ -87,7 +87,7 @@ def _codes_and_sums(weight, scales, codes, sums, largest, rows, width):  # type:
     scale = tl.zeros((1, SIDE, 16), tl.float32) + tl.load(scales + _place_of_scale())
     error, energy = tl.zeros((1, SIDE, 16), tl.float64), tl.zeros((1, SIDE, 16), tl.float64)
     most = tl.zeros((1, SIDE, 16), tl.float32)
-    for _ in tl.static_range(SIDE // 16):
+    for _ in range(SIDE // 16):
         x = tl.load(weight + first + at).to(tl.float32)
         code, q = _float8(x, scale)
         tl.store(codes + first + at, code.to(tl.uint8))

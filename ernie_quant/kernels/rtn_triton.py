@@ -15,8 +15,8 @@ from ernie_quant.kernels._triton import cdiv, folded, jit, launch, nearest, roun
 from ernie_quant.kernels.rtn import Array, Sums
 from ernie_quant.kernels.rtn_reference import decode as decode  # one product and one rounding: the same on every device
 
-SUMS = 512  # of a program: groups, times scales that are tried together; each has 16 lanes
-MOST, LONG, MOST_LONG = 64, 1024, 16  # groups of a program; of long ones there are fewer
+SUMS = 256  # of a program: groups, times scales that are tried together; each has 16 lanes
+MOST, LONG, MOST_LONG = 32, 1024, 16  # groups of a program; of long ones there are fewer
 AT_ONCE = 4  # loads of a loop that are written out
 SMALLEST = tl.constexpr(2.0**-120)  # rtn.SMALLEST
 
