@@ -24,7 +24,9 @@ from ernie_quant.measure import compare
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 
 INTEGERS = [
-    RoundToNearest(bits, group, scale, full_range)
+    pytest.param(
+        RoundToNearest(bits, group, scale, full_range), marks=[pytest.mark.slow] if bits == 8 or (bits, group) == (2, 16) else []
+    )
     for bits in (2, 4, 8)
     for group in (16, 48, CHANNEL)
     for scale in SCALES
