@@ -24,9 +24,7 @@ from ernie_quant.measure import compare
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 
 INTEGERS = [
-    pytest.param(
-        RoundToNearest(bits, group, scale, full_range), marks=[pytest.mark.slow] if bits == 8 or (bits, group) == (2, 16) else []
-    )
+    pytest.param(RoundToNearest(bits, group, scale, full_range), marks=[pytest.mark.slow] if bits != 4 else [])
     for bits in (2, 4, 8)
     for group in (16, 48, CHANNEL)
     for scale in SCALES
@@ -124,7 +122,7 @@ def test_float8_has_all_codes(device: str) -> None:
         assert same(found, kernels.of("fp8", weight).codes(weight, scale))
 
 
-@pytest.mark.parametrize("effort", [1, 4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("effort", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 16))])
 def test_wint2(effort: int, device: str) -> None:
     rows, width = {1: (9, 192), 4: (7, 128), 16: (7, 128)}[effort]
     weight = odd(rows, width, effort)
