@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import DataFree
+from ernie_quant.measure import Difference
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ class Float8Block(DataFree):
 
     quant_method: str = FP8
     rows = BLOCK
-    rate = 78.0
+    rate = 400.0
     version = 1
 
     def __post_init__(self) -> None:
@@ -66,8 +67,12 @@ class Float8Block(DataFree):
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Codes and scales of a weight [out, in] whose sizes are multiples of 128."""
-        codes, scale = kernels.of("fp8", weight).encode(weight)
-        return {"codes": codes, "scale": scale}
+        return self.measured(weight)[0]
+
+    def measured(self, weight: torch.Tensor) -> tuple[Encoded, Difference]:
+        """Codes and scales, and what the kernel saw being lost."""
+        codes, scale, sums = kernels.of("fp8", weight).encode(weight)
+        return {"codes": codes, "scale": scale}, Difference(*sums)
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """bf16 [out, in]."""

@@ -7,6 +7,7 @@ instructions round, or saturate, in their own way: bf16 and float8 are made by i
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -61,3 +62,42 @@ def upper_half(x):  # type: ignore[no-untyped-def]
 def nearest(x, low, high):  # type: ignore[no-untyped-def]
     """x clipped and rounded to an integer, half to even: 1.5 * 2**23 leaves no bits for fractions."""
     return (tl.minimum(tl.maximum(x, low), high) + 12582912.0) - 12582912.0
+
+
+@jit
+def folded(lanes):  # type: ignore[no-untyped-def]
+    """[n, m, 16] -> [n, m, 1]: halves, one on the other, four times. A sum of two numbers has no order that could matter."""
+    return _halved(_halved(_halved(_halved(lanes, 8), 4), 2), 1)
+
+
+@jit
+def _halved(lanes, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.sum(tl.reshape(lanes, (lanes.shape[0], lanes.shape[1], 2, HALF)), 2)
+
+
+ROWS = 128  # of a program
+
+
+def sums_of_rows(parts: torch.Tensor) -> torch.Tensor:
+    """f64 [2, rows] of f64 [2, groups, rows]: the groups of a row are added in order."""
+    _, groups, rows = parts.shape
+    sums = torch.empty((2, rows), dtype=torch.float64, device=parts.device)
+    launch(_sums_of_rows, (cdiv(rows, ROWS), 2), parts, sums, groups, rows, ROWS)
+    return sums
+
+
+@jit
+def _sums_of_rows(parts, sums, groups, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, which = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
+    at, there = which * groups * rows + row, row < rows
+    total = tl.zeros((ROWS,), tl.float64)
+    for _ in range(0, groups):
+        total += tl.load(parts + at, mask=there, other=0.0)
+        at += rows
+    tl.store(sums + which * rows + row, total, mask=there)
+
+
+def totals(sums: torch.Tensor, largest: torch.Tensor) -> tuple[float, float, float]:
+    """||W - W'||^2 and ||W||^2 of their parts f64 [2, n], added exactly, and max |W - W'| of its parts."""
+    error, energy = sums.cpu().numpy()
+    return math.fsum(error), math.fsum(energy), float(largest.max()) if largest.numel() else 0.0

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ernie_quant.kernels._triton import cdiv, jit, launch, nearest, round_bf16
-from ernie_quant.kernels.ccq_lists import LAST_TWO, LINE, NORMS, lines
+from ernie_quant.kernels.ccq_lists import LAST_TWO, LINE, NORMS, tables
 from ernie_quant.kernels.ccq_reference import CELLS, FACTORS, GROUP, LISTED, MAX_LOCAL, PER_PEAK, PER_RMS, Pair
 
 LANES = 128  # of a program
@@ -24,12 +24,11 @@ IN_ALL, MOST = tl.constexpr(CELLS), tl.constexpr(float(MAX_LOCAL))
 HALVES, LAST, WORDS, NORM = (tl.constexpr(n) for n in (LINE // 2, LAST_TWO // 2, LINE // 4, NORMS // 4))
 
 
-def search(stored: torch.Tensor, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes uint8 [out, in/4], local scales uint8 [out, in/64], super scales f32 [out] and pairs int64 [out] of a weight
-    f32 [out, in] in stored order."""
+def search(stored: torch.Tensor, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Local scales uint8 [out, in/64], super scales f32 [out] and pairs int64 [out] of a weight f32 [out, in] in stored order."""
     device, rows, groups, lanes = stored.device, len(stored), stored.shape[1] // GROUP, stored.numel() // GROUP
     by_lane = stored.reshape(lanes, GROUP).t().contiguous()
-    constants, table, listed = _tables(tuple(pairs), str(device))
+    constants, table = _tables(tuple(pairs), str(device))
     halves, words = table.view(torch.int16), table.view(torch.int32)
     blocks = cdiv(lanes, LANES)
 
@@ -42,20 +41,16 @@ def search(stored: torch.Tensor, pairs: Sequence[Pair]) -> tuple[torch.Tensor, t
     pair = torch.empty(rows, dtype=torch.int64, device=device)
     tried = triton.next_power_of_2(len(pairs))
     launch(_best_pairs, (rows,), gain, pair, lanes, groups, len(pairs), tried, num_warps=1)
-    codes = torch.empty((rows, stored.shape[1] // 4), dtype=torch.uint8, device=device)
     local_scale = torch.empty((rows, groups), dtype=torch.uint8, device=device)
-    launch(
-        _best_locals, (blocks,), by_lane, liked, super_scale, pair, gain, halves, words, listed, codes, local_scale, lanes,
-        groups, LANES,
-    )  # fmt: skip
-    return codes, local_scale, super_scale, pair
+    launch(_best_locals, (blocks,), by_lane, liked, super_scale, pair, gain, halves, words, local_scale, lanes, groups, LANES)
+    return local_scale, super_scale, pair
 
 
 @functools.lru_cache(maxsize=64)
 def _tables(pairs: tuple[Pair, ...], device: str) -> tuple[torch.Tensor, ...]:
-    """The factors of super scales and what liked scales are made with, f64; lines and listed bytes of the pairs."""
+    """The factors of super scales and what liked scales are made with, f64; lines of the pairs."""
     constants = torch.tensor([*FACTORS, PER_RMS, PER_PEAK], dtype=torch.float64)
-    return tuple(table.to(device) for table in (constants, *lines(pairs)))
+    return tuple(table.to(device) for table in (constants, tables(pairs).lines))
 
 
 @jit
@@ -129,7 +124,7 @@ def _inverse(scale):  # type: ignore[no-untyped-def]
 
 @jit
 def _scores(stored, at, there, lanes, inverse, halves, words, pair):  # type: ignore[no-untyped-def]
-    """512 (x.p - |p|^2 / 2) of the 8 bytes listed for the vector that begins at `at`, int32 [lanes, 8], and its line."""
+    """512 (x.p - |p|^2 / 2) of the 8 bytes listed for the vector that begins at `at`: int32 [lanes, 8]."""
     x0, x1 = _placed(stored, at, there, inverse), _placed(stored, at + lanes, there, inverse)
     x2, x3 = _placed(stored, at + 2 * lanes, there, inverse), _placed(stored, at + 3 * lanes, there, inverse)
     line = pair * IN_ALL + ((_axis(x0) << 9) | (_axis(x1) << 6) | (_axis(x2) << 3) | _axis(x3))
@@ -139,7 +134,7 @@ def _scores(stored, at, there, lanes, inverse, halves, words, pair):  # type: ig
     score = tl.load(words + line[:, None] * WORDS + NORM + byte)
     score += x0[:, None] * ((first << 24) >> 24) + x1[:, None] * (first >> 8)
     score += x2[:, None] * ((last << 24) >> 24) + x3[:, None] * (last >> 8)
-    return score, line
+    return score
 
 
 @jit
@@ -148,8 +143,7 @@ def _gain(stored, lane, there, lanes, scale, halves, words, pair):  # type: igno
     at, inverse = lane.to(tl.int64), _inverse(scale)
     total = tl.zeros(scale.shape, tl.int32)
     for _ in range(0, VECTORS):
-        score, _line = _scores(stored, at, there, lanes, inverse, halves, words, pair)
-        total += tl.max(score, 1)
+        total += tl.max(_scores(stored, at, there, lanes, inverse, halves, words, pair), 1)
         at += 4 * lanes
     wide = scale.to(tl.float64)
     return (total.to(tl.float64) * 0.001953125) * (wide * wide)
@@ -179,9 +173,9 @@ def _best_pairs(gain, pair, lanes, groups, pairs, TRIED_PAIRS: tl.constexpr):  #
 
 @jit
 def _best_locals(  # type: ignore[no-untyped-def]
-    stored, liked, super_scale, pair, gain, halves, words, listed, codes, local_scale, lanes, groups, LANES: tl.constexpr
+    stored, liked, super_scale, pair, gain, halves, words, local_scale, lanes, groups, LANES: tl.constexpr
 ):
-    """Local scales near those that groups start from: one below, one above, one further where that has gained; then bytes."""
+    """Local scales near those that groups start from: one below, one above, one further where that has gained."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     there, row = lane < lanes, lane // groups
     top = tl.load(super_scale + row, mask=there, other=1.0)
@@ -195,10 +189,3 @@ def _best_locals(  # type: ignore[no-untyped-def]
         found = _gain(stored, lane, there, lanes, round_bf16(trial * top), halves, words, which)
         local, known = tl.where(found > known, trial, local), tl.maximum(found, known)
     tl.store(local_scale + lane, local.to(tl.uint8), mask=there)
-    scale = round_bf16(local * top)
-    at, inverse = lane.to(tl.int64), _inverse(scale)
-    for v in range(0, VECTORS):
-        score, line = _scores(stored, at, there, lanes, inverse, halves, words, which)
-        byte = tl.load(listed + line * TRIED + tl.argmax(score, 1, tie_break_left=True))
-        tl.store(codes + lane.to(tl.int64) * VECTORS + v, tl.where(scale > 0, byte, 0).to(tl.uint8), mask=there)
-        at += 4 * lanes

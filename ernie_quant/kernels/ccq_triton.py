@@ -18,7 +18,9 @@ Fields = dict[str, torch.Tensor]
 
 def encode(weight: torch.Tensor, pairs: Sequence[Pair]) -> Fields:
     """`ccq.encode`: the fields of a weight [out, in] of any float dtype, in logical order."""
-    return fields(*search(encodable(weight), pairs), pairs)
+    stored = encodable(weight)
+    encoded = fields(torch.empty(0), *search(stored, pairs), pairs)
+    return encoded | {"codes": _nearest(stored, encoded, in_order=True)}
 
 
 def decode(encoded: Fields) -> torch.Tensor:
@@ -32,10 +34,14 @@ def decode(encoded: Fields) -> torch.Tensor:
 
 def recode(weight: torch.Tensor, encoded: Fields) -> torch.Tensor:
     """`ccq.recode`: the bytes nearest to a weight [out, in] in logical order at the scales of `encoded`: uint8 [out, in/4]."""
-    weight = (weight if weight.dtype == torch.bfloat16 else weight.float()).contiguous()
+    return _nearest((weight if weight.dtype == torch.bfloat16 else weight.float()).contiguous(), encoded, in_order=False)
+
+
+def _nearest(weight: torch.Tensor, encoded: Fields, in_order: bool) -> torch.Tensor:
+    """Bytes for a weight that is in stored order, or in logical order."""
     rows, width = weight.shape
     codes = torch.empty((rows, width // 4), dtype=torch.uint8, device=weight.device)
-    launch(_nearest_bytes, (rows, width // GROUP), weight, *_scales(encoded), codes, width)
+    launch(_nearest_bytes, (rows, width // GROUP), weight, *_scales(encoded), codes, width, in_order)
     return codes
 
 
@@ -69,7 +75,9 @@ def _decode(codes, local_scale, super_scale, code_scale, code_zp, out, width, LA
 
 
 @jit
-def _nearest_bytes(weight, local_scale, super_scale, code_scale, code_zp, codes, width):  # type: ignore[no-untyped-def]
+def _nearest_bytes(  # type: ignore[no-untyped-def]
+    weight, local_scale, super_scale, code_scale, code_zp, codes, width, IN_ORDER: tl.constexpr
+):
     """A program is a group: its 16 times 4 inputs against all 256 bytes, in float64; of equal distances the lowest byte."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     scale = round_bf16(tl.load(local_scale + row * (width // 64) + group).to(tl.float32) * tl.load(super_scale + row))
@@ -79,8 +87,8 @@ def _nearest_bytes(weight, local_scale, super_scale, code_scale, code_zp, codes,
     for i in tl.static_range(4):
         decoded = round_bf16((((code >> (9 - 3 * i)) & 63) - 32).to(tl.float32) * scale)
         stored = 4 * vector + i
-        logical = stored % 16 // 2 * 8 + stored // 16 * 2 + stored % 2
-        x = tl.load(weight + row * width + group * 64 + logical).to(tl.float32)
+        at = stored if IN_ORDER else stored % 16 // 2 * 8 + stored // 16 * 2 + stored % 2
+        x = tl.load(weight + row * width + group * 64 + at).to(tl.float32)
         e = x.to(tl.float64)[None, :] - decoded.to(tl.float64)[:, None]
         distance += e * e
     byte = tl.argmin(distance, 0, tie_break_left=True)

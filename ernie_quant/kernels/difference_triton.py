@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton.language as tl
 
-from ernie_quant.kernels._triton import cdiv, jit, launch, unrolled
+from ernie_quant.kernels._triton import cdiv, jit, launch, totals, unrolled
 
 COLUMNS = 64  # of a program
 
 
 def squares(weight: torch.Tensor, decoded: torch.Tensor) -> tuple[float, float, float]:
     """`difference.squares`: ||W - W'||^2, ||W||^2 and max |W - W'| of two bf16 or f32 matrices."""
-    sums, largest = of_columns(weight, decoded)
-    error, total = sums.cpu().numpy()
-    return math.fsum(error), math.fsum(total), float(largest.max())
+    return totals(*of_columns(weight, decoded))
 
 
 def of_columns(weight: torch.Tensor, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
