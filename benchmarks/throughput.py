@@ -149,19 +149,19 @@ def sampled_experts(folder: Path) -> list[str]:
 
 
 def dequantize(folder: Path, name: str) -> Tensor:
-    """Decode one expert weight, [out, in] float32, whatever of the known forms it has."""
+    """Decode one expert weight, [out, in] float32, whatever of the known forms it has; to bf16, as programs do."""
     stored = weight_map(folder)
     if f"{name}_packed" in stored:
         shape = read(folder, f"{name}_shape").tolist()
         packed, scale = read(folder, f"{name}_packed"), read(folder, f"{name}_scale").float()
         codes = unpack(packed, shape[1])
-        return codes * scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
+        return (codes * scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)).bfloat16().float()
     codes = read(folder, name).float()
     scale = read(folder, f"{name}_scale" + ("_inv" if f"{name}_scale_inv" in stored else "")).float()
     for dim in (0, 1):
         block = math.ceil(codes.shape[dim] / scale.shape[dim])
         scale = scale.repeat_interleave(block, dim).narrow(dim, 0, codes.shape[dim])
-    return codes * scale
+    return (codes * scale).bfloat16().float()
 
 
 def unpack(packed: Tensor, inputs: int) -> Tensor:

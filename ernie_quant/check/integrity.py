@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from ernie_quant.paths import MANIFEST, SUMS, inside, weight_folders
 from ernie_quant.readers import by_suffix
 from ernie_quant.reporting.rows import TensorReport
 from ernie_quant.result.manifest import sums
+from ernie_quant.threads import default_workers, ordered
 from ernie_quant.views import build, kinds, read
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import View
@@ -24,23 +26,34 @@ Progress = Callable[[int], None]
 
 
 def damaged_files(out: Path, manifest: Mapping[str, Any], progress: Progress) -> dict[str, str]:
-    """File -> what is wrong with it; every byte of every file is read once."""
-    damaged: dict[str, str] = {}
-    for name, entry in manifest["files"].items():
-        try:
-            path = inside(out, name, MANIFEST)
-        except CheckpointError as error:
-            damaged[name] = str(error)
-            continue
-        if (nbytes := path.stat().st_size) != entry.get("bytes"):
-            damaged[name] = f"{name}: has {nbytes} bytes, the manifest says {entry.get('bytes')}"
-        elif (digest := file_sha256(path, progress)) != entry["sha256"]:
-            damaged[name] = f"{name}: its sha256 is {digest[:16]}…, the manifest says {entry['sha256'][:16]}…"
+    """File -> what is wrong with it; every byte of every file is read once, of several files at a time."""
+    lock = threading.Lock()
+
+    def told(nbytes: int) -> None:
+        with lock:
+            progress(nbytes)
+
+    files = manifest["files"]
+    found = ordered(lambda name: _damage(out, name, files[name], told), files, default_workers(), tick=lambda: told(0))
+    damaged = {name: problem for name, problem in zip(files, found, strict=True) if problem}
     for path in sorted(p for folder in weight_folders(out) for p in folder.iterdir()):
         name = path.relative_to(out).as_posix()
         if path.suffix in by_suffix() and name not in manifest["files"]:
             damaged[name] = f"{name}: is not in the manifest"
     return damaged | _sums_problem(out, manifest)
+
+
+def _damage(out: Path, name: str, entry: Mapping[str, Any], progress: Progress) -> str:
+    """What is wrong with a file; empty if nothing is."""
+    try:
+        path = inside(out, name, MANIFEST)
+    except CheckpointError as error:
+        return str(error)
+    if (nbytes := path.stat().st_size) != entry.get("bytes"):
+        return f"{name}: has {nbytes} bytes, the manifest says {entry.get('bytes')}"
+    if (digest := file_sha256(path, progress)) != entry["sha256"]:
+        return f"{name}: its sha256 is {digest[:16]}…, the manifest says {entry['sha256'][:16]}…"
+    return ""
 
 
 def _sums_problem(out: Path, manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -26,12 +26,13 @@ from ernie_quant.reporting.rows import FILENAME, TensorReport
 from ernie_quant.result.manifest import read_manifest
 from ernie_quant.runtimes import Runtime
 from ernie_quant.sources import open_source
-from ernie_quant.threads import one_torch_thread
+from ernie_quant.threads import default_workers, one_torch_thread, ordered
 from ernie_quant.views import kinds
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import Replicated
 from ernie_quant.weights.stored import Stored, linears_of, open_stored
 
+AT_ONCE = 1 << 20  # bytes of a weight whose values are looked at
 NO_SOURCE, NOT_SAMPLED = "no source", "not in the sample"  # why a tensor was not compared
 
 
@@ -178,20 +179,28 @@ def _values(chosen: list[Stored], files: Files, kept: bool) -> tuple[dict[str, s
 
     Quantized ones must decode to finite numbers, copies in ranks must agree. `kept`: look at the values of kept ones, too.
     """
+    looked_at = [entry for entry in chosen if kept or not isinstance(entry.codec, Keep) or _has_copies(entry)]
     problems: dict[str, str] = {}
     values: dict[str, Values] = {}
-    for entry in chosen:
-        copied = any(isinstance(part, Replicated) for part in entry.parts.values())
-        if isinstance(entry.codec, Keep) and not (kept or copied):
-            continue
-        try:
-            of = Values()
-            for rows in entry.slabs():
-                of += _slab_values(entry, files, rows)
+    found = ordered(lambda entry: _values_of(entry, files), looked_at, default_workers())
+    for entry, of in zip(looked_at, found, strict=True):
+        if isinstance(of, str):
+            problems[entry.name] = of
+        else:
             values[entry.name] = of
-        except (CheckpointError, _Problem) as error:
-            problems[entry.name] = str(error)
     return problems, values
+
+
+def _has_copies(entry: Stored) -> bool:
+    return any(isinstance(part, Replicated) for part in entry.parts.values())
+
+
+def _values_of(entry: Stored, files: Files) -> Values | str:
+    """What is odd about a weight, or what is wrong with it; some rows at a time, which stay in the cache."""
+    try:
+        return sum((_slab_values(entry, files, rows) for rows in entry.slabs(AT_ONCE)), Values())
+    except (CheckpointError, _Problem) as error:
+        return str(error)
 
 
 class _Problem(Exception):
