@@ -62,7 +62,7 @@ class ConvolutionalCode(Measured):
     damping: float = _feedback.DAMPING
     passes: int = _feedback.PASSES
     rows = 1
-    rate = 45.0
+    rate = 30.0
     decodes_to = "BF16"
     version = 2
     form = "wint2 (CCQ)"

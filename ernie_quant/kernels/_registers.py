@@ -134,6 +134,19 @@ def bf16(builder: Builder, x: ir.Value) -> ir.Value:
     return builder.bitcast(rounded, FLOATS)
 
 
+@written_out
+def bf16_of(typing: Any, x: Any) -> tuple[Any, Code]:
+    """One f32 rounded to bf16, half to even, without a way through memory."""
+
+    def code(context: Any, builder: Builder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        bits = builder.bitcast(arguments[0], I32)
+        odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
+        rounded = builder.and_(builder.add(builder.add(bits, I32(0x7FFF)), odd), I32(0xFFFF0000))
+        return builder.bitcast(rounded, FLOAT)
+
+    return types.float32(types.float32), code
+
+
 def inputs(context: Any, builder: Builder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
     """The first two arguments: an array, and where in it a group begins."""
     return builder.gep(pointer(context, builder, signature.args[0], arguments[0]), [arguments[1]])

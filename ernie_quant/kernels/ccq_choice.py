@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ernie_quant.kernels._compiled import compiled
+from ernie_quant.kernels._registers import bf16_of
 from ernie_quant.kernels.ccq_scores import best_of_line, near_best
 
 F = np.float32
@@ -21,7 +22,7 @@ EVERY = np.arange(256, dtype=np.uint8)
 @compiled()
 def choose(planes, x, cell, scale, lines, listed, clear, values, all_lines, begins, codes):  # type: ignore[no-untyped-def]
     """The bytes of a row that was placed at `scale`, 0 where that is -> codes uint8 [in/4]; the tables are of ccq_lists."""
-    x01, x23, one = x[0].view(np.int32), x[1].view(np.int32), np.empty(1, F)
+    x01, x23 = x[0].view(np.int32), x[1].view(np.int32)
     for g in range(scale.size):
         if scale[g] == 0:  # all bytes decode alike
             codes[16 * g : 16 * g + 16] = 0
@@ -39,15 +40,15 @@ def choose(planes, x, cell, scale, lines, listed, clear, values, all_lines, begi
                 if near & (near - 1) == 0:  # one bit
                     codes[v] = listed[8 * cell[v] + at]
                 else:
-                    codes[v] = _nearest(planes, v, scale[g], values, one, listed[8 * cell[v] : 8 * cell[v] + 8], near)
+                    codes[v] = _nearest(planes, v, scale[g], values, listed[8 * cell[v] : 8 * cell[v] + 8], near)
             elif peak < CLIPPED:
                 x0 = np.float64(x[0, 2 * v]) / 512
                 lowest = begins[min(max(np.int64(np.ceil(x0 - reach)) + 32, 0), 64)]
                 highest = begins[min(max(np.int64(np.floor(x0 + reach)) + 33, 0), 64)]
                 best = (score, reach)
-                codes[v] = _nearest_in_range(planes, v, scale[g], values, one, all_lines, x01[v], x23[v], best, lowest, highest)
+                codes[v] = _nearest_in_range(planes, v, scale[g], values, all_lines, x01[v], x23[v], best, lowest, highest)
             else:
-                codes[v] = _nearest(planes, v, scale[g], values, one, EVERY, -1)
+                codes[v] = _nearest(planes, v, scale[g], values, EVERY, -1)
 
 
 @compiled(inline="always")
@@ -56,41 +57,47 @@ def _blurred(reach):  # type: ignore[no-untyped-def]
     return np.int32(512 * BLUR * reach) + np.int32(1)
 
 
-@compiled()
-def _distance(planes, v, scale, values, one, byte):  # type: ignore[no-untyped-def]
-    """|w - decoded|^2 in float64, summed as `ccq_bytes` does; one f32 [1] is for rounding."""
-    bits, total = one.view(np.uint32), 0.0
+@compiled(inline="always")
+def _distance(planes, v, scale, values, byte):  # type: ignore[no-untyped-def]
+    """|w - decoded|^2 in float64, summed as `ccq_bytes` does."""
+    total = 0.0
     for i in range(4):
-        one[0] = F(values[byte, i]) * scale
-        bits[0] = np.uint32((bits[0] + np.uint32(0x7FFF) + ((bits[0] >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000))
-        miss = np.float64(planes[i // 2, 2 * v + i % 2]) - np.float64(one[0])
+        miss = np.float64(planes[i // 2, 2 * v + i % 2]) - np.float64(bf16_of(F(values[byte, i]) * scale))
         total += miss * miss
     return total
 
 
 @compiled()
-def _nearest(planes, v, scale, values, one, bytes_, near):  # type: ignore[no-untyped-def]
+def _nearest(planes, v, scale, values, bytes_, near):  # type: ignore[no-untyped-def]
     """Of bytes in order, the nearest, the first of two; where they are 8, of those whose bit in `near` is set."""
     least, nearest = np.inf, np.uint8(0)
     for k in range(bytes_.size):
         if near < 0 or near >> k & 1:
-            distance = _distance(planes, v, scale, values, one, bytes_[k])
+            distance = _distance(planes, v, scale, values, bytes_[k])
             if distance < least:
                 least, nearest = distance, bytes_[k]
     return nearest
 
 
 @compiled()
-def _nearest_in_range(planes, v, scale, values, one, all_lines, x01, x23, best, lowest, highest):  # type: ignore[no-untyped-def]
+def _nearest_in_range(planes, v, scale, values, all_lines, x01, x23, best, lowest, highest):  # type: ignore[no-untyped-def]
     """Of the bytes whose first value is near enough, those that may be nearest by their score; best: a score and its reach."""
     score, reach = best
-    least, nearest = np.inf, np.uint8(0)
-    for line in range(lowest // 8, (highest + 7) // 8):
-        near = near_best(all_lines, np.int32(line), x01, x23, score - _blurred(reach))
+    first, last, least_score = lowest // 8, (highest + 7) // 8, score - _blurred(reach)
+    lines, byte, alone = 0, np.uint8(0), True
+    for line in range(first, last):
+        near = near_best(all_lines, np.int32(line), x01, x23, least_score)
         if near:
-            score = max(score, best_of_line(all_lines, np.int32(line), x01, x23)[0])
-            byte = _nearest(planes, v, scale, values, one, EVERY[8 * line : 8 * line + 8], near)
-            distance = _distance(planes, v, scale, values, one, byte)
+            alone, lines = lines == 0 and near & (near - 1) == 0, lines + 1
+            byte = np.uint8(8 * line + best_of_line(all_lines, np.int32(line), x01, x23)[1])
+    if alone:  # the best by its score, and nothing near it
+        return byte
+    least, nearest = np.inf, np.uint8(0)
+    for line in range(first, last):
+        near = near_best(all_lines, np.int32(line), x01, x23, least_score)
+        if near:
+            byte = _nearest(planes, v, scale, values, EVERY[8 * line : 8 * line + 8], near)
+            distance = _distance(planes, v, scale, values, byte)
             if distance < least:
                 least, nearest = distance, byte
     return nearest
