@@ -43,6 +43,7 @@ class Files:
         stamps: Mapping[Path, Stamp] | None = None,
         locate: Callable[[Path], Path] = lambda path: path,
         most: int = MOST_OPEN,
+        *,
         once: bool = False,
     ) -> None:
         self._stamps, self._locate, self._most, self._once = stamps or {}, locate, most, once

@@ -23,9 +23,9 @@ SLAB_BYTES = 32 << 20  # of source data: the unit of memory
 Box: TypeAlias = tuple[tuple[int, int], ...]  # (start, stop) per dimension
 
 
-def slabs(spec: TensorSpec, multiple: int = 1, nbytes: int = SLAB_BYTES) -> list[tuple[int, int]]:
-    """Ranges of rows (multiples of `multiple`) of about `nbytes` that together are the tensor; a scalar has one row."""
-    step = max(1, nbytes // max(1, row_bytes(spec)) // multiple) * multiple
+def slabs(spec: TensorSpec, multiple: int = 1, nbytes: int | None = None) -> list[tuple[int, int]]:
+    """Ranges of rows (multiples of `multiple`) of about `nbytes`, or SLAB_BYTES, that are all of it; a scalar has one."""
+    step = max(1, (nbytes or SLAB_BYTES) // max(1, row_bytes(spec)) // multiple) * multiple
     rows = spec.shape[0] if spec.shape else 1
     return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 

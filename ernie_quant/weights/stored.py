@@ -22,7 +22,7 @@ from ernie_quant.runtimes import Linear, Part, Runtime
 from ernie_quant.views import build
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import Decoded, View, spec_of
-from ernie_quant.views.read import SLAB_BYTES, read, slabs
+from ernie_quant.views.read import read, slabs
 from ernie_quant.weights import claims, ranks
 from ernie_quant.weights.layouts import LAYOUTS, Layout
 from ernie_quant.weights.plain import Resolved
@@ -76,8 +76,8 @@ class Stored:
         turned = isinstance(self.codec, Keep) and self.layout.turns(self.rule) and len(self.shape) > 1
         return ranks.shares_of(self.expected[part], self.rule, turned=turned)
 
-    def slabs(self, nbytes: int = SLAB_BYTES) -> list[tuple[int, int]]:
-        """Ranges of rows that can be decoded by themselves, of about so many bytes of the weight."""
+    def slabs(self, nbytes: int | None = None) -> list[tuple[int, int]]:
+        """Ranges of rows that can be decoded by themselves, of about so many bytes of the weight, or SLAB_BYTES."""
         return slabs(self.spec, math.lcm(self.codec.rows, 1 if isinstance(self.codec, Keep) else self.target.ROWS), nbytes)
 
     def read(self, files: Files, rows: tuple[int, int], device: str = CPU) -> torch.Tensor:

@@ -108,7 +108,7 @@ def test_an_output_folder_of_another_plan(run: Run, source: Callable[..., Path],
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     outcome = run(*WINT4)
     assert outcome.code == 1
-    changed = "codecs rtn: is 1, was not there; recipe name: is wint4, was keep"
+    changed = "codecs rtn: is 2, was not there; recipe name: is wint4, was keep"
     assert f"holds the result of another plan ({changed};" in outcome.stderr
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     assert run(*CONVERT).stdout == f"{tmp_path / 'out'}: complete\n"
