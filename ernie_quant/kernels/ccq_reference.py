@@ -29,6 +29,7 @@ the work or less.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -106,6 +107,11 @@ def listed(values: torch.Tensor) -> torch.Tensor:
     distance = sum((2 * values[:, i].long() - middles[:, i, None]).square() for i in range(4))
     nearest = (256 * distance + torch.arange(256)).topk(LISTED, largest=False).values % 256
     return nearest.sort().values
+
+
+@functools.cache
+def _listed(pair: Pair) -> torch.Tensor:
+    return listed(score_tables([pair])[0, :, :4].to(torch.int32))
 
 
 def code_values(code_scale: torch.Tensor, code_zp: torch.Tensor) -> torch.Tensor:
@@ -214,7 +220,7 @@ def _encode_rows(weight: torch.Tensor, pairs: Sequence[Pair]) -> dict[str, torch
     """The fields of a few rows that are in stored order."""
     rows = len(weight)
     tables = score_tables(pairs)
-    lists = torch.stack([listed(table[:, :4].to(torch.int32)) for table in tables])
+    lists = torch.stack([_listed(pair) for pair in pairs])
     weight = weight.view(rows, -1, GROUP)
     energy = _row_sum(weight.double().square().transpose(1, 2))  # [rows, groups]
     liked = _liked_scales(weight, energy)
