@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -99,6 +101,7 @@ def _on_a_node(
         if isinstance(error, Exception):
             return error
     stand_in(here)
+    _import_whole("torch", "numba")
     try:
         if not token.is_file():
             return ClusterError(f"{token.parent.parent}: node {socket.gethostname()} does not see it; all nodes must share it")
@@ -110,6 +113,15 @@ def _on_a_node(
         if error.errno in FULL:
             return error
         raise
+
+
+def _import_whole(*packages: str) -> None:
+    """In a thread, which nothing interrupts: a task that is cancelled in the middle of an import would leave half of a package
+    to the next task of its process."""
+    for package in packages:
+        thread = threading.Thread(target=importlib.import_module, args=(package,))
+        thread.start()
+        thread.join()
 
 
 def _result(ray: ModuleType, ref: Any, job: ShardJob) -> Any:

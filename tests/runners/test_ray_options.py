@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import _thread
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from helpers.clusters import ray_environment
 from helpers.commands import Command
 from helpers.runs import SOURCE
+
+from ernie_quant.runners.ray import _import_whole
 
 
 @pytest.mark.parametrize(
@@ -47,3 +52,18 @@ def test_a_device_of_this_machine(command: Command, tmp_path: Path) -> None:
     code, _, err = command(*line)
     said = "Error: --device cuda:1 is one of this machine; for those of a Ray cluster say --ray-gpus 1"
     assert (code, err.splitlines()[-1]) == (2, said)
+
+
+def test_a_task_that_is_cancelled_leaves_no_half_of_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process goes on with other tasks."""
+    done = threading.Event()
+
+    def slow(package: str) -> None:
+        _thread.interrupt_main()
+        time.sleep(0.3)
+        done.set()
+
+    monkeypatch.setattr("ernie_quant.runners.ray.importlib.import_module", slow)
+    with pytest.raises(KeyboardInterrupt):
+        _import_whole("torch")
+    assert done.wait(5)
