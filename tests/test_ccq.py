@@ -169,7 +169,7 @@ def test_each_byte_is_the_nearest_of_256(kind: str, magnitude: float, effort: in
 def test_lists_hold_the_bytes_nearest_to_the_middle_of_a_cell(pair: tuple[float, float]) -> None:
     """By hand for a few cells, in fractions; and a line says of its bytes what the code says."""
     values = windows(np.array([code(byte, *pair) for byte in range(256)]))
-    lines, listed, clear, _, all_lines, begins = (part[0].numpy() for part in ccq_lists.tables([pair]))
+    lines, listed, clear, _, all_lines, begins = (part[0].numpy() for part in ccq_lists.tables((pair,)))
     table, listed = lines.reshape(4096, 64), listed.reshape(4096, 8)
     for cell in (0, 1, 63, 2019, 4095):
         places = [int(digit) for digit in f"{cell:04o}"]
@@ -223,7 +223,7 @@ def test_gains_are_exact_in_any_order(seed: int, spread: float, pair: tuple[floa
     rng = np.random.default_rng(seed)
     weight = torch.from_numpy(rng.standard_t(2, (3, 64)) * spread).float()
     scale = (torch.from_numpy(rng.random(3) + 0.1)).bfloat16().float()
-    table, tables = ccq_reference.score_tables([pair])[0].double(), ccq_lists.tables([pair])
+    table, tables = ccq_reference.score_tables([pair])[0].double(), ccq_lists.tables((pair,))
     x = (weight * (512 / scale)[:, None]).clamp(-32767, 32767).round().double().view(-1, 1, 4) / 512
     planes = weight.view(3 * 16, 2, 2).transpose(0, 1).reshape(2, -1).contiguous().numpy()
     placed, cell, found = np.empty((2, 96), np.int16), np.empty(48, np.int32), np.empty(3)

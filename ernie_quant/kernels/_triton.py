@@ -101,3 +101,11 @@ def totals(sums: torch.Tensor, largest: torch.Tensor) -> tuple[float, float, flo
     """||W - W'||^2 and ||W||^2 of their parts f64 [2, n], added exactly, and max |W - W'| of its parts."""
     error, energy = sums.cpu().numpy()
     return math.fsum(error), math.fsum(energy), float(largest.max()) if largest.numel() else 0.0
+
+
+@jit
+def lost(x, w, error, energy, most):  # type: ignore[no-untyped-def]
+    """Sums of (x - w)^2 and x^2, in float64, and the largest |x - w|, with one more of each; as `_registers.lost`."""
+    exact = x.to(tl.float64)
+    miss = exact - w.to(tl.float64)
+    return error + miss * miss, energy + exact * exact, tl.maximum(most, tl.abs(x - w))

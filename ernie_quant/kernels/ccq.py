@@ -48,7 +48,7 @@ def encode(weight: torch.Tensor, pairs: Sequence[Pair]) -> dict[str, torch.Tenso
         PER_RMS,
         PER_PEAK,
         np.array(FACTORS),
-        tuple(table.numpy() for table in tables(pairs)),
+        tuple(table.numpy() for table in tables(tuple(pairs))),
         codes.numpy(),
         local_scale.numpy(),
         super_scale.numpy(),

@@ -16,7 +16,6 @@ enough.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,12 +38,12 @@ class Tables(NamedTuple):
     begins: torch.Tensor  # int32 [pairs, 65]: the first byte whose first value is at least -32, -31, ...
 
 
-def tables(pairs: Sequence[Pair]) -> Tables:
-    """What the search reads."""
+@functools.lru_cache(maxsize=8)
+def tables(pairs: tuple[Pair, ...]) -> Tables:
+    """What the search reads; made once, as every block of rows asks for it."""
     return Tables(*map(torch.stack, zip(*map(_tables, pairs), strict=True)))
 
 
-@functools.lru_cache(maxsize=64)
 def _tables(pair: Pair) -> Tables:
     values = code_values(*torch.tensor([pair], dtype=torch.float32).T)[0]  # [256, 4]
     bytes_ = listed(values)  # [CELLS, LISTED]

@@ -7,22 +7,20 @@ The 8 listed bytes of a vector of 4 weights lie side by side in a register, in w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from ernie_quant.kernels._compiled import compiled, written_out
+from ernie_quant.kernels._registers import I8, I32, WORDS, Builder, Code, folded, pointer, splat
 from ernie_quant.kernels.ccq_lists import LAST_TWO, LINE, NORMS
 from ernie_quant.kernels.ccq_reference import LISTED
 
 F = np.float32
-I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-EIGHT, SIXTEEN = ir.VectorType(I32, LISTED), ir.VectorType(I32, 2 * LISTED)
-SIXTEEN_BYTES, SIXTEEN_HALVES = ir.VectorType(I8, 2 * LISTED), ir.VectorType(I16, 2 * LISTED)
+I16 = ir.IntType(16)
+SIXTEEN, SIXTEEN_BYTES, SIXTEEN_HALVES = (ir.VectorType(kind, 2 * LISTED) for kind in (I32, I8, I16))
 VECTORS = 16  # of 4 weights, in a group
 # Lanes of two registers of which the larger are kept: after three steps one register holds the largest of each of eight.
 STEPS = (
@@ -32,65 +30,43 @@ STEPS = (
 )
 BOTH = types.UniTuple(types.int32, 2)  # type: ignore[no-untyped-call]
 
-Code = Callable[..., Any]
+
+def _lanes(builder: Builder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
+    return builder.shuffle_vector(a, b, ir.Constant(WORDS, lanes))
 
 
-def _lanes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
-def _splat(builder: ir.IRBuilder, one: ir.Value) -> ir.Value:
-    nothing = ir.Constant(EIGHT, ir.Undefined)
-    return _lanes(builder, builder.insert_element(nothing, one, I32(0)), nothing, [0] * LISTED)
-
-
-def _load(builder: ir.IRBuilder, line: ir.Value, at: int, kind: ir.Type) -> ir.Value:
+def _load(builder: Builder, line: ir.Value, at: int, kind: ir.Type) -> ir.Value:
     loaded = builder.load(builder.bitcast(builder.gep(line, [I32(at)]), kind.as_pointer()))
     loaded.align = LISTED
     return loaded
 
 
-def _products(builder: ir.IRBuilder, values: ir.Value, two: ir.Value) -> ir.Value:
+def _products(builder: Builder, values: ir.Value, two: ir.Value) -> ir.Value:
     """a0 b0 + a1 b1 for int8 [8, 2] and two int16 in one int32; in this form LLVM knows it as one instruction."""
-    pairs = builder.bitcast(_splat(builder, two), SIXTEEN_HALVES)
+    pairs = builder.bitcast(splat(builder, two, WORDS), SIXTEEN_HALVES)
     products = builder.mul(builder.sext(values, SIXTEEN), builder.sext(pairs, SIXTEEN))
     even, odd = (_lanes(builder, products, products, list(range(first, 2 * LISTED, 2))) for first in (0, 1))
     return builder.add(even, odd)
 
 
-def _scores(builder: ir.IRBuilder, lines: ir.Value, cell: ir.Value, x01: ir.Value, x23: ir.Value) -> ir.Value:
+def _scores(builder: Builder, lines: ir.Value, cell: ir.Value, x01: ir.Value, x23: ir.Value) -> ir.Value:
     """512 (x.p - |p|^2 / 2) of the 8 bytes of a cell: int32, exact."""
     line = builder.gep(lines, [builder.mul(builder.zext(cell, ir.IntType(64)), ir.IntType(64)(LINE))])
     first = _products(builder, _load(builder, line, 0, SIXTEEN_BYTES), x01)
     last = _products(builder, _load(builder, line, LAST_TWO, SIXTEEN_BYTES), x23)
-    return builder.add(builder.add(first, _load(builder, line, NORMS, EIGHT)), last)
+    return builder.add(builder.add(first, _load(builder, line, NORMS, WORDS)), last)
 
 
-def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+def _larger(builder: Builder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.select(builder.icmp_signed(">", a, b), a, b)
 
 
-def _largest_of_eight(builder: ir.IRBuilder, scores: list[ir.Value]) -> ir.Value:
+def _largest_of_eight(builder: Builder, scores: list[ir.Value]) -> ir.Value:
     """Eight registers of eight -> the largest of each, in another order."""
     for low, high in STEPS:
         pairs = zip(scores[::2], scores[1::2], strict=True)
         scores = [_larger(builder, _lanes(builder, a, b, low), _lanes(builder, a, b, high)) for a, b in pairs]
     return scores[0]
-
-
-def _folded(builder: ir.IRBuilder, vector: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
-    """All lanes combined into one number."""
-    n = LISTED
-    while n > 1:
-        n //= 2
-        vector = combine(
-            builder, _lanes(builder, vector, vector, [*range(n)]), _lanes(builder, vector, vector, [*range(n, 2 * n)])
-        )
-    return builder.extract_element(vector, I32(0))
-
-
-def _data(context: Any, builder: ir.IRBuilder, kind: Any, array: ir.Value) -> ir.Value:
-    return cgutils.create_struct_proxy(kind)(context, builder, array).data  # type: ignore[no-untyped-call]
 
 
 @written_out
@@ -100,14 +76,14 @@ def explained(typing: Any, lines: Any, cell: Any, x01: Any, x23: Any, first: Any
     lines int8 [CELLS * LINE]; cell, x01 and x23 int32 [in/4], of which the latter hold two int16 each.
     """
 
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        table, *arrays = [_data(context, builder, *pair) for pair in zip(signature.args[:4], arguments[:4], strict=True)]
+    def code(context: Any, builder: Builder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        table, *arrays = [pointer(context, builder, *pair) for pair in zip(signature.args[:4], arguments[:4], strict=True)]
         arrays = [builder.gep(array, [arguments[4]]) for array in arrays]
         halves = []
         for half in range(0, VECTORS, 8):
             loaded = [[builder.load(builder.gep(array, [I32(half + v)])) for array in arrays] for v in range(8)]
             halves.append(_largest_of_eight(builder, [_scores(builder, table, *vector) for vector in loaded]))
-        return _folded(builder, builder.add(*halves), lambda builder, a, b: builder.add(a, b))
+        return folded(builder, builder.add(*halves), lambda builder, a, b: builder.add(a, b))
 
     return types.int32(lines, cell, x01, x23, types.intp), code
 
@@ -116,10 +92,10 @@ def explained(typing: Any, lines: Any, cell: Any, x01: Any, x23: Any, first: Any
 def best_of_line(typing: Any, lines: Any, line: Any, x01: Any, x23: Any) -> tuple[Any, Code]:
     """512 times the largest score of the 8 bytes of a line, and its place there, of equals the first; line and x int32."""
 
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        scores = _scores(builder, _data(context, builder, signature.args[0], arguments[0]), *arguments[1:])
-        largest = _folded(builder, scores, _larger)
-        equal = builder.bitcast(builder.icmp_signed("==", scores, _splat(builder, largest)), ir.IntType(LISTED))
+    def code(context: Any, builder: Builder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        scores = _scores(builder, pointer(context, builder, signature.args[0], arguments[0]), *arguments[1:])
+        largest = folded(builder, scores, _larger)
+        equal = builder.bitcast(builder.icmp_signed("==", scores, splat(builder, largest, WORDS)), ir.IntType(LISTED))
         place = builder.zext(builder.cttz(equal, ir.IntType(1)(1)), I32)
         return context.make_tuple(builder, signature.return_type, [largest, place])
 
@@ -130,9 +106,9 @@ def best_of_line(typing: Any, lines: Any, line: Any, x01: Any, x23: Any) -> tupl
 def near_best(typing: Any, lines: Any, line: Any, x01: Any, x23: Any, least: Any) -> tuple[Any, Code]:
     """A bit for each of the 8 bytes of a line: is 512 times its score at least so much? Lowest bit first; all int32."""
 
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        scores = _scores(builder, _data(context, builder, signature.args[0], arguments[0]), *arguments[1:4])
-        above = builder.icmp_signed(">=", scores, _splat(builder, arguments[4]))
+    def code(context: Any, builder: Builder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
+        scores = _scores(builder, pointer(context, builder, signature.args[0], arguments[0]), *arguments[1:4])
+        above = builder.icmp_signed(">=", scores, splat(builder, arguments[4], WORDS))
         return builder.zext(builder.bitcast(above, ir.IntType(LISTED)), I32)
 
     return types.int32(lines, *[types.int32] * 4), code

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from ernie_quant.kernels._triton import folded, jit, launch, round_bf16, sums_of_rows, totals
+from ernie_quant.kernels._triton import folded, jit, launch, lost, round_bf16, sums_of_rows, totals
 from ernie_quant.kernels.fp8_reference import BLOCK
 from ernie_quant.kernels.fp8_reference import decode as decode  # one product and one rounding: the same on every device
 
@@ -91,12 +91,7 @@ def _codes_and_sums(weight, scales, codes, sums, largest, rows, width):  # type:
         x = tl.load(weight + first + at).to(tl.float32)
         code, q = _float8(x, scale)
         tl.store(codes + first + at, code.to(tl.uint8))
-        w = round_bf16(q * scale)
-        exact = x.to(tl.float64)
-        miss = exact - w.to(tl.float64)
-        error += miss * miss
-        energy += exact * exact
-        most = tl.maximum(most, tl.abs(x - w))
+        error, energy, most = lost(x, round_bf16(q * scale), error, energy, most)
         at += 16
     # [2, blocks of a row, rows]
     place = tl.program_id(1).to(tl.int64) * rows + tl.program_id(0) * SIDE + row

@@ -19,7 +19,7 @@ import torch
 
 from ernie_quant.kernels import _registers
 from ernie_quant.kernels._compiled import compiled
-from ernie_quant.kernels._registers import LANES, extremes, finish, least_squares, squared_miss
+from ernie_quant.kernels._registers import LANES, bf16_of, extremes, finish, least_squares, squared_miss
 
 F = np.float32
 ROUND = F(_registers.ROUND)
@@ -121,9 +121,8 @@ def _store(line, scale_bits, first, n, group, room, codes, scales):  # type: ign
 @compiled()
 def _round_bf16(value, inverse, n):  # type: ignore[no-untyped-def]
     """Round to bf16, half to even, and invert; what is too small for a scale, or no number, becomes 1."""
-    bits = value.view(np.uint32)
     for i in range(n):
-        bits[i] = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+        value[i] = bf16_of(value[i])
         value[i] = value[i] if abs(value[i]) >= SMALLEST and abs(value[i]) < F(np.inf) else F(1)
         inverse[i] = F(1) / value[i]
 

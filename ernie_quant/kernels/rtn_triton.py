@@ -11,7 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from ernie_quant.kernels._triton import cdiv, folded, jit, launch, nearest, round_bf16, sums_of_rows, totals, unrolled, upper_half
+from ernie_quant.kernels._triton import (
+    cdiv,
+    folded,
+    jit,
+    launch,
+    lost,
+    nearest,
+    round_bf16,
+    sums_of_rows,
+    totals,
+    unrolled,
+    upper_half,
+)
 from ernie_quant.kernels.rtn import Array, Sums
 from ernie_quant.kernels.rtn_reference import decode as decode  # one product and one rounding: the same on every device
 
@@ -144,10 +156,5 @@ def _quantize(weight, codes, first, there, group, scale, low, high, UNROLLED: tl
             x, place, are = _inputs(weight, first, there, group, block + 16 * step)
             q = nearest(x * inverse, low, high)
             tl.store(codes + place, q.to(tl.int8), mask=are)
-            w = round_bf16(q * scale)
-            exact = x.to(tl.float64)
-            miss = exact - w.to(tl.float64)
-            error += miss * miss
-            energy += exact * exact
-            most = tl.maximum(most, tl.abs(x - w))
+            error, energy, most = lost(x, round_bf16(q * scale), error, energy, most)
     return folded(error), folded(energy), tl.max(most, 2)[:, :, None]

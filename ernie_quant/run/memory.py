@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +11,6 @@ if TYPE_CHECKING:
 
 def suit(plan: Plan) -> None:
     """As a run of the plan wants it."""
-    gc.freeze()  # a plan has some hundred thousand objects that stay to the end: the collector need not look at them again
     if plan.calibration is None:
         return_freed_memory()
     else:

@@ -110,11 +110,13 @@ def encode_slab(
     """
     if not (step.quantized or known):
         return Slab(runtime.pack(step.name, step.codec, step.codec.encode(weight)), Difference(), values_of(weight))
-    if known is None and encoder is None:
+    if known is not None:
+        encoded, once = known, encoder.once if encoder else {}
+    elif encoder is not None:
+        encoded, once = encoder.encode(weight), encoder.once
+    else:
         slabs = [_finished(step, runtime, block, *step.codec.measured(block)) for block in _blocks(step, weight)]
         return _joined(step, slabs, buffers or Buffers())
-    encoded = known or encoder.encode(weight) if encoder else {**(known or {})}
-    once = encoder.once if encoder else {}
     return _finished(step, runtime, weight, encoded, squares(weight, step.codec.decode({**once, **encoded})))
 
 
