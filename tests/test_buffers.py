@@ -10,6 +10,11 @@ import torch
 from helpers.models import invoke, random_model
 from helpers.runs import OF_128S
 
+from ernie_quant.codecs import Codec
+from ernie_quant.codecs.ccq import ConvolutionalCode
+from ernie_quant.codecs.fp8 import Float8Block
+from ernie_quant.codecs.rtn import RoundToNearest
+from ernie_quant.measure import Difference
 from ernie_quant.run import shard
 from ernie_quant.views.buffers import LEAST, Buffers
 from ernie_quant.weights.layouts import PT
@@ -66,3 +71,18 @@ def test_how_many_rows_are_worked_on_at_a_time_changes_no_byte(
         files.append({path.name: path.read_bytes() for path in sorted(out.rglob("*.safetensors"))})
     assert files[0] == files[1] == files[2]
     assert files[0]
+
+
+@pytest.mark.parametrize("codec", [RoundToNearest(4, 32), Float8Block(), ConvolutionalCode(effort=1)], ids=lambda c: c.describe())
+def test_sums_of_blocks_are_those_of_the_whole_but_for_the_last_digits(
+    codec: Codec,
+) -> None:
+    """On a GPU a slab is one block: by so much may its report differ from that of a CPU."""
+    weight = torch.randn(1024, 512, generator=torch.Generator().manual_seed(1)).pow(3).bfloat16()
+    found = []
+    for rows in (128, 1024):
+        parts = [codec.measured(block)[1] for block in weight.split(rows)]
+        found.append(sum(parts, Difference()))
+    assert found[0].largest == found[1].largest
+    assert found[0].error == pytest.approx(found[1].error, rel=1e-14, abs=0)
+    assert found[0].total == pytest.approx(found[1].total, rel=1e-14, abs=0)

@@ -216,6 +216,24 @@ def test_the_kernel_is_the_plain_search(kind: str, magnitude: float, width: int,
     assert same(ccq.decode(fast), ccq_reference.decode(fast))
 
 
+@pytest.mark.parametrize(("kind", "missed", "cost"), [("gaussian", 1e-3, 3e-4), ("student-t 5", 3e-3, 1.5e-3)])
+def test_lists_cost_next_to_nothing(kind: str, missed: float, cost: float) -> None:
+    """Of vectors at the scale that their group likes: how often is the best of 256 not listed, and what does that add?"""
+    weight = weights(kind, 32, 2048, 1.0, seed=2).view(-1, 64)
+    table, tables = ccq_reference.score_tables(CANDIDATES[:1])[0], ccq_lists.tables(CANDIDATES[:1])
+    scale = weight.square().mean(1).sqrt().mul(ccq_reference.PER_RMS).bfloat16().float()
+    planes = weight.view(-1, 2, 2).transpose(0, 1).reshape(2, -1).contiguous().numpy()
+    placed, cell = np.empty((2, weight.numel() // 2), np.int16), np.empty(weight.numel() // 4, np.int32)
+    ccq_scores.place(planes, scale.numpy(), placed, cell)
+    x = torch.from_numpy(placed.reshape(2, -1, 2)).transpose(0, 1).reshape(-1, 4).float() / 512
+    scores = x @ table[:, :4].T + table[:, 4]
+    best, of_list = scores.amax(1), scores.gather(1, tables.listed.view(4096, 8).long()[cell]).amax(1)
+    energy = x.square().sum().double()
+    errors = [(energy - 2 * found.double().sum()).item() for found in (best, of_list)]
+    assert (of_list < best).double().mean() < missed
+    assert errors[1] / errors[0] - 1 < cost
+
+
 @settings(deadline=None, max_examples=20)
 @given(SEEDS, st.floats(0.01, 100), st.sampled_from(CANDIDATES))
 def test_gains_are_exact_in_any_order(seed: int, spread: float, pair: tuple[float, float]) -> None:

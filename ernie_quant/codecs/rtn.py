@@ -72,7 +72,7 @@ class RoundToNearest:
     @property
     def rate(self) -> float:
         """Slower for whole rows than for groups."""
-        return 79.0 if self.group_size == CHANNEL else 200.0
+        return 220.0 if self.group_size == CHANNEL else 300.0
 
     @property
     def form(self) -> str:
