@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,19 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Of a file; KL in nats per token, and its standard error over windows."""
+
+    perplexity: float
+    kl: float
+    error: float
+
+    def __str__(self) -> str:
+        """`0.0123 ± 0.0004`."""
+        return f"{self.kl:.4f} ± {self.error:.4f}"
+
+
 class Reference:
     """Windows of tokens, and what the unquantized file makes of them."""
 
@@ -49,7 +63,7 @@ class Reference:
             self.windows = ids.reshape(windows, WINDOW)
             self.expected = [llama.logits(window) for window in self.windows]
 
-    def judge(self, file: Path) -> str:
+    def measure(self, file: Path) -> Measured:
         """Perplexity and KL of a file."""
         losses, divergences = [], []
         with Llama(file) as llama:
@@ -58,8 +72,13 @@ class Reference:
                 losses.append(-np.take_along_axis(other[:-1], window[1:, None], 1).mean())
                 divergences.append((np.exp(one) * (one - other)).sum(-1).mean())
         error = np.std(divergences, ddof=1) / np.sqrt(len(divergences))
+        return Measured(float(np.exp(np.mean(losses))), float(np.mean(divergences)), float(error))
+
+    def judge(self, file: Path) -> str:
+        """For people."""
+        found = self.measure(file)
         size = file.stat().st_size / 1e6
-        return f"perplexity {np.exp(np.mean(losses)):8.3f}  KL {np.mean(divergences):.5f} +- {error:.5f}  {size:7.1f} MB"
+        return f"perplexity {found.perplexity:8.3f}  KL {found.kl:.5f} +- {found.error:.5f}  {size:7.1f} MB"
 
 
 def write(source: Path, out: Path, mix: str, *, experts_only: bool = False) -> Path:

@@ -66,6 +66,7 @@ class Evaluation:
     source: Mapping[str, str] | None
     rows: tuple[Row, ...]
     together: Row
+    bytes: int  # of the result's tensors
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def evaluate(two: Pair, files: Sequence[Path], tokens: int, progress: Progress =
     parts = [slice(number * count * PREDICTED, (number + 1) * count * PREDICTED) for number in range(len(texts))]
     rows = [_row(text.name, text.sha256, judged, part) for (text, _), part in zip(texts, parts, strict=True)]
     source = None if two.source is None else _facts(two.source)
-    return Evaluation(_facts(two.result), source, tuple(rows), _row("together", "", judged, slice(None)))
+    return Evaluation(
+        _facts(two.result), source, tuple(rows), _row("together", "", judged, slice(None)), two.result.checkpoint.nbytes
+    )
 
 
 def windows_of(tokens: int) -> int:

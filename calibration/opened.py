@@ -104,8 +104,12 @@ class Opened:
 
 def readable(source: Path | str, *, links: bool = False) -> Readable:
     """The checkpoint at `source`. Raises CheckpointError, ConfigError, PlanError, HubError or RetryError."""
-    checkpoint = open_source(source, links=links)
+    return of_checkpoint(open_source(source, links=links))
+
+
+def of_checkpoint(checkpoint: Checkpoint) -> Readable:
+    """One that is open. Raises ConfigError or PlanError."""
     table = resolve_quantized(checkpoint) if evidence(checkpoint) else resolve(checkpoint, frozenset(FIXES))
     if table.problems:
-        raise PlanError(f"{source}: has {len(table.problems)} problem(s)", table.problems)
+        raise PlanError(f"{checkpoint.folder}: has {len(table.problems)} problem(s)", table.problems)
     return Readable(checkpoint, table, geometry_of(table))

@@ -26,6 +26,7 @@ GROUPS = {
         "wint2":      "Experts to 2 bits, for FastDeploy.",
         "gguf":       "To one file for llama.cpp, Ollama and LM Studio.",
         "quantize":   "By a recipe of your own.",
+        "allocate":   "A recipe for a size: the bits where they matter.",
         "calibrate":  "Statistics of a text, for gguf --imatrix.",
         "merge":      "Complete what several processes wrote in shares.",
     },

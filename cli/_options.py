@@ -78,7 +78,10 @@ def _runtime(known: Callable[[], tuple[str, ...]], usual: str) -> Callable[[F], 
     )  # fmt: skip
 
 
-runtime_of_rules = _runtime(built_in.runtimes_of_rules, built_in.VLLM)
+runtime_of_rules = click.option(
+    "--runtime", type=RuntimeName(built_in.runtimes_of_rules),
+    help=f"Program that shall load the result.  [default: that of the recipe, or {built_in.VLLM}]",
+)  # fmt: skip
 
 
 def settings(recipe: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +196,9 @@ def calibration(command: F) -> F:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+tp = click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Ranks to write, for FastDeploy.")
 
 
 def wint4_layers(text: str) -> Callable[[F], F]:

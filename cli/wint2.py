@@ -20,7 +20,7 @@ from ernie_quant.planning import built_in
     "--effort", type=click.Choice(["1", "4", "16"]), default=str(built_in.EFFORT), show_default=True,
     help="Codes tried per output channel: 1 is twice as fast as 16, for up to 3% more error.",
 )  # fmt: skip
-@click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Tensor-parallel size: writes rank0/, ….")
+@_options.tp
 @_options.experts_only
 @_options.scale
 @_options.unsupported

@@ -23,7 +23,7 @@ CONTAINER_ONLY = ("unsupported", "tp")
 @_options.runtime("wint4")
 @_options.mtp
 @_options.keep_unfit
-@click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Ranks to write, for FastDeploy.")
+@_options.tp
 @_options.unsupported
 @_options.calibration
 @_options.device

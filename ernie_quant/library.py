@@ -103,7 +103,7 @@ def quantize(
         rules = recipe if isinstance(recipe, Recipe) else read(Path(recipe), keep_unfit=bool(own.pop("keep_unfit", False)))
         if own:
             raise ValueError(f"recipe {rules.name}: takes no option {', '.join(sorted(own))}")
-        made = built_in.BuiltIn(rules, runtime or built_in.VLLM)
+        made = built_in.BuiltIn(rules, runtime or rules.runtime or built_in.VLLM)
     asked = asked_of(made.recipe, calibration, {"tokens": calibration_tokens, "method": method, "fit": fit})
     return run(plan_of(opened, made.recipe, made.runtime, text_of(asked), **planning), out, how, tp, device)
 

@@ -75,11 +75,11 @@ def known_runtimes(name: str) -> tuple[str, ...]:
 
 
 def runtimes_of_rules() -> tuple[str, ...]:
-    """The runtimes that rules of one's own are for, the usual one first: FastDeploy's container has rules of its own."""
+    """The runtimes that rules of one's own are for, the usual one first; what FastDeploy's container holds, it says itself."""
     from ernie_quant import runtimes
 
-    alike = known_runtimes("wint8")
-    return (*alike, *(name for name in runtimes.storing("gguf") if name not in alike))
+    found = (*known_runtimes("wint8"), *runtimes.storing("gguf"), *runtimes.storing("wint2"))
+    return tuple(dict.fromkeys(found))
 
 
 def make(name: str, runtime: str = "", **given: Any) -> BuiltIn:

@@ -91,7 +91,7 @@ def estimate(
     model = Model.of(table.config, table.map.dims)
     asked = [(offer, few) for offer in offers.all_offers(wint4_layers)]
     if recipe is not None:  # it may tell experts apart
-        own = Offer(f"quantize --recipe {recipe.name}.toml", built_in.VLLM, recipe)
+        own = Offer(f"quantize --recipe {recipe.name}.toml", recipe.runtime or built_in.VLLM, recipe)
         asked.append((own, [(weight, 1) for weight in table.weights]))
     rows, refused = [], {}
     for offer, weights in asked:

@@ -6,6 +6,7 @@ of max_model_len of each of them do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -76,6 +77,15 @@ def on(held: Held, spreads: Iterable[Spread], model: Model, gpu: Gpu, limits: Li
     if best.room < best.kv:
         return Fit(gpu.name, gpu.memory, why=_why(loads, gpu, limits))
     return _fit(best, held, model, gpu, limits)
+
+
+def missing(held: Held, spreads: Iterable[Spread], model: Model, gpu: Gpu, limits: Limits, count: int) -> float:
+    """Bytes that weights are too large by, for so many GPUs to have room for one sequence too; below 0 there is more room.
+
+    Infinite where they cannot share the model.
+    """
+    loads = [_load(held, spread, model, gpu, limits) for spread in spreads if spread.gpus == count]
+    return min((count * (load.kv * limits.max_model_len - load.room) for load in loads), default=math.inf)
 
 
 def _load(held: Held, spread: Spread, model: Model, gpu: Gpu, limits: Limits) -> _Load:

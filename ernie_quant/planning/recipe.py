@@ -14,6 +14,8 @@ group_size = 128
 
 [calibration]
 text = "auto"                                 # planning/calibration.py
+
+`runtime = "llama_cpp"`, before all of these, names the program that they are for.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import PlanError
 from ernie_quant.names import QUANTIZABLE, ROLES, VOCABULARY, NameMap, Weight
-from ernie_quant.planning import calibration
+from ernie_quant.planning import built_in, calibration
 from ernie_quant.planning.calibration import Asked
 from ernie_quant.settings import Settings, read_toml
 
@@ -89,6 +91,7 @@ class Recipe:
     keep_unfit: bool = False
     calibration: Asked | None = None  # what a file of rules says of it
     rules_of: Callable[[NameMap], Sequence[RecipeRule]] | None = None  # of a model, instead of `rules`
+    runtime: str = ""  # that a file of rules names
     words: str = ""  # of the command that has it built in: `wint4 --experts-only`
 
     def codec_for(self, weight: Weight) -> Codec:
@@ -145,11 +148,14 @@ def read(path: Path, *, keep_unfit: bool = False) -> Recipe:
     table = read_toml(path)
     entries = table.pop("rule", [])
     problems: list[str] = []
-    asked = None
+    asked, runtime = None, table.pop("runtime", "")
+    if runtime and runtime not in (known := built_in.runtimes_of_rules()):
+        problems.append(f"runtime is {runtime!r:.80}, not {', '.join(known)}")
     if "calibration" in table:
         asked = calibration.read(Settings("[calibration]", table.pop("calibration"), problems), path.parent)
-    problems += [f"{key}: unknown; a recipe has [[rule]] tables and [calibration]" for key in table]
-    return replace(of_rules(path.stem, entries, keep_unfit=keep_unfit, where=str(path), problems=problems), calibration=asked)
+    problems += [f"{key}: unknown; a recipe has [[rule]] tables, [calibration] and runtime" for key in table]
+    found = of_rules(path.stem, entries, keep_unfit=keep_unfit, where=str(path), problems=problems)
+    return replace(found, calibration=asked, runtime=runtime)
 
 
 def of_rules(

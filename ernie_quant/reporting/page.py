@@ -54,15 +54,16 @@ def put(path: Path, data: bytes) -> Written:
 def render(report: Report) -> bytes:
     """The page: the same report, the same bytes."""
     shown = columns(report)
-    return _filled("report.html", [name for name in SCRIPTS if name != OF_TEXT or "calibration" in shown], shown)
+    return filled("report.html", [name for name in SCRIPTS if name != OF_TEXT or "calibration" in shown], shown)
 
 
 def render_two(report: Report, against: Report) -> bytes:
     """The page of two results side by side. Raises OutputError where they have no tensor in common."""
-    return _filled("compare.html", OF_TWO, compared(report, against))
+    return filled("compare.html", OF_TWO, compared(report, against))
 
 
-def _filled(template: str, scripts: Sequence[str], shown: Mapping[str, Any]) -> bytes:
+def filled(template: str, scripts: Sequence[str], shown: Mapping[str, Any]) -> bytes:
+    """A page with its scripts and data in it."""
     style = (PAGES / "report.css").read_text(encoding="utf-8")
     script = "\n".join((PAGES / name).read_text(encoding="utf-8") for name in scripts)
     data = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

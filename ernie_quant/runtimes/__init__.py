@@ -72,6 +72,19 @@ class Runtime(Protocol):
         ...
 
     @property
+    def MORE_BITS_FIRST(self) -> bool:
+        """Must a layer's experts have no more bits than those of the layer before it?"""
+        ...
+
+    def candidates(self, role: str) -> tuple[Codec, ...]:
+        """Codecs that `allocate` chooses among for linears of a role, the fewest bits first; one where it has no choice."""
+        ...
+
+    def alike(self, name: str, role: str) -> str:
+        """What has one codec: a name that all its weights share."""
+        ...
+
+    @property
     def PARALLEL(self) -> Collection[str]:
         """How several GPUs can share a model: of TENSOR, EXPERTS and STAGES."""
         ...

@@ -14,7 +14,7 @@ from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
-from ernie_quant.names import EXPERT_ROLES
+from ernie_quant.names import EXPERT_ROLES, QUANTIZABLE
 from ernie_quant.runtimes import Linear
 
 WINT2 = ConvolutionalCode()
@@ -69,6 +69,18 @@ def codecs_of(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Code
             codec = WINT4 if _layer(name) <= last_wint4 else WINT2
         codecs[name] = codec
     return codecs
+
+
+def alike(name: str, role: str) -> str:
+    """All experts of a layer; every other linear is for itself."""
+    return re.sub(r"experts\..*$", "experts", name) if role in EXPERT_ROLES else name
+
+
+def candidates(role: str) -> tuple[Codec, ...]:
+    """Experts have two forms, every other linear one."""
+    if role in EXPERT_ROLES:
+        return (WINT2, WINT4)
+    return (WINT8,) if role in QUANTIZABLE else (KEEP,)
 
 
 def _layer(name: str) -> int:

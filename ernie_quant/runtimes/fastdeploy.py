@@ -44,7 +44,7 @@ VERSION = 1
 TAGS = ("fastdeploy",)
 PROGRAM, PARALLEL = "FastDeploy", (TENSOR,)
 AT_LOAD = {"wint8": "--quantization wint8", "wint4": "--quantization wint4"}
-PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = True, True, False, False
+PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS, MORE_BITS_FIRST = True, True, False, False, True
 
 
 def folder(role: str) -> str:
@@ -163,6 +163,9 @@ def weight_of(name: str) -> tuple[str, str]:
 def layer_of(name: str, role: str) -> str:
     """Every weight is a layer of its own."""
     return name
+
+
+alike, candidates = w4w2.alike, w4w2.candidates
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:

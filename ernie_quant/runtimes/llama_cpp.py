@@ -18,7 +18,7 @@ from ernie_quant.codecs._ggml import Blocks
 from ernie_quant.codecs._rounded import Rounded
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.errors import ConfigError
-from ernie_quant.names import NORM, ROUTER
+from ernie_quant.names import NORM, QUANTIZABLE, ROUTER, VOCABULARY
 from ernie_quant.runtimes import Linear, Part, _commands, _gguf_file
 from ernie_quant.runtimes import _usual as usual
 from ernie_quant.runtimes._values import STAGES
@@ -38,7 +38,9 @@ TAGS = ("llama.cpp",)
 PROGRAM, PARALLEL = "llama.cpp", (STAGES,)
 AT_LOAD: dict[str, str] = {}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, True, True
+MORE_BITS_FIRST = False
 QUANT_METHOD = "gguf"
+CHOICES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 FALLBACKS = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
 }  # fmt: skip
@@ -133,6 +135,16 @@ def unpack(name: str, codec: Codec, stored: Mapping[str, torch.Tensor]) -> Encod
 def layer_of(name: str, role: str) -> str:
     """The stored tensor: a stack is stored alike."""
     return name_of(name)[0]
+
+
+alike = layer_of
+
+
+def candidates(role: str) -> tuple[Codec, ...]:
+    """A type for every stored tensor, or the weight as it is."""
+    if role not in QUANTIZABLE and role not in VOCABULARY:
+        return (KEEP,)
+    return (*(codecs_package.make(name.lower(), {}) for name in CHOICES), KEEP)
 
 
 def fallback(codec: Codec, spec: TensorSpec) -> Codec | None:

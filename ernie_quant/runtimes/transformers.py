@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
-from ernie_quant.codecs.keep import Keep
+from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.names import EXPERT_ROLES, VISION_EXPERT
 from ernie_quant.runtimes import Linear, Place, Spread, _commands, vllm
 from ernie_quant.runtimes import _promise as promise
@@ -15,14 +16,14 @@ from ernie_quant.runtimes._values import STAGES
 CODECS = vllm.CODECS
 LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
 RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
-QUANTIZES_VOCABULARY, CASTS = vllm.QUANTIZES_VOCABULARY, vllm.CASTS
+QUANTIZES_VOCABULARY, CASTS, MORE_BITS_FIRST = vllm.QUANTIZES_VOCABULARY, vllm.CASTS, vllm.MORE_BITS_FIRST
 VERSION = vllm.VERSION
 TAGS: tuple[str, ...] = ()
 PROGRAM, PARALLEL = "transformers", (STAGES,)
 AT_LOAD: dict[str, str] = {}
 kept_as = vllm.kept_as
 parts, constants, pack, unpack, weight_of = vllm.parts, vllm.constants, vllm.pack, vllm.unpack, vllm.weight_of
-layer_of, quantization_config, codecs_of = vllm.layer_of, vllm.quantization_config, vllm.codecs_of
+layer_of, alike, quantization_config, codecs_of = vllm.layer_of, vllm.alike, vllm.quantization_config, vllm.codecs_of
 suited, misread = vllm.suited, vllm.misread
 share_multiple, folder, metadata = vllm.share_multiple, vllm.folder, vllm.metadata
 model_problems, stem, fallback = vllm.model_problems, vllm.stem, vllm.fallback
@@ -31,6 +32,11 @@ model_problems, stem, fallback = vllm.model_problems, vllm.stem, vllm.fallback
 def recognizes(config: Mapping[str, Any]) -> bool:
     """Its files are vLLM's, which answers for them."""
     return False
+
+
+def candidates(role: str) -> tuple[Codec, ...]:
+    """It has no choice: all experts have one form, and it decodes them when it loads them."""
+    return (KEEP,)
 
 
 def notes(linears: Sequence[Linear]) -> list[str]:

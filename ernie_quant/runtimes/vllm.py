@@ -20,9 +20,9 @@ from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
-from ernie_quant.codecs.keep import Keep
+from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.names import EXPERT_ROLES, IN, VISION_EXPERT
+from ernie_quant.names import EXPERT_ROLES, IN, MTP, QUANTIZABLE, VISION_EXPERT
 from ernie_quant.runtimes import About, Linear, Part, Place, Spread, _commands, _modules, kept
 from ernie_quant.runtimes import _promise as promise
 from ernie_quant.runtimes import _usual as usual
@@ -41,6 +41,7 @@ VERSION = 1
 TAGS = ("vllm",)
 PROGRAM, PARALLEL, AT_LOAD = "vLLM", (TENSOR, EXPERTS, STAGES), {"fp8": "--quantization fp8"}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
+MORE_BITS_FIRST = False
 CODECS = (Keep, RoundToNearest, Float8Block)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
@@ -173,6 +174,15 @@ def layer_of(name: str, role: str) -> str:
     """qkv_proj, gate_up_proj, or all experts of a layer."""
     module = name.removesuffix(".weight")
     return re.sub(r"experts\.\d+\.\w+$", role, module) if role in EXPERT_ROLES else _modules.fused(module)
+
+
+alike = layer_of
+
+
+def candidates(role: str) -> tuple[Codec, ...]:
+    """Integers, or the weight as it is; float8 blocks have the bytes of int8 and more of its error."""
+    int4 = [RoundToNearest(4, group) for group in (128, 64, 32)]
+    return (*int4, RoundToNearest(8, CHANNEL), KEEP) if role in QUANTIZABLE and role != MTP else (KEEP,)
 
 
 def suited(codec: Codec, roles: Collection[str]) -> Codec:

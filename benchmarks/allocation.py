@@ -1,0 +1,117 @@
+"""Bits where they matter, against one type everywhere and against the mixes that people use: KL divergence at equal sizes.
+
+python benchmarks/smol_ernie.py smol-256 --experts 4 --moe-inter 256 --pad-hidden 768
+python benchmarks/allocation.py smol-256 en-US.txt WORK --llama-quantize FOLDER --quantizer FILE     # llama.cpp
+python benchmarks/allocation.py smol-256 en-US.txt WORK --runtime vllm [--calibration auto]          # vLLM
+
+Of llama.cpp the judge is llama.cpp itself (gguf_fidelity.py says what FOLDER and FILE are), of vLLM `ernie-quant eval`. Each size
+is that of a mix or of one codec everywhere; `allocate` may have as many bytes and no more. Sensitivities are measured
+once, on the text `auto`; the text for judging is another. WORK keeps everything, `curve.json` what a picture needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from gguf_fidelity import Reference, write
+
+MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
+PURE = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q5_K_S")  # with --pure one type each
+INTEGERS = ("32", "64")  # group sizes that fit every width of the model
+
+
+def tool(*arguments: object) -> str:
+    """Of ernie-quant."""
+    command = [sys.executable, "-m", "ernie_quant", *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def allocated(args: argparse.Namespace, size: int) -> tuple[Path, float]:
+    """The folder of the best result of so many bytes, and the KL that was predicted."""
+    recipe, out = args.work / f"{args.runtime}-{size}.toml", args.work / f"{args.runtime}-{size}"
+    kept = args.work / f"{args.runtime}{'-calibrated' if args.calibration else ''}.sensitivity.json"
+    asked = ["--calibration", args.calibration] if args.calibration else ["--tokens", args.tokens]
+    said = json.loads(tool("allocate", args.model, "-o", recipe, "--size", size, "--runtime", args.runtime, *asked,
+                           "--sensitivity", kept, "--quiet", "--json"))  # fmt: skip
+    if not (out / "ernie-quant.json").is_file():
+        tool("quantize", args.model, out, "--recipe", recipe, "--quiet")
+    return out, said["predicted_kl"]
+
+
+def llama_cpp(args: argparse.Namespace) -> None:
+    """A line per size."""
+    plain = write(args.model, args.work / "plain", "F32")
+    reference = Reference(plain, args.text.read_text(), args.windows)
+    points = []
+    rows = [(f"llama-quantize {mix}", mix, False) for mix in MIXES] + [(f"{mix} --pure", mix, True) for mix in PURE]
+    for title, mix, pure in rows:
+        file = args.work / f"{mix}{'-pure' if pure else ''}.gguf"
+        if not file.is_file():
+            command = [sys.executable, args.quantizer, plain, file, mix, "--lib", args.llama_quantize]
+            subprocess.run([*command, *(["--pure"] if pure else [])], check=True, capture_output=True)
+        out, predicted = allocated(args, file.stat().st_size)
+        mine = next(out.glob("*.gguf"))
+        theirs_kl, mine_kl = reference.measure(file), reference.measure(mine)
+        points.append({"title": title, "bytes": file.stat().st_size, "kl": theirs_kl.kl, "allocated_bytes": mine.stat().st_size,
+                       "allocated": mine_kl.kl, "predicted": predicted})  # fmt: skip
+        ratio = mine_kl.kl / theirs_kl.kl
+        print(
+            f"| {title} | {file.stat().st_size / 1e6:.1f} | {theirs_kl} | {mine_kl} | {predicted:.4f} | {ratio:.2f} |", flush=True
+        )
+    (args.work / "curve.json").write_text(json.dumps(points, indent=1))
+
+
+def vllm(args: argparse.Namespace) -> None:
+    """A line per group size of int4."""
+    points = []
+    asked = ["--calibration", args.calibration] if args.calibration else []
+    for group in INTEGERS:
+        out = args.work / f"wint4-{group}"
+        if not (out / "ernie-quant.json").is_file():
+            tool("wint4", args.model, out, "--group-size", group, *asked, "--quiet")
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        other, predicted = allocated(args, size)
+        found = [evaluated(args, folder) for folder in (out, other)]
+        points.append({"title": f"int4 group {group}", "bytes": size, "kl": found[0][0], "allocated": found[1][0],
+                       "predicted": predicted})  # fmt: skip
+        cells = " | ".join(f"{kl:.4f} ± {error:.4f}" for kl, error in found)
+        print(
+            f"| int4, group {group} | {size / 1e6:.1f} | {cells} | {predicted:.4f} | {found[1][0] / found[0][0]:.2f} |",
+            flush=True,
+        )
+    (args.work / "curve.json").write_text(json.dumps(points, indent=1))
+
+
+def evaluated(args: argparse.Namespace, out: Path) -> tuple[float, float]:
+    """KL and its standard error over windows."""
+    tokens = 511 * args.windows
+    kl = json.loads(tool("eval", out, "--against", args.model, "--text", args.text, "--tokens", tokens, "--json"))["together"][
+        "kl"
+    ]
+    return kl["value"], kl["window_error"]
+
+
+def main() -> None:
+    """Read the command line, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--runtime", choices=["llama.cpp", "vllm"], default="llama.cpp")
+    parser.add_argument("--calibration")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--llama-quantize", type=Path)
+    parser.add_argument("--quantizer", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(exist_ok=True)
+    print("| at the size of | MB | its KL | allocated | predicted | ratio |\n|---|---|---|---|---|---|", flush=True)
+    (llama_cpp if args.runtime == "llama.cpp" else vllm)(args)
+
+
+if __name__ == "__main__":
+    main()
