@@ -2,14 +2,13 @@
 
 Two parts: the error that a codec makes in what its layer adds to the residual (for every unit and codec), and what an error
 at that place costs in the end. For the second, streams of hidden states that have been disturbed, each at one place (attention or
-FFN of a layer, all of it in few and in more bits), go with the original through the layers that follow, and KL divergence is
-taken of the logits. Between the two errors of a place, log KL is linear in the log of the error; beyond them KL is in
-proportion to the error. Of embeddings and head every codec has a stream of its own.
+FFN of a layer, all of it in about four bits), go with the original through the layers that follow, and KL divergence is taken
+of the logits. It grows in proportion to the energy of the error: on a real model, errors 3 to 28 times as large had log-log
+slopes of .80 to 1.08, most of them within 5% of 1 (docs/allocation.md). Of embeddings and head every codec has its own stream.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,6 @@ from ernie_quant.threads import Progress, default_workers, one_torch_thread, ord
 
 if TYPE_CHECKING:
     import torch
-
-LEAST = 1e-12  # an error, or nats, below which float32 says nothing
 
 
 @dataclass
@@ -78,7 +75,7 @@ class Sweep:
                 yield number, unit
 
     def layer(self, number: int) -> None:
-        """All streams one layer further, and two more of each of its places."""
+        """All streams one layer further, and one more of each of its places."""
         before = self.streams
         after = self._each(lambda some: forward.attention(self.model, number, some), before)
         own = len(self.ids)
@@ -109,32 +106,28 @@ class Sweep:
         trials: list[Trial] = [dict.fromkeys(self.units[n].weights, self.units[n].options[i].codec) for n, i in options]
         if not trials:
             return streams
-        trials += [{w: unit.options[level(unit)].codec for _, unit in units for w in unit.weights} for level in (_few, _more)]
+        trials.append({w: unit.options[middle(unit)].codec for _, unit in units for w in unit.weights})
         found = differences(trials)
         original = streams[self.fit : len(self.ids)]
         errors = [relative(one, original.flatten(0, 1)) for one in found]
         self.errors |= dict(zip(options, errors, strict=False))
-        self.carried += [_Carried(layer, place, error, {}) for error in errors[-2:]]
-        return torch.cat([streams, *(original + one.view(original.shape) for one in found[-2:])])
+        self.carried.append(_Carried(layer, place, errors[-1], {}))
+        return torch.cat([streams, original + found[-1].view(original.shape)])
 
     def ended(self) -> list[float]:
-        """KL of every stream."""
+        """KL of every stream; where nothing is to be seen rounding alone may make it negative."""
         import torch
 
         judged = len(self.ids) - self.fit
         original, *others = torch.split(self.streams, [len(self.ids), *[judged] * len(self.carried)])
         models = [Changed.of(self.model, one.head) if one.head else self.model for one in self.carried]
         pairs = [(model, other[:, :-1].flatten(0, 1)) for model, other in zip(models, others, strict=True)]
-        return divergences(self.model, original[self.fit :, :-1].flatten(0, 1), pairs, self.tokens.workers)
+        found = divergences(self.model, original[self.fit :, :-1].flatten(0, 1), pairs, self.tokens.workers)
+        return [max(0.0, kl) for kl in found]
 
 
-def _few(unit: Unit) -> int:
-    """The option with the fewest bits."""
-    return 0
-
-
-def _more(unit: Unit) -> int:
-    """One in the middle of those that are quantized."""
+def middle(unit: Unit) -> int:
+    """The option in the middle of those that are quantized."""
     return (sum(not option.kept for option in unit.options) - 1) // 2
 
 
@@ -181,9 +174,7 @@ def _together(
     ended = list(zip(sweep.carried, found, strict=True))
     own = {one.option: kl for one, kl in ended if one.option is not None}
     gains = [Disturbed(one.layer, one.place, one.error, kl) for one, kl in ended if one.option is None]
-    at: dict[tuple[int, str], list[Disturbed]] = {}
-    for gain in gains:
-        at.setdefault((gain.layer, gain.place), []).append(gain)
+    per_error = {(gain.layer, gain.place): gain.kl / gain.error if gain.error > 0 else 0.0 for gain in gains}
     errors: list[Sequence[float | None]] = []
     costs: list[Sequence[float] | None] = []
     for number, unit in enumerate(units):
@@ -194,7 +185,7 @@ def _together(
         elif unit.role == VISION_EXPERT:
             costs.append(None)
         else:
-            costs.append([cost_of(error or 0.0, at[unit.layer, unit.place]) for error in known])
+            costs.append([(error or 0.0) * per_error[unit.layer, unit.place] for error in known])
     return errors, costs, gains
 
 
@@ -204,17 +195,3 @@ def _stand_in(units: Sequence[Unit], costs: Sequence[Sequence[float] | None], nu
     texts = [(unit, cost) for unit, cost in zip(units, costs, strict=True) if cost is not None and unit.layer == mine.layer]
     by_form = {o.codec.form: c for unit, cost in texts if unit.experts for o, c in zip(unit.options, cost, strict=True)}
     return [by_form.get(option.codec.form, 0.0) for option in mine.options]
-
-
-def cost_of(error: float, known: Sequence[Disturbed]) -> float:
-    """Nats of an error at a place where the cost of others is known."""
-    if error <= LEAST:
-        return 0.0
-    points = sorted((max(one.error, LEAST), max(one.kl, LEAST)) for one in known)
-    (e0, k0), (e1, k1) = points[0], points[-1]
-    if error <= e0 or e0 == e1:
-        return k0 * error / e0
-    if error >= e1:
-        return k1 * error / e1
-    part = math.log(error / e0) / math.log(e1 / e0)
-    return math.exp(math.log(k0) + part * math.log(k1 / k0))

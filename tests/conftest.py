@@ -71,3 +71,15 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
     with no_waiting():
         yield
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless browser; without Chromium on the machine its tests are skipped."""
+    from helpers.browser import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    opened = Browser(CHROMIUM, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()

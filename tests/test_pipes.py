@@ -39,6 +39,7 @@ LINES = {
     "verify": "CONTAINER",
     "report": "CONTAINER --out PAGE",
     "eval": "SPOKEN --text BOOK --tokens 511",
+    "allocate": "SPOKEN -o RULES_MADE --bits 9 --text BOOK --tokens 512",
     "calibrate": "SPOKEN STATS --text BOOK --tokens 512",
     "publish": "CONTAINER me/container",
     "nightly": "JOB --work WORK",
@@ -66,6 +67,7 @@ def words(folder: Path, tmp_path: Path) -> Callable[[str], list[str]]:
     """The words of a line, with places for those in capitals."""
     places = {"SRC": folder / "src", "CONTAINER": folder / "container", "RULES": folder / "rules.toml", "OUT": tmp_path / "out"}
     places |= {"SPOKEN": folder / "spoken", "BOOK": folder / "book.txt", "STATS": tmp_path / "stats.safetensors"}
+    places |= {"RULES_MADE": tmp_path / "made.toml"}
     places |= {"PAGE": tmp_path / "page.html", "JOB": tmp_path / "job.toml", "WORK": tmp_path / "work"}
     return lambda line: [*PYTHON, *(str(places.get(word, word)) for word in line.split())]
 

@@ -6,7 +6,8 @@ revision = "main"
 
 [[target]]
 repo = "my-org/ERNIE-4.5-21B-A3B-WINT4"
-recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, gguf, wint2; or [[target.rule]] tables
+recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, gguf, wint2; a file of rules, as seen from
+                                                # here; or [[target.rule]] tables
 experts_only = true
 name = "ERNIE 4.5 21B in 4 bits"                # of the model, in its card
 [target.calibration]                            # as in a recipe file
@@ -173,7 +174,7 @@ def _target(table: Settings, beside: Path) -> JobTarget:
     size = table.pop("max_shard_size")
     copy, odd = _patterns(table), table.take("allow_odd_values", bool, False)
     called, base = table.take("name", str, ""), table.take("base_model", str, "")
-    rules, runtime = _recipe(table)
+    rules, runtime = _recipe(table, beside)
     usual = built_in.GGUF_BYTES if runtime == built_in.LLAMA_CPP else built_in.SHARD_BYTES
     shard_bytes = usual if size is None else table.attempt(lambda: parse_size(size), usual, "max_shard_size")
     if (asked := table.inner("calibration")) is not None:
@@ -193,16 +194,20 @@ def _patterns(table: Settings) -> tuple[str, ...]:
     return ()
 
 
-def _recipe(table: Settings) -> tuple[Recipe, str]:
-    """Recipe and runtime: a built-in name with its options, or rules."""
+def _recipe(table: Settings, beside: Path) -> tuple[Recipe, str]:
+    """Recipe and runtime: a built-in name with its options, a file in the folder `beside`, or rules."""
     rules = table.pop("rule")
     if rules is not None:
         runtime, keep = _runtime(table, *built_in.runtimes_of_rules()), table.take("keep_unfit", bool, False)
         return table.attempt(lambda: recipe.of_rules("rules", rules, keep_unfit=keep), KEEP_ALL), runtime
     name = table.take("recipe", str)
+    if name.endswith(".toml"):
+        keep = table.take("keep_unfit", bool, False)
+        read = table.attempt(lambda: recipe.read(beside / name, keep_unfit=keep), KEEP_ALL)
+        return read, _runtime(table, *dict.fromkeys(filter(None, (read.runtime, *built_in.runtimes_of_rules()))))
     if name not in built_in.KINDS:
         if name:
-            table.wrong(f"recipe {name!r} is none of {', '.join(built_in.KINDS)}; for others give [[target.rule]] tables")
+            table.wrong(f"recipe {name!r} is none of {', '.join(built_in.KINDS)}; for others name a .toml file of rules")
         for option in (
             "runtime",
             *(o for kind in built_in.KINDS for r in built_in.known_runtimes(kind) for o in built_in.options(kind, r)),

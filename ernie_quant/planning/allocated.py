@@ -32,6 +32,12 @@ class Group:
     nbytes: int  # 0 for those that had no choice
     kl: float
 
+    @property
+    def name(self) -> str:
+        """`mlp.experts.*.{gate,up}_proj, mlp.down_proj`."""
+        ends = _by_module(self.tails).items()
+        return ", ".join(f"{module}.{names[0] if len(names) == 1 else _braced(names)}" for module, names in ends)
+
 
 def groups_of(units: Units, chosen: Allocation, costs: Costs) -> list[Group]:
     """All that is quantized, in the order of layers."""
@@ -76,7 +82,7 @@ def text(head: Sequence[str], runtime: str, groups: Sequence[Group], asked: Aske
 def _rule(group: Group) -> Iterator[str]:
     where = f"layer{'s' if len(group.layers) > 1 else ''} {in_runs(group.layers)}: " if group.layers[0] >= 0 else ""
     of = f", {group.nbytes / 1e9:.3f} GB, predicted {group.kl:.2g} nats" if group.nbytes else ", as the program wants it"
-    yield f"# {where}{', '.join(group.tails)}: {group.codec.form}{of}"
+    yield f"# {where}{group.name}: {group.codec.form}{of}"
     yield "[[rule]]"
     if group.tails[0] in OUTSIDE:
         yield f"role = {json.dumps(OUTSIDE[group.tails[0]])}"
@@ -86,11 +92,29 @@ def _rule(group: Group) -> Iterator[str]:
     yield from (f"{key} = {json.dumps(value)}" for key, value in settings(group.codec).items())
 
 
+def _by_module(tails: Sequence[str]) -> dict[str, list[str]]:
+    """`mlp.experts.*` -> [`gate_proj`, `up_proj`]."""
+    found: dict[str, list[str]] = {}
+    for tail in tails:
+        module, _, name = tail.rpartition(".")
+        found.setdefault(module, []).append(name)
+    return found
+
+
+def _braced(names: Sequence[str]) -> str:
+    return f"{{{','.join(name.removesuffix('_proj') for name in names)}}}_proj"
+
+
 def pattern(layers: Sequence[int], tails: Sequence[str]) -> str:
     """A regular expression for PT names."""
-    inside = "|".join(re.escape(tail).replace(r"\*", r"\d+") for tail in tails)
-    where = rf"\.layers\.(?:{'|'.join(map(str, layers))})\." if layers[0] >= 0 else "^"
-    return rf"{where}(?:{inside})\.weight"
+    inside = []
+    for module, names in _by_module(tails).items():
+        ends = names[0] if len(names) == 1 else f"(?:{'|'.join(name.removesuffix('_proj') for name in names)})_proj"
+        inside.append(re.escape(f"{module}.").replace(r"\*", r"\d+") + ends)
+    which = inside[0] if len(inside) == 1 else f"(?:{'|'.join(inside)})"
+    numbers = str(layers[0]) if len(layers) == 1 else f"(?:{'|'.join(map(str, layers))})"
+    where = rf"\.layers\.{numbers}\." if layers[0] >= 0 else "^"
+    return rf"{where}{which}\.weight"
 
 
 def settings(codec: Codec) -> Mapping[str, Any]:

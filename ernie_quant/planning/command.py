@@ -39,7 +39,9 @@ def _words(plan: Plan) -> str:
     if options.get("dequantize"):
         return f"dequantize --to {plan.layout.name}"
     own = f"quantize --recipe {shlex.quote(f'{plan.recipe.name}.toml')}"
-    return plan.recipe.words or own + (f" --runtime {plan.runtime}" if plan.runtime != built_in.VLLM else "")
+    return plan.recipe.words or own + (
+        f" --runtime {plan.runtime}" if plan.runtime != (plan.recipe.runtime or built_in.VLLM) else ""
+    )
 
 
 def _options(options: Mapping[str, Any]) -> Iterable[str]:

@@ -11,7 +11,7 @@ from ernie_quant.run.allocate import Allocated
 def as_text(made: Allocated, command: str) -> str:
     """Tables, and what to type next."""
     lines = [
-        (", ".join(group.tails), in_runs(group.layers) if group.layers[0] >= 0 else "", group.codec.form,
+        (group.name, in_runs(group.layers) if group.layers[0] >= 0 else "", group.codec.form,
          f"{group.nbytes / 1e9:.3f}", f"{group.kl:.2g}")
         for group in made.groups
         if group.nbytes

@@ -9,7 +9,6 @@ from typing import Any
 import ernie_quant
 from ernie_quant.errors import OutputError
 from ernie_quant.planning.allocated import in_runs
-from ernie_quant.planning.measured import Disturbed
 from ernie_quant.reporting import evaluation
 from ernie_quant.reporting.numbers import shown
 from ernie_quant.reporting.page import Written, filled, put
@@ -38,23 +37,18 @@ def _data(made: Allocated, achieved: Sequence[Path]) -> dict[str, Any]:
         "notes": list(made.notes), "codecs": [], "of_codecs": [],
         "curve": [{"bytes": nbytes, "kl": shown(kl)} for nbytes, kl in made.curve],
         "rows": rows,
-        "gains": [{"layer": one.layer, "place": one.place, "kl": shown(one.kl * PART / one.error)} for one in _few(made)],
+        "gains": [
+            {"layer": one.layer, "place": one.place, "kl": shown(one.kl * PART / one.error)}
+            for one in made.sensitivity.gains
+            if one.error > 0
+        ],
         "groups": [
-            {"weights": ", ".join(group.tails), "layers": in_runs(group.layers) if group.layers[0] >= 0 else "",
+            {"weights": group.name, "layers": in_runs(group.layers) if group.layers[0] >= 0 else "",
              "codec": group.codec.form, "bytes": group.nbytes, "kl": shown(group.kl)}
             for group in made.groups
         ],
         "footer": f"Made by ernie-quant {ernie_quant.__version__}. KL divergence of (source || result), nats per token.",
     }  # fmt: skip
-
-
-def _few(made: Allocated) -> list[Disturbed]:
-    """Of each place the stream with the larger error."""
-    found: dict[tuple[int, str], Disturbed] = {}
-    for one in sorted(made.sensitivity.gains, key=lambda gain: gain.error):
-        if one.error > 0:
-            found[one.layer, one.place] = one
-    return sorted(found.values(), key=lambda gain: (gain.place, gain.layer))
 
 
 def _achieved(file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ernie_quant.planning.budget import Budget
 from ernie_quant.planning.calibration import Asked
 from ernie_quant.planning.make import make_plan
 from ernie_quant.planning.measured import Sensitivity
-from ernie_quant.planning.recipe import of_rules, takes_method
+from ernie_quant.planning.recipe import KEEP_ALL, of_rules, takes_method
 from ernie_quant.planning.steps import Plan
 from ernie_quant.planning.summary import bits_per_weight
 from ernie_quant.planning.units import Units, units_of
@@ -110,41 +110,64 @@ def sensitivity(source: Checkpoint, units: Units, wish: Wish, keep: Path | None,
 def choose(source: Checkpoint, units: Units, found: Sensitivity, wish: Wish, out: Path) -> Allocated:
     """The best that fits, written to `out`. Raises PlanError where nothing does."""
     costs = found.costs_of(units)
-    config = resolve(source).config
+    fitting = _fitting(source, units, found, wish, out)
+    write_file(out, fitting.text.encode())
+    budget = min(fitting.budget, units.most)
+    unordered = solve(units, costs, budget, ordered=False) if units.target.MORE_BITS_FIRST else None
+    return Allocated(
+        str(out), wish.runtime, wish.budget.describe(), fitting.chosen, bits_per_weight(fitting.plan), fitting.groups,
+        uniform(units, costs), unordered, _curve(units, costs), found, tuple(_notes(found)),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """A choice that fits: the bytes of tensors that were allowed for it, its recipe and its plan."""
+
+    budget: int
+    chosen: Allocation
+    groups: tuple[Group, ...]
+    text: str
+    plan: Plan
+
+
+def _fitting(source: Checkpoint, units: Units, found: Sensitivity, wish: Wish, out: Path) -> _Fitting:
+    """What headers, a vocabulary or a KV cache take is known with a plan only: it is made again with less until it fits."""
+    costs, config = found.costs_of(units), resolve(source).config
     budget, tries = wish.budget.first(units), 0
-    while True:
-        if budget < units.least:
-            raise PlanError(_too_few(units, wish.budget), [])
+    while budget >= units.least:
         chosen = solve(units, costs, min(budget, units.most))
-        groups = groups_of(units, chosen, costs)
-        head = _head(units, found, wish, chosen)
-        text = allocated.text(head, wish.runtime, groups, wish.asked, out.parent)
+        groups = tuple(groups_of(units, chosen, costs))
+        text = allocated.text(_head(units, found, wish, chosen), wish.runtime, groups, wish.asked, out.parent)
         plan = _plan(source, wish.runtime, out.stem, text)
         excess = wish.budget.excess(plan, config)
+        if excess <= 0 and not groups:
+            raise PlanError(f"{wish.budget.describe()}: has room for the model as it is; nothing need be quantized", [])
         if excess <= 0:
-            break
+            return _Fitting(budget, chosen, groups, text, plan)
         if math.isinf(excess):
             raise PlanError(f"{wish.budget.describe()}: its heads and widths cannot be shared by so many GPUs", [])
         tries += 1
         budget = min(budget, chosen.nbytes) - max(math.ceil(excess), tries - TRIES)
-    write_file(out, text.encode())
-    unordered = solve(units, costs, min(budget, units.most), ordered=False) if units.target.MORE_BITS_FIRST else None
-    return Allocated(
-        str(out), wish.runtime, wish.budget.describe(), chosen, bits_per_weight(plan), tuple(groups), uniform(units, costs),
-        unordered, _curve(units, costs), found, tuple(_notes(found)),
-    )  # fmt: skip
+    raise PlanError(_too_few(units, wish.budget), [])
 
 
 def _plan(source: Checkpoint, runtime: str, name: str, text: str) -> Plan:
-    return make_plan(source, runtime=runtime, recipe=of_rules(name, tomllib.loads(text)["rule"]))
+    """Of the recipe as it is written."""
+    rules = tomllib.loads(text).get("rule")
+    return make_plan(source, runtime=runtime, recipe=of_rules(name, rules) if rules else KEEP_ALL)
 
 
 def _curve(units: Units, costs: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
     """Best allocations for sizes from the smallest to the largest result, evenly in the logarithm."""
     ratio = (units.most / units.least) ** (1 / (POINTS - 1))
     sizes = [min(units.most, math.ceil(units.least * ratio**i)) for i in range(POINTS)]
-    best = [solve(units, costs, size) for size in sizes]
-    return tuple(dict.fromkeys((one.nbytes, one.kl) for one in best))
+    found: list[tuple[int, float]] = []
+    for size in sizes:
+        one = solve(units, costs, size)
+        if not found or one.kl < found[-1][1]:  # within its tolerance the solver may miss what a smaller size has
+            found.append((one.nbytes, one.kl))
+    return tuple(found)
 
 
 def _head(units: Units, found: Sensitivity, wish: Wish, chosen: Allocation) -> list[str]:
@@ -165,7 +188,7 @@ def _notes(found: Sensitivity) -> list[str]:
     if not found.stand_ins:
         return []
     return [
-        f"{found.stand_ins} groups of experts for images, which no text goes through, are taken to cost what those for text do"
+        f"experts for images are taken to cost what those for text do, for no text goes through them: {found.stand_ins} units"
     ]
 
 

@@ -28,7 +28,7 @@ def some_units(rng: random.Random, runtime: str, count: int = 5) -> tuple[Units,
         sizes = sorted(rng.sample(range(10, 500), 3))
         options = tuple(Option(codec, size) for codec, size in zip(codecs, sizes, strict=True))
         units.append(Unit(f"u{layer}", "experts", (f"model.layers.{layer}.mlp.experts.0.up_proj.weight",), options))
-        costs.append(sorted((rng.random() for _ in range(2)), reverse=True) + [0.0])
+        costs.append([*sorted((rng.random() for _ in range(2)), reverse=True), 0.0])
     return Units(runtime, tuple(units), (), rng.randrange(100), 1000, {}), costs
 
 

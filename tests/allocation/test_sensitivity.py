@@ -11,13 +11,12 @@ from ernie_quant.calibration import forward, sensitivity
 from ernie_quant.calibration.judge import divergences, judge
 from ernie_quant.calibration.model import Model
 from ernie_quant.calibration.opened import readable
-from ernie_quant.calibration.sensitivity import cost_of
 from ernie_quant.calibration.tokenizer import tokenizer_of
 from ernie_quant.calibration.trials import Changed
 from ernie_quant.calibration.windows import Windows, windows
 
 from ernie_quant.codecs import Codec
-from ernie_quant.planning.measured import Disturbed, Sensitivity
+from ernie_quant.planning.measured import Sensitivity
 from ernie_quant.planning.units import ATTENTION, FFN, Units, units_of
 
 LENGTH = 64
@@ -53,12 +52,14 @@ def changed(folder: Path, codecs: Mapping[str, Codec], ids: torch.Tensor) -> flo
 @pytest.mark.parametrize("runtime", ["vllm", "llama_cpp"])
 def test_streams_end_where_the_changed_model_does(runtime: str, model: Path, book: Path) -> None:
     units, found, text = measured(model, book, runtime)
-    assert len(found.gains) == 2 * 2 * 3
-    for number, gain in enumerate(found.gains):  # of each place the one with fewer bits, then that with more
-        level = (sensitivity._few, sensitivity._more)[number % 2]
+    assert len(found.gains) == 2 * 3
+    for gain in found.gains:
         there = [unit for unit in units.free if (unit.layer, unit.place) == (gain.layer, gain.place)]
-        codecs = {name: unit.options[level(unit)].codec for unit in there for name in unit.weights}
+        codecs = {name: unit.options[sensitivity.middle(unit)].codec for unit in there for name in unit.weights}
         assert gain.kl == pytest.approx(changed(model, codecs, text.ids), rel=2e-3), gain
+        for unit in there:
+            for error, cost in zip(found.errors[unit.name], found.costs[unit.name], strict=True):
+                assert cost == pytest.approx((error or 0.0) * gain.kl / gain.error)
 
 
 def test_every_codec_of_the_vocabulary_has_a_stream(model: Path, book: Path) -> None:
@@ -115,13 +116,3 @@ def test_divergences_of_many_are_those_of_each(model: Path) -> None:
             exact = judge(opened.model, one, targets, pair).kl
             assert exact is not None
             assert value == pytest.approx(float(exact.mean()), rel=1e-3)
-
-
-def test_costs_between_two_errors_and_beyond() -> None:
-    known = [Disturbed(0, FFN, 1e-2, 4e-2), Disturbed(0, FFN, 1e-4, 1e-4)]
-    assert cost_of(0.0, known) == 0.0
-    assert cost_of(1e-2, known) == pytest.approx(4e-2)
-    assert cost_of(1e-4, known) == pytest.approx(1e-4)
-    assert cost_of(1e-3, known) == pytest.approx((4e-2 * 1e-4) ** 0.5)  # half way, in logarithms
-    assert cost_of(5e-5, known) == pytest.approx(5e-5)
-    assert cost_of(2e-2, known) == pytest.approx(8e-2)

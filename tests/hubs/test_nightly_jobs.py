@@ -68,7 +68,7 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
         "[source]: branch: unknown",
         "[source]: hf://baidu: is not SCHEME://ORG/NAME or SCHEME://ORG/NAME@REVISION",
         "[[target]] 1: repo 'tiny' is not ORG/NAME or SCHEME://ORG/NAME",
-        "[[target]] 1: recipe 'wint5' is none of pt, paddle, wint4, wint8, fp8, gguf, wint2; for others give [[target.rule]] ",
+        "[[target]] 1: recipe 'wint5' is none of pt, paddle, wint4, wint8, fp8, gguf, wint2; for others name a .toml ",
         "[[target]] 1: privat: unknown",
         "[[target]] 2: repo 'ftp://me/tiny': nothing can be published there; there is ",
         "[[target]] 2: experts_only is 'yes', not true or false",

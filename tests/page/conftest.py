@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.browser import CHROMIUM, Browser
 from helpers.calibrated import calibrated, worded
 from helpers.disk import no_waiting
 from helpers.models import invoke, random_model, write
@@ -45,12 +43,3 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for out in found.values():
             page.write(saved.read(out), out / report.PAGE)
     return found
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium (apt-get install chromium)")
-    opened = Browser(CHROMIUM, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
