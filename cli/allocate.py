@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,12 +94,12 @@ def command(
     units = allocate.begin(source, wish, recipe)
     with progress_bar(source.nbytes, quiet) as progress:
         found = allocate.sensitivity(source, units, wish, kept, progress)
-    made = allocate.choose(source, units, found, wish, recipe)
+    value = allocate.as_json(allocate.choose(source, units, found, wish, recipe))
     if page is not None:
         from ernie_quant.reporting import curve_page
 
-        curve_page.write(made, page, achieved)
+        curve_page.write(value, page, achieved)
     if as_json:
-        print_json(allocate.as_json(made))
+        print_json(value)
     else:
-        click.echo(allocation.as_text(made, full(f"quantize --recipe {recipe}", str(src), "OUT")))
+        click.echo(allocation.text(value, full(f"quantize --recipe {shlex.quote(str(recipe))}", str(src), "OUT")))

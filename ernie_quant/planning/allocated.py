@@ -17,6 +17,7 @@ from ernie_quant.planning.allocate import Allocation, Costs
 from ernie_quant.planning.calibration import AUTO, Asked
 from ernie_quant.planning.recipe import LAYER
 from ernie_quant.planning.units import Units
+from ernie_quant.reporting.numbers import in_runs
 
 OUTSIDE = {"model.embed_tokens": EMBED, "lm_head": HEAD}
 OF_CALIBRATION = ("method", "damping", "passes")  # options of codecs that [calibration] sets
@@ -125,17 +126,6 @@ def settings(codec: Codec) -> Mapping[str, Any]:
         for key, (value, usual) in given.items()
         if key not in OF_CALIBRATION and (value != usual or key in ("bits", "group_size"))
     }
-
-
-def in_runs(layers: Sequence[int]) -> str:
-    """`1-7, 9`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _calibration(asked: Asked, beside: Path) -> Iterator[str]:

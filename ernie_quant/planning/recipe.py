@@ -27,12 +27,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ernie_quant import codecs
+from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.errors import PlanError
 from ernie_quant.names import QUANTIZABLE, ROLES, VOCABULARY, NameMap, Weight
-from ernie_quant.planning import built_in, calibration
+from ernie_quant.planning import calibration
 from ernie_quant.planning.calibration import Asked
 from ernie_quant.settings import Settings, read_toml
 
@@ -149,7 +149,7 @@ def read(path: Path, *, keep_unfit: bool = False) -> Recipe:
     entries = table.pop("rule", [])
     problems: list[str] = []
     asked, runtime = None, table.pop("runtime", "")
-    if runtime and runtime not in (known := built_in.runtimes_of_rules()):
+    if runtime and runtime not in (known := plugins.names(runtimes)):
         problems.append(f"runtime is {runtime!r:.80}, not {', '.join(known)}")
     if "calibration" in table:
         asked = calibration.read(Settings("[calibration]", table.pop("calibration"), problems), path.parent)

@@ -2,60 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ernie_quant
 from ernie_quant.errors import OutputError
-from ernie_quant.planning.allocated import in_runs
-from ernie_quant.reporting import evaluation
-from ernie_quant.reporting.numbers import shown
+from ernie_quant.reporting import allocation, evaluation
+from ernie_quant.reporting.numbers import in_runs, shown
 from ernie_quant.reporting.page import Written, filled, put
-from ernie_quant.run.allocate import Allocated
 
 SCRIPTS = ("base.js", "table.js", "allocation.js")
 PART = 0.01  # of the residual's energy
 
 
-def write(made: Allocated, path: Path, achieved: Sequence[Path] = ()) -> Written:
-    """`achieved`: what `eval --save` has kept of results. Raises OutputError or CheckpointError."""
-    return put(path, filled("allocation.html", SCRIPTS, _data(made, achieved)))
+def write(value: Mapping[str, Any], path: Path, achieved: Sequence[Path] = ()) -> Written:
+    """`value`: JSON of `allocate`; `achieved`: what `eval --save` has kept of results. Raises OutputError or CheckpointError."""
+    return put(path, filled("allocation.html", SCRIPTS, _data(value, achieved)))
 
 
-def _data(made: Allocated, achieved: Sequence[Path]) -> dict[str, Any]:
-    rows = [{"name": "allocated", "kind": "chosen", "bytes": made.chosen.nbytes, "kl": shown(made.chosen.kl)}]
-    rows += [
-        {"name": f"{form} everywhere", "kind": "uniform", "bytes": one.nbytes, "kl": shown(one.kl)}
-        for form, one in made.uniform.items()
+def _data(value: Mapping[str, Any], achieved: Sequence[Path]) -> dict[str, Any]:
+    rows = [
+        {"name": name, "kind": "chosen" if name == allocation.CHOSEN else "uniform", **_point(one)}
+        for name, one in allocation.results(value).items()
     ]
-    rows += [_achieved(file) for file in achieved]
-    text = made.sensitivity.text
+    text = value["text"]
     return {
-        "name": Path(made.recipe).name,
-        "made": f"{made.budget}; {made.bits_per_weight:.3f} bits per weight; measured on {text['name']}, {text['tokens']} tokens",
-        "notes": list(made.notes), "codecs": [], "of_codecs": [],
-        "curve": [{"bytes": nbytes, "kl": shown(kl)} for nbytes, kl in made.curve],
-        "rows": rows,
+        "name": Path(value["recipe"]).name,
+        "made": f"{value['budget']}; {value['bits_per_weight']:.3f} bits per weight; measured on {text['name']},"
+                f" {text['tokens']} tokens",
+        "notes": value["notes"], "codecs": [], "of_codecs": [],
+        "curve": [_point(one) for one in value["curve"]],
+        "rows": [*rows, *map(_achieved, achieved)],
         "gains": [
-            {"layer": one.layer, "place": one.place, "kl": shown(one.kl * PART / one.error)}
-            for one in made.sensitivity.gains
-            if one.error > 0
+            {"layer": one["layer"], "place": one["place"], "kl": shown(one["kl"] * PART / one["error"])}
+            for one in value["gains"]
+            if one["error"] > 0
         ],
         "groups": [
-            {"weights": group.name, "layers": in_runs(group.layers) if group.layers[0] >= 0 else "",
-             "codec": group.codec.form, "bytes": group.nbytes, "kl": shown(group.kl)}
-            for group in made.groups
+            {"weights": group["weights"], "layers": in_runs(group["layers"]), "codec": group["codec"], **_point(group)}
+            for group in value["groups"]
         ],
         "footer": f"Made by ernie-quant {ernie_quant.__version__}. KL divergence of (source || result), nats per token.",
     }  # fmt: skip
+
+
+def _point(one: Mapping[str, Any]) -> dict[str, Any]:
+    return {"bytes": one["bytes"], "kl": shown(one["predicted_kl"])}
 
 
 def _achieved(file: Path) -> dict[str, Any]:
     value = evaluation.read(file)
     kl, nbytes = value["together"]["kl"], value.get("bytes")
     if kl is None or not isinstance(nbytes, int):
-        raise OutputError(
-            f"{file}: has no KL, or no bytes; evaluate with `ernie-quant eval OUT --against SRC --save {file.name}`"
-        )
+        raise OutputError(f"{file}: has no KL or no bytes; make it with `ernie-quant eval OUT --against SRC --save {file.name}`")
     return {"name": value["result"]["name"], "kind": "achieved", "bytes": nbytes, "kl": shown(float(kl["value"]))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 DIGITS = 4  # significant ones
 
@@ -16,3 +17,14 @@ def short(value: float, digits: int = DIGITS) -> float:
 def shown(value: float | None, digits: int = DIGITS) -> float | None:
     """`short` of a finite number, or None."""
     return short(value, digits) if value is not None and math.isfinite(value) else None
+
+
+def in_runs(layers: Sequence[int]) -> str:
+    """`1-7, 9`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -199,11 +199,13 @@ def as_json(made: Allocated) -> dict[str, Any]:
         "bytes": made.chosen.nbytes, "bits_per_weight": round(made.bits_per_weight, 4), "predicted_kl": made.chosen.kl,
         "uniform": {form: {"bytes": one.nbytes, "predicted_kl": one.kl} for form, one in made.uniform.items()},
         "without_order_of_layers": made.unordered and {"bytes": made.unordered.nbytes, "predicted_kl": made.unordered.kl},
-        "groups": [
-            {"codec": group.codec.describe(), "weights": group.tails, "layers": group.layers, "bytes": group.nbytes,
-             "predicted_kl": group.kl}
-            for group in made.groups
-        ],
+        "groups": [_group(group) for group in made.groups],
         "curve": [{"bytes": nbytes, "predicted_kl": kl} for nbytes, kl in made.curve],
+        "gains": [asdict(gain) for gain in made.sensitivity.gains],
         "text": dict(made.sensitivity.text), "notes": list(made.notes),
     }  # fmt: skip
+
+
+def _group(group: Group) -> dict[str, Any]:
+    layers = [layer for layer in group.layers if layer >= 0]
+    return {"codec": group.codec.form, "weights": group.name, "layers": layers, "bytes": group.nbytes, "predicted_kl": group.kl}
