@@ -3,9 +3,10 @@
 python benchmarks/smol_ernie.py smol-256 --experts 4 --moe-inter 256 --pad-hidden 768
 python benchmarks/allocation.py smol-256 en-US.txt WORK --llama-quantize FOLDER --quantizer FILE     # llama.cpp
 python benchmarks/allocation.py smol-256 en-US.txt WORK --runtime vllm [--calibration auto]          # vLLM
+python benchmarks/allocation.py smol-640 en-US.txt WORK --runtime fastdeploy          # of smol_ernie.py --pad-hidden 640
 
-Of llama.cpp the judge is llama.cpp itself (gguf_fidelity.py says what FOLDER and FILE are), of vLLM `ernie-quant eval`. Each size
-is that of a mix or of one codec everywhere; `allocate` may have as many bytes and no more. Sensitivities are measured
+Of llama.cpp the judge is llama.cpp itself (gguf_fidelity.py says what FOLDER and FILE are), of others `ernie-quant eval`. Each
+size is that of a mix or of one codec everywhere; `allocate` may have as many bytes and no more. Sensitivities are measured
 once, on the text `auto`; the text for judging is another. WORK keeps everything, `curve.json` what a picture needs.
 """
 
@@ -22,6 +23,7 @@ from gguf_fidelity import Reference, write
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 PURE = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q5_K_S")  # with --pure one type each
 INTEGERS = ("32", "64")  # group sizes that fit every width of the model
+PREFIXES = ("4", "8", "15")  # the first is the published 7 of 54 layers, of 30
 
 
 def tool(*arguments: object) -> str:
@@ -65,24 +67,25 @@ def llama_cpp(args: argparse.Namespace) -> None:
     (args.work / "curve.json").write_text(json.dumps(points, indent=1))
 
 
-def vllm(args: argparse.Namespace) -> None:
-    """A line per group size of int4."""
+def others(args: argparse.Namespace) -> None:
+    """A line per group size of int4, or per number of WINT4 layers."""
     points = []
     asked = ["--calibration", args.calibration] if args.calibration else []
-    for group in INTEGERS:
-        out = args.work / f"wint4-{group}"
+    lines = [("wint4", "--group-size", group) for group in INTEGERS]
+    if args.runtime == "fastdeploy":
+        lines = [("wint2", "--wint4-layers", number) for number in PREFIXES]
+    for name, *options in lines:
+        out = args.work / "-".join([name, *options])
         if not (out / "ernie-quant.json").is_file():
-            tool("wint4", args.model, out, "--group-size", group, *asked, "--quiet")
+            tool(name, args.model, out, *options, *asked, "--quiet")
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         other, predicted = allocated(args, size)
         found = [evaluated(args, folder) for folder in (out, other)]
-        points.append({"title": f"int4 group {group}", "bytes": size, "kl": found[0][0], "allocated": found[1][0],
-                       "predicted": predicted})  # fmt: skip
-        cells = " | ".join(f"{kl:.4f} ± {error:.4f}" for kl, error in found)
-        print(
-            f"| int4, group {group} | {size / 1e6:.1f} | {cells} | {predicted:.4f} | {found[1][0] / found[0][0]:.2f} |",
-            flush=True,
-        )
+        title = " ".join([name, *options])
+        points.append({"title": title, "bytes": size, "kl": found[0][0], "allocated": found[1][0], "predicted": predicted})
+        ratio = found[1][0] / found[0][0]
+        cells = [title, f"{size / 1e6:.1f}", *(f"{kl:.4f} ± {error:.4f}" for kl, error in found)]
+        print(f"| {' | '.join([*cells, f'{predicted:.4f}', f'{ratio:.2f}'])} |", flush=True)
     (args.work / "curve.json").write_text(json.dumps(points, indent=1))
 
 
@@ -101,7 +104,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--runtime", choices=["llama.cpp", "vllm"], default="llama.cpp")
+    parser.add_argument("--runtime", choices=["llama.cpp", "vllm", "fastdeploy"], default="llama.cpp")
     parser.add_argument("--calibration")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=6)
@@ -110,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
     print("| at the size of | MB | its KL | allocated | predicted | ratio |\n|---|---|---|---|---|---|", flush=True)
-    (llama_cpp if args.runtime == "llama.cpp" else vllm)(args)
+    (llama_cpp if args.runtime == "llama.cpp" else others)(args)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Two parts: the error that a codec makes in what its layer adds to the residual (for every unit and codec), and what an error
 at that place costs in the end. For the second, streams of hidden states that have been disturbed, each at one place (attention or
 FFN of a layer, all of it in about four bits), go with the original through the layers that follow, and KL divergence is taken
-of the logits. It grows in proportion to the energy of the error: on a real model, errors 3 to 28 times as large had log-log
-slopes of .80 to 1.08, most of them within 5% of 1 (docs/allocation.md). Of embeddings and head every codec has its own stream.
+of the logits. It grows in proportion to the energy of the error (docs/allocation.md has figures of a real model). Of embeddings
+and head every codec has its own stream.
 """
 
 from __future__ import annotations

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ernie_quant.version import __version__ as __version__
 
 __all__ = [
-    "ErnieQuantError", "convert", "dequantize", "inspect", "plan", "quantize", "report", "reshard", "verify",
+    "ErnieQuantError", "allocate", "convert", "dequantize", "inspect", "plan", "quantize", "report", "reshard", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from ernie_quant.errors import ErnieQuantError as ErnieQuantError
+    from ernie_quant.library import allocate as allocate
     from ernie_quant.library import convert as convert
     from ernie_quant.library import dequantize as dequantize
     from ernie_quant.library import inspect as inspect

@@ -128,6 +128,39 @@ def reshard(source: Path_, out: Path_, *, tp: int, **how: Unpack[Writing]) -> Re
     return run(make_reshard_plan(_open(source, writing), tp, **planning), out, writing)
 
 
+def allocate(
+    source: Path_, out: Path_, *, size: Size | None = None, bits: float | None = None, gpus: str = "",
+    runtime: str = "vllm", calibration: Path_ | Sequence[Path_] | None = None, calibration_tokens: int | None = None,
+    method: str | None = None, fit: bool | None = None, text: Literal["auto"] | Sequence[Path_] = "auto", tokens: int = 2048,
+    sensitivity: Path_ | None = None, max_model_len: int = 32768, follow_links: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
+    """A recipe in the file `out`: the codecs that cost least at the model's output under a budget, and what `--json` says of it.
+
+    One of `size` (bytes of weight files, or `89GB`), `bits` per weight, and `gpus` (`2 x 80GiB`). `text`: what is measured on,
+    `tokens` of it. `sensitivity`: a file that keeps what was measured, or has it. `quantize(source, folder, out)` makes it.
+
+    Raises PlanError where nothing fits, TextError, OutputError, RetryError, CheckpointError; ValueError for no budget, or two.
+    """
+    from ernie_quant.planning.budget import Budget, Gpus
+    from ernie_quant.planning.gpus import Limits
+    from ernie_quant.planning.recipe import KEEP_ALL
+    from ernie_quant.run import allocate as room
+    from ernie_quant.run.memory import return_freed_memory
+    from ernie_quant.run.writing import asked_of
+    from ernie_quant.settings import parse_size
+    from ernie_quant.sources import open_source
+
+    limits = Limits(max_model_len=max_model_len)
+    budget = Budget(None if size is None else parse_size(size), bits, Gpus.of(gpus) if gpus else None, limits)
+    asked = asked_of(KEEP_ALL, calibration, {"tokens": calibration_tokens, "method": method, "fit": fit})
+    read = (text if isinstance(text, str) else tuple(map(Path, text))) if asked is None else asked.text
+    return_freed_memory()
+    wish = room.Wish(runtime, budget, read, tokens, asked)
+    opened = open_source(_source(source), links=follow_links)
+    return room.as_json(room.allocate(opened, wish, Path(out), _path(sensitivity), progress))
+
+
 def verify(
     out: Path_, *, against: Path_ | None = None, sample: int | None = None, progress: Callable[[int], None] = lambda _: None,
     follow_links: bool = False,

@@ -45,6 +45,10 @@ class Budget:
     gpus: Gpus | None = None
     limits: Limits = field(default_factory=Limits)
 
+    def __post_init__(self) -> None:
+        if sum(limit is not None for limit in (self.nbytes, self.bits, self.gpus)) != 1:
+            raise ValueError("say how large it may be: in bytes, in bits per weight, or by GPUs, one of them")
+
     def describe(self) -> str:
         """For people."""
         if self.nbytes is not None:

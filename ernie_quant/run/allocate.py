@@ -64,6 +64,14 @@ class Allocated:
     notes: tuple[str, ...]
 
 
+def allocate(
+    source: Checkpoint, wish: Wish, out: Path, keep: Path | None = None, progress: Progress = lambda _: None
+) -> Allocated:  # fmt: skip
+    """From beginning to end; `keep`: a file for what is measured. Raises as its three steps do."""
+    units = begin(source, wish, out)
+    return choose(source, units, sensitivity(source, units, wish, keep, progress), wish, out)
+
+
 def begin(source: Checkpoint, wish: Wish, out: Path) -> Units:
     """What there is to choose among, before anything long is done. Raises PlanError, ConfigError, TextError or OutputError."""
     if out.suffix != ".toml":

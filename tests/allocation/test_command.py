@@ -207,3 +207,14 @@ def test_the_page(wide: Path, book: Path, kept: dict[str, Path], tmp_path: Path,
     assert browser.js("document.querySelectorAll('#curve .dot').length") == len(data["rows"])
     assert browser.js("document.querySelectorAll('#groups tbody tr').length") == len(data["groups"])
     browser.screenshot("allocation")
+
+
+def test_the_library_does_the_same(wide: Path, book: Path, kept: dict[str, Path], tmp_path: Path) -> None:
+    import ernie_quant
+
+    said = made(wide, kept["vllm"], "vllm", tmp_path / "r.toml", "--bits", 9, text=book)
+    asked = {"text": [book], "tokens": 512, "sensitivity": kept["vllm"]}
+    found = ernie_quant.allocate(wide, tmp_path / "r.toml", bits=9, **asked)
+    assert json.loads(json.dumps(found)) == said
+    with pytest.raises(ValueError, match="one of them"):
+        ernie_quant.allocate(wide, tmp_path / "r.toml", **asked)
