@@ -94,7 +94,8 @@ def command(
     units = allocate.begin(source, wish, recipe)
     with progress_bar(source.nbytes, quiet) as progress:
         found = allocate.sensitivity(source, units, wish, kept, progress)
-    value = allocate.as_json(allocate.choose(source, units, found, wish, recipe))
+    drawn = as_json or page is not None
+    value = allocate.as_json(allocate.choose(source, units, found, wish, recipe, curve=drawn))
     if page is not None:
         from ernie_quant.reporting import curve_page
 

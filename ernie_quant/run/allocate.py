@@ -29,7 +29,7 @@ from ernie_quant.weights.plain import resolve
 
 LENGTH = 256  # tokens of a window: many short ones are of more kinds of text
 TRIES = 8
-POINTS = 24  # of a curve
+POINTS = 16  # of a curve
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,10 @@ def sensitivity(source: Checkpoint, units: Units, wish: Wish, keep: Path | None,
     return found
 
 
-def choose(source: Checkpoint, units: Units, found: Sensitivity, wish: Wish, out: Path) -> Allocated:
-    """The best that fits, written to `out`. Raises PlanError where nothing does."""
+def choose(
+    source: Checkpoint, units: Units, found: Sensitivity, wish: Wish, out: Path, *, curve: bool = True
+) -> Allocated:  # fmt: skip
+    """The best that fits, written to `out`; `curve`: that of other sizes too. Raises PlanError where nothing does."""
     costs = found.costs_of(units)
     fitting = _fitting(source, units, found, wish, out)
     write_file(out, fitting.text.encode())
@@ -124,7 +126,7 @@ def choose(source: Checkpoint, units: Units, found: Sensitivity, wish: Wish, out
     unordered = solve(units, costs, budget, ordered=False) if units.target.MORE_BITS_FIRST else None
     return Allocated(
         str(out), wish.runtime, wish.budget.describe(), fitting.chosen, bits_per_weight(fitting.plan), fitting.groups,
-        uniform(units, costs), unordered, _curve(units, costs), found, tuple(_notes(found)),
+        uniform(units, costs), unordered, _curve(units, costs) if curve else (), found, tuple(_notes(found)),
     )  # fmt: skip
 
 

@@ -21,6 +21,9 @@ function frame(width, x, y, label, xTicks, showX) {
   return { svg, at };
 }
 
+// Five bytes on a logarithmic axis, whatever their digits.
+const evenly = (low, high) => Array.from({ length: 5 }, (_, i) => low * (high / low) ** ((i + 0.5) / 5));
+
 function titled(node, text) {
   const title = svgEl("title", {});
   title.textContent = text;
@@ -38,7 +41,7 @@ function drawCurve(width) {
   const all = positive([...DATA.curve, ...DATA.rows]);
   const x = logAxis(Math.min(...all.map(r => r.bytes)) / 1.03, Math.max(...all.map(r => r.bytes)) * 1.03);
   const y = logAxis(Math.min(...all.map(r => r.kl)) / 1.3, Math.max(...all.map(r => r.kl)) * 1.3);
-  const { svg, at } = frame(width, x, y, "KL divergence in nats per token over bytes; the table below has the numbers.", ticks(x.low, x.high), showBytes);
+  const { svg, at } = frame(width, x, y, "KL divergence in nats per token over bytes; the table below has the numbers.", evenly(x.low, x.high), showBytes);
   svg.append(path(positive(DATA.curve).map(row => [at.x(row.bytes), at.y(row.kl)]), "a"));
   for (const row of positive(DATA.rows)) {
     const place = [at.x(row.bytes), at.y(row.kl)];
