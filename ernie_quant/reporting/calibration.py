@@ -13,6 +13,7 @@ from ernie_quant.reporting.rows import FITTED, TensorReport, output_error
 
 FEW = 64  # tokens of an expert that are worth saying
 LAYERS_NAMED, EXPERTS_NAMED = 6, 8
+LENT = "activation_scales_of_others"  # experts of a layer whose scales are of tokens that go to others, too
 NUMBERS = ("tokens", "judging_tokens", "window", "seed", "method", "fit")
 
 
