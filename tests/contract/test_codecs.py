@@ -15,7 +15,7 @@ from helpers.hessians import correlated
 from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.dtypes import dtype_name
-from ernie_quant.errors import CheckpointError
+from ernie_quant.errors import CheckpointError, ErnieQuantError
 from ernie_quant.measure import checked, squares
 from ernie_quant.names import EXPERT, IN, MLP
 from ernie_quant.runtimes import fastdeploy
@@ -47,6 +47,19 @@ def weight(spec: TensorSpec) -> torch.Tensor:
     return torch.randn(spec.shape, generator=torch.Generator().manual_seed(3)).mul(0.02).bfloat16()
 
 
+def statistics_of(codec: codecs.Codec, spec: TensorSpec) -> dict[str, torch.Tensor]:
+    """Of inputs that do not exist: second moments, and whatever the codec cannot do without."""
+    once = {name: field.shape for name, field in codec.specs(spec).items() if name not in codec.encode(torch.zeros(spec.shape))}
+    shapes = dict(zip(codec.needs, once.values(), strict=True))
+    return {"hessian": correlated(spec.shape[1]), **{name: torch.rand(shape) + 0.5 for name, shape in shapes.items()}}
+
+
+def once_of(codec: codecs.Codec, spec: TensorSpec) -> dict[str, torch.Tensor]:
+    """What is stored of statistics alone."""
+    encoder = codec.prepare(spec, statistics_of(codec, spec))
+    return encoder.once if encoder else {}
+
+
 def test_it_is_frozen_and_says_what_it_is(codec: codecs.Codec) -> None:
     assert dataclasses.is_dataclass(codec)
     assert type(codec).__dataclass_params__.frozen  # type: ignore[attr-defined]
@@ -55,8 +68,21 @@ def test_it_is_frozen_and_says_what_it_is(codec: codecs.Codec) -> None:
 
 
 def test_fields_have_the_shapes_that_the_plan_knew(codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec) -> None:
-    fields = {name: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for name, t in codec.encode(weight).items()}
+    whole = once_of(codec, spec) | codec.encode(weight)
+    fields = {name: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for name, t in whole.items()}
     assert fields == codec.specs(spec)
+
+
+def test_what_it_needs_is_what_the_weight_does_not_show(codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec) -> None:
+    """A field is made of rows or of statistics; without one that is needed there is an error that names it."""
+    without = codec.specs(spec).keys() - codec.encode(weight).keys()
+    assert without == once_of(codec, spec).keys()
+    assert bool(without) == bool(codec.needs)
+    for name in codec.needs:
+        statistics = statistics_of(codec, spec)
+        del statistics[name]
+        with pytest.raises(ErnieQuantError, match="is not among the statistics"):
+            codec.prepare(spec, statistics)
 
 
 def test_decoding_gives_the_weight_within_the_noise_of_its_bits(
@@ -108,7 +134,7 @@ def test_what_cannot_be_quantized_is_refused_from_what_was_measured(
 def test_statistics_of_inputs_change_codes_and_nothing_else(codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec) -> None:
     """What is prepared with them, if anything, gives the same fields, for all rows and for slabs; without them nothing is."""
     assert codec.prepare(spec, {}) is None
-    encoder = codec.prepare(spec, {"hessian": correlated(spec.shape[1])})
+    encoder = codec.prepare(spec, statistics_of(codec, spec))
     if encoder is None:
         return
     whole = encoder.once | encoder.encode(weight)
@@ -185,8 +211,9 @@ def test_a_runtime_gives_back_what_it_packed(
     stored: tuple[ModuleType, codecs.Codec], weight: torch.Tensor, spec: TensorSpec
 ) -> None:
     (runtime, codec), name = stored, weight_name(stored[0])
-    encoded = codec.encode(weight)
-    parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, spec, {})
+    once = once_of(codec, spec)
+    encoded = once | codec.encode(weight)
+    parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, spec, once)
     specs = {n: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for n, t in parts.items()}
     assert specs == {n: part.spec.held for n, part in runtime.parts(name, codec, spec).items()}
     assert {runtime.weight_of(n)[0] for n in parts} == {name}
