@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from ernie_quant.codecs import Codec
+from ernie_quant.codecs import Codec, RoundsInputs
 from ernie_quant.views.build import decoded
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import View
@@ -60,7 +60,7 @@ def _held(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def rounding(codec: Codec, once: Encoded) -> Rounding | None:
     """What happens to the inputs of a weight; None where nothing does. `once`: its fields."""
-    return partial(codec.rounded, activation_scale=once["activation_scale"]) if LARGEST in codec.needs else None
+    return partial(codec.rounded, activation_scale=once["activation_scale"]) if isinstance(codec, RoundsInputs) else None
 
 
 def cache(codec: Codec, once: Encoded) -> Cache | None:

@@ -13,7 +13,7 @@ from ernie_quant.calibration.model import Model
 from ernie_quant.calibration.ridge import Seen, fitted
 from ernie_quant.calibration.tune import Tuner
 
-from ernie_quant.codecs import Codec
+from ernie_quant.codecs import RoundsInputs
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,8 @@ class Layer:
 
     def largest(self, place: str) -> Largest | None:
         """To be shown the inputs of a projection, if that is needed to store it."""
-        return Largest(self.tuner.codec(f"{self.name(place)}.weight")) if integers.LARGEST in self.needs(place) else None
+        codec = self.tuner.codec(f"{self.name(place)}.weight") if integers.LARGEST in self.needs(place) else None
+        return Largest(codec) if isinstance(codec, RoundsInputs) else None
 
     def tuned(
         self, places: Sequence[str], sources: Sequence[Linear], seen: Seen, changes: Sequence[torch.Tensor] | None,
@@ -154,7 +155,7 @@ def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch
 class Largest:
     """The largest |x| that a kernel rounds, of all tokens that it is shown."""
 
-    codec: Codec
+    codec: RoundsInputs
     value: float = 0.0
 
     def add(self, inputs: torch.Tensor) -> None:

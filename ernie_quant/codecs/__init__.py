@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from ernie_quant import plugins
 from ernie_quant.checkpoint import TensorSpec
@@ -105,6 +105,19 @@ class Codec(Protocol):
 
     def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
         """`encoded` with the codes nearest to `weight` at its scales; for `decode(encoded)` they are the same again."""
+        ...
+
+
+@runtime_checkable
+class RoundsInputs(Protocol):
+    """A codec whose weights are multiplied with inputs of few bits, by a scale that is stored with the weight."""
+
+    def seen(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the kernel rounds of inputs [tokens, in]; the largest of it is the statistic `largest`."""
+        ...
+
+    def rounded(self, inputs: torch.Tensor, activation_scale: torch.Tensor) -> torch.Tensor:
+        """The inputs [tokens, in] that a product with the decoded weight would need for what the kernel computes."""
         ...
 
 
