@@ -115,4 +115,4 @@ class CachedRoundToNearest:
 
 
 CODEC = CachedRoundToNearest
-EXAMPLES = (CachedRoundToNearest(32), CachedRoundToNearest(64, "absmax"), CachedRoundToNearest(32, method="descent"))
+EXAMPLES = (CachedRoundToNearest(32), CachedRoundToNearest(48, "absmax"), CachedRoundToNearest(32, method="descent"))

@@ -6,7 +6,7 @@ revision = "main"
 
 [[target]]
 repo = "my-org/ERNIE-4.5-21B-A3B-WINT4"
-recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, gguf, wint2; or [[target.rule]] tables
+recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, gguf, wint2, w4a8; or [[target.rule]] tables
 experts_only = true
 name = "ERNIE 4.5 21B in 4 bits"                # of the model, in its card
 [target.calibration]                            # as in a recipe file

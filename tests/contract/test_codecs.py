@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.hessians import correlated
+from helpers.hessians import once_of, statistics_of
 
 from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.dtypes import dtype_name
 from ernie_quant.errors import CheckpointError, ErnieQuantError
 from ernie_quant.measure import checked, squares
-from ernie_quant.names import EXPERT, IN, MLP
+from ernie_quant.names import ATTENTION, EXPERT, IN, MLP
 from ernie_quant.runtimes import fastdeploy
 from ernie_quant.weights.layouts import PADDLE
 
@@ -45,19 +45,6 @@ def spec_for(codec: codecs.Codec) -> TensorSpec:
 @pytest.fixture
 def weight(spec: TensorSpec) -> torch.Tensor:
     return torch.randn(spec.shape, generator=torch.Generator().manual_seed(3)).mul(0.02).bfloat16()
-
-
-def statistics_of(codec: codecs.Codec, spec: TensorSpec) -> dict[str, torch.Tensor]:
-    """Of inputs that do not exist: second moments, and whatever the codec cannot do without."""
-    once = {name: field.shape for name, field in codec.specs(spec).items() if name not in codec.encode(torch.zeros(spec.shape))}
-    shapes = dict(zip(codec.needs, once.values(), strict=True))
-    return {"hessian": correlated(spec.shape[1]), **{name: torch.rand(shape) + 0.5 for name, shape in shapes.items()}}
-
-
-def once_of(codec: codecs.Codec, spec: TensorSpec) -> dict[str, torch.Tensor]:
-    """What is stored of statistics alone."""
-    encoder = codec.prepare(spec, statistics_of(codec, spec))
-    return encoder.once if encoder else {}
 
 
 def test_it_is_frozen_and_says_what_it_is(codec: codecs.Codec) -> None:
@@ -180,19 +167,22 @@ def test_other_codes_mean_another_version(
     assert golden_value(key, digest.hexdigest()) == digest.hexdigest(), "raise `version` in the codec's file"
 
 
-def weight_name(runtime: ModuleType) -> str:
-    """A weight as the runtime's layout names it."""
-    return f"{'ernie' if PADDLE.name == runtime.LAYOUT else 'model'}.layers.1.mlp.down_proj.weight"
+NAMES = ("layers.1.mlp.down_proj.weight", "layers.1.mlp.up_gate_proj.weight", "layers.1.self_attn.qkv_proj.weight")
 
 
-def stores(runtime: ModuleType, codec: codecs.Codec) -> bool:
-    """Is there a file of this runtime that holds the codec, for an expert or another linear?"""
-    linears = [runtimes.Linear(weight_name(runtime), spec_for(codec), role, codec, IN) for role in (EXPERT, MLP)]
-    return isinstance(codec, runtime.CODECS) and any(not runtime.problems([linear]) for linear in linears)
+def weight_name(runtime: ModuleType, codec: codecs.Codec) -> str:
+    """A weight that the runtime stores so, as its layout names it; empty where a file of it holds none."""
+    if not isinstance(codec, runtime.CODECS):
+        return ""
+    root = "ernie" if PADDLE.name == runtime.LAYOUT else "model"
+    linears = [
+        runtimes.Linear(f"{root}.{name}", spec_for(codec), role, codec, IN) for name in NAMES for role in (EXPERT, MLP, ATTENTION)
+    ]
+    return next((linear.name for linear in linears if not runtime.problems([linear])), "")
 
 
 @pytest.fixture(
-    params=[(runtime, codec) for runtime in plugins.modules(runtimes) for codec in EXAMPLES if stores(runtime, codec)],
+    params=[(runtime, codec) for runtime in plugins.modules(runtimes) for codec in EXAMPLES if weight_name(runtime, codec)],
     ids=lambda pair: f"{pair[0].__name__.rpartition('.')[2]}: {pair[1].describe()}",
 )
 def stored(request: pytest.FixtureRequest) -> tuple[ModuleType, codecs.Codec]:
@@ -202,7 +192,7 @@ def stored(request: pytest.FixtureRequest) -> tuple[ModuleType, codecs.Codec]:
 
 def test_bits_per_weight_counts_every_stored_bit(stored: tuple[ModuleType, codecs.Codec], spec: TensorSpec) -> None:
     runtime, codec = stored
-    parts = runtime.parts(weight_name(runtime), codec, spec)
+    parts = runtime.parts(weight_name(runtime, codec), codec, spec)
     nbytes = sum(part.spec.nbytes for name, part in parts.items() if not name.endswith("weight_shape"))
     assert 8 * nbytes == codec.bits_per_weight(spec) * spec.numel
 
@@ -210,7 +200,7 @@ def test_bits_per_weight_counts_every_stored_bit(stored: tuple[ModuleType, codec
 def test_a_runtime_gives_back_what_it_packed(
     stored: tuple[ModuleType, codecs.Codec], weight: torch.Tensor, spec: TensorSpec
 ) -> None:
-    (runtime, codec), name = stored, weight_name(stored[0])
+    (runtime, codec), name = stored, weight_name(*stored)
     once = once_of(codec, spec)
     encoded = once | codec.encode(weight)
     parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, spec, once)

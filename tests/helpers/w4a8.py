@@ -1,4 +1,4 @@
-"""FastDeploy's W4A8C8 container: a decoder and its kernels' products, of numpy and the specification alone; small results of it."""
+"""FastDeploy's W4A8C8 container: a decoder and its kernels' products, of numpy and the specification alone; small results."""
 
 from __future__ import annotations
 
