@@ -55,7 +55,7 @@ def problems(linears: Sequence[Linear]) -> Iterator[str]:
     if other := next((li for li in linears if li.role == VISION_EXPERT), None):
         yield f"{other.name}: FastDeploy loads W4A8 of text models only: wint4 --runtime vllm and fp8 make VL models that load"
         return
-    block = next(_blocks(linears), BLOCKS[0])
+    block = next((block for block in _blocks(linears) if block in BLOCKS), BLOCKS[0])
     for linear in linears:
         if not LINEAR.search(linear.name):
             continue
@@ -72,7 +72,7 @@ def _misfit(linear: Linear, block: int) -> Iterator[str]:
     codec = linear.codec
     if linear.role in EXPERT_ROLES:
         wanted = block if _is_down(linear.name) else 0
-        if not isinstance(codec, Weight4Activation8) or codec.hadamard_block_size != wanted or (wanted and wanted not in BLOCKS):
+        if not isinstance(codec, Weight4Activation8) or codec.hadamard_block_size != wanted:
             blocks = f"w4a8 with hadamard_block_size {', '.join(map(str, BLOCKS))}, the same for all" if wanted else "w4a8"
             yield f"{linear.name}: FastDeploy's container wants {blocks}, not {codec.describe()}"
     elif _has_cache(linear.name):
