@@ -121,6 +121,15 @@ class RoundsInputs(Protocol):
         ...
 
 
+@runtime_checkable
+class CodesAnother(Protocol):
+    """A codec whose codes do not stand for one element of the weight each, but of another one: a rotated weight."""
+
+    def plain(self, weight: torch.Tensor, encoded: Encoded) -> tuple[Codec, torch.Tensor, Encoded]:
+        """That other weight [out, in], the codec that it is coded with, and its fields."""
+        ...
+
+
 class Measured(ABC):
     """Base of the codecs whose kernels do not measure what they lose while they encode."""
 

@@ -19,7 +19,7 @@ from ernie_quant.errors import ErnieQuantError
 if TYPE_CHECKING:
     import torch
 
-    from ernie_quant.codecs import Encoded, Encoder
+    from ernie_quant.codecs import Codec, Encoded, Encoder
 
 LARGEST_INPUT = 127  # of the 8 bits, on both sides of zero
 MOST_BLOCK = 1024
@@ -40,7 +40,6 @@ class Weight4Activation8(Measured):
     damping: float = _feedback.DAMPING
     passes: int = _feedback.PASSES
     rows = 1
-    rate = 120.0
     version = 1
     decodes_to = "BF16"
     needs = (LARGEST,)
@@ -55,6 +54,11 @@ class Weight4Activation8(Measured):
     def _integers(self) -> RoundToNearest:
         """What is done with the weight that is coded."""
         return RoundToNearest(4, CHANNEL, self.scale, False, self.method, self.damping, self.passes)
+
+    @property
+    def rate(self) -> float:
+        """A rotation takes longer than the codes."""
+        return 90.0 if self.hadamard_block_size else 220.0
 
     @property
     def form(self) -> str:
@@ -105,7 +109,10 @@ class Weight4Activation8(Measured):
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Codes and scale of a weight [out, in] of any float dtype; what they know of the inputs is in none."""
-        return self._fields(self._integers.encode(self._coded(weight)))
+        coded = self._coded(weight)
+        encoded = self._integers.encode(coded)
+        # of a weight that is not in bf16, absmax rounds the scale after it has chosen the codes: again, for the stored one
+        return self._fields(self._integers.recode(coded, encoded) if self.scale == "absmax" else encoded)
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """bf16 [out, in], inputs as they come: W = W' H."""
@@ -114,6 +121,10 @@ class Weight4Activation8(Measured):
     def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
         """Codes of W' / scale, rounded."""
         return encoded | self._fields(self._integers.recode(self._coded(weight), encoded))
+
+    def plain(self, weight: torch.Tensor, encoded: Encoded) -> tuple[Codec, torch.Tensor, Encoded]:
+        """W', whose codes these are."""
+        return self._integers, self._coded(weight), {"codes": encoded["codes"], "scale": encoded["scale"].bfloat16()}
 
     def seen(self, inputs: torch.Tensor) -> torch.Tensor:
         """f32 [tokens, in]: what the kernel rounds of inputs [tokens, in], which it has in bf16 and rotates in bf16."""

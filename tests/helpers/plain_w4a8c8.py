@@ -34,12 +34,16 @@ class PlainModel:
         """[tokens, vocabulary] of one window of ids."""
         h = self.weights["model.embed_tokens.weight"].float()[ids]
         for layer in range(self.config["num_hidden_layers"]):
-            h = h + self.attention(layer, self.normed(h, f"model.layers.{layer}.input_layernorm"))
-            x = self.normed(h, f"model.layers.{layer}.post_attention_layernorm")
-            routed = f"model.layers.{layer}.mlp.gate.weight" in self.weights
-            h = h + (self.experts(layer, x) if routed else self.ffn(f"model.layers.{layer}.mlp", x))
+            h = self.through(layer, h)
         head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
-        return self.normed(h, "model.norm") @ head.float().T
+        return self.normed(h, "model.norm") @ head.float().T + self.weights.get("lm_head.bias", torch.zeros(())).float()
+
+    def through(self, layer: int, h: torch.Tensor) -> torch.Tensor:
+        """Hidden states [tokens, H] one layer further."""
+        h = h + self.attention(layer, self.normed(h, f"model.layers.{layer}.input_layernorm"))
+        x = self.normed(h, f"model.layers.{layer}.post_attention_layernorm")
+        routed = f"model.layers.{layer}.mlp.gate.weight" in self.weights
+        return h + (self.experts(layer, x) if routed else self.ffn(f"model.layers.{layer}.mlp", x))
 
     def normed(self, x: torch.Tensor, name: str) -> torch.Tensor:
         gains = self.weights[f"{name}.weight"].float()
