@@ -58,6 +58,7 @@ class _Kind:
 
     default_runtime: str
     forms: Mapping[str, _Form]
+    by_text: bool = False  # is it made of what a text shows?
 
     def form(self, runtime: str) -> _Form:
         """What it is for this runtime."""
@@ -67,6 +68,11 @@ class _Kind:
 def options(name: str, runtime: str) -> Mapping[str, Any]:
     """What a built-in recipe takes for a runtime: option -> default."""
     return KINDS[name].form(runtime).options
+
+
+def wants_text(name: str) -> bool:
+    """Can it be made with calibration only?"""
+    return KINDS[name].by_text
 
 
 def known_runtimes(name: str) -> tuple[str, ...]:
@@ -237,5 +243,5 @@ KINDS: Mapping[str, _Kind] = {
     "fp8": _Kind(VLLM, {"": _Form(WHICH, _float8)}),
     "gguf": _Kind(LLAMA_CPP, {"": _Form(GGUF, _gguf)}),
     "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2, _wint2_container)}),
-    "w4a8": _Kind(FASTDEPLOY, {"": _Form(W4A8, _w4a8)}),
+    "w4a8": _Kind(FASTDEPLOY, {"": _Form(W4A8, _w4a8)}, by_text=True),
 }

@@ -14,6 +14,7 @@ from helpers.commands import Command
 from helpers.containers import Arrays, read_file, read_folder, report
 from helpers.disk import no_waiting
 from helpers.models import config, copy, invoke, random_model
+from helpers.nights import job_file
 from helpers.ranks import lasting, reshard
 from helpers.results import edit, poke, refused, sealed
 from helpers.words import byte_tokenizer
@@ -24,6 +25,7 @@ from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.rtn_kv import CachedRoundToNearest
 from ernie_quant.codecs.w4a8 import Weight4Activation8
 from ernie_quant.errors import PlanError
+from ernie_quant.nightly.job import read_job
 from ernie_quant.planning import built_in
 from ernie_quant.planning.make import make_plan
 from ernie_quant.runtimes import Place, Spread, fastdeploy
@@ -220,6 +222,14 @@ def test_a_changed_weight_differs_from_the_source(name: str, folder: Path, tmp_p
     assert line.startswith(f"{DOWN}.weight: its relative error is ")
 
 
+@pytest.mark.parametrize(("name", "bits"), [(f"{DOWN}.activation_scale", b"\0\0\0\0"), (VALUES, b"\0\0\xc0\x7f")])
+def test_what_is_no_scale_is_found_without_the_source(name: str, bits: bytes, folder: Path, tmp_path: Path) -> None:
+    """Programs divide by it: 0 and NaN, though the manifest says that it was always so."""
+    out = copy(folder / "out", tmp_path / "out")
+    poke(out, name, bits)
+    assert refused(sealed(out)) == [f"{name}: holds what is no scale: not a finite number above 0"]
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +338,16 @@ def _calibration() -> Any:
     from ernie_quant.planning.calibration import Calibration
 
     return Calibration("auto", {"x": "0" * 64})
+
+
+def test_a_nightly_job_wants_a_text(tmp_path: Path) -> None:
+    job = job_file(tmp_path, '[[target]]\nrepo = "me/tiny"\nrecipe = "w4a8"\nhadamard_block_size = 128\n', source=tmp_path)
+    with pytest.raises(PlanError) as error:
+        read_job(job)
+    assert error.value.problems == ["[[target]] 1: recipe w4a8 is made of what a text shows: it wants a [target.calibration]"]
+    job.write_text(job.read_text() + '[target.calibration]\ntext = "auto"\n')
+    (target,) = read_job(job).targets
+    assert (target.runtime, target.recipe.name) == ("fastdeploy", "w4a8")
 
 
 def test_invoked_as_a_library_and_dequantized(folder: Path, tmp_path: Path, stored: Arrays) -> None:
