@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from helpers.results import edit, poke, refused, sealed
 from helpers.words import byte_tokenizer
 from helpers.w4a8 import DOWN, HEAD_DIM, KEYS, KV_HEADS, QKV, UP, VALUES
 
+import ernie_quant
 from ernie_quant.check.verify import verify
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs.rtn_kv import CachedRoundToNearest
@@ -66,6 +69,12 @@ def test_eight_codes_by_hand() -> None:
     )
     assert torch.equal(again["codes"], codes)
     assert again["scale"].tolist() == [[0.5], [2.0]]
+
+
+def test_bytes_are_those_of_the_golden_file(folder: Path, golden_value: Callable[[str, Any], Any]) -> None:
+    """Of scales that are given: no text, no matrix of inputs, and so the same on every machine."""
+    found = hashlib.sha256((folder / "given/model.safetensors").read_bytes()).hexdigest()
+    assert golden_value("w4a8 container, model.safetensors", found) == found
 
 
 @pytest.mark.parametrize("out", ["out", "given"])
@@ -350,7 +359,13 @@ def test_a_nightly_job_wants_a_text(tmp_path: Path) -> None:
     assert (target.runtime, target.recipe.name) == ("fastdeploy", "w4a8")
 
 
-def test_invoked_as_a_library_and_dequantized(folder: Path, tmp_path: Path, stored: Arrays) -> None:
+def test_the_library_makes_the_same(folder: Path, tmp_path: Path) -> None:
+    how = {"calibration": folder / "book.txt", "calibration_tokens": 512, "method": "nearest"}
+    ernie_quant.quantize(folder / "src", tmp_path / "out", "w4a8", **how)
+    assert lasting(tmp_path / "out") == lasting(folder / "out")
+
+
+def test_ranks_are_dequantized_to_what_the_specification_decodes(folder: Path, tmp_path: Path, stored: Arrays) -> None:
     invoke("dequantize", folder / "tp4", tmp_path / "plain", "--to", "paddle")
     found = read_folder(tmp_path / "plain")
     for layer in (UP, DOWN, QKV):
