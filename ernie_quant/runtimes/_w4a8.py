@@ -56,18 +56,19 @@ def problems(linears: Sequence[Linear]) -> Iterator[str]:
         yield f"{other.name}: FastDeploy loads W4A8 of text models only: wint4 --runtime vllm and fp8 make VL models that load"
         return
     block = next((block for block in _blocks(linears) if block in BLOCKS), BLOCKS[0])
+    shapes = {li.name: li.spec.shape for li in linears}
     for linear in linears:
         if not LINEAR.search(linear.name):
             continue
         out, width = linear.spec.shape
-        tile = max(TILE_IN, block) if linear.role in EXPERT_ROLES and _is_down(linear.name) else TILE_IN
-        if out % TILE_OUT or width % tile:
-            widths = f"{out} outputs and {width} inputs are not multiples of {TILE_OUT} and {tile}"
+        rotated = isinstance(linear.codec, Weight4Activation8) and linear.codec.hadamard_block_size  # says its own inputs
+        if out % TILE_OUT or (width % TILE_IN and not rotated):
+            widths = f"{out} outputs and {width} inputs are not multiples of {TILE_OUT} and {TILE_IN}"
             yield f"{linear.name}: {widths}, which its kernels want"
-        yield from _misfit(linear, block)
+        yield from _misfit(linear, block, shapes)
 
 
-def _misfit(linear: Linear, block: int) -> Iterator[str]:
+def _misfit(linear: Linear, block: int, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Where a linear has another form than the container wants of its kind."""
     codec = linear.codec
     if linear.role in EXPERT_ROLES:
@@ -78,6 +79,8 @@ def _misfit(linear: Linear, block: int) -> Iterator[str]:
     elif _has_cache(linear.name):
         if not isinstance(codec, CachedRoundToNearest):
             yield f"{linear.name}: FastDeploy's container wants WINT8 with the scales of a cache (rtn_kv), not {codec.describe()}"
+        elif f"{linear.name.removesuffix(QKV)}{O}" in shapes and codec.cached_channels != (there := _cached(linear.name, shapes)):
+            yield f"{linear.name}: cached_channels is {codec.cached_channels}, and the model has {there}"
     elif codec.form != WINT8.form:
         yield f"{linear.name}: FastDeploy's container wants {WINT8.describe()}, not {codec.describe()}"
 

@@ -339,6 +339,16 @@ def test_rules_of_one_s_own_must_make_the_whole_container() -> None:
     ]
 
 
+def test_the_cache_has_the_channels_of_the_model() -> None:
+    """384 queries, keys and values of 128; o_proj has as many inputs as there are queries."""
+    attention, qkv, o = QKV.removesuffix("qkv_proj"), TensorSpec((640, 256), "BF16"), TensorSpec((256, 384), "BF16")
+    linears = [
+        fastdeploy.Linear(f"{attention}qkv_proj.weight", qkv, "attention", CachedRoundToNearest(64), 0),
+        fastdeploy.Linear(f"{attention}o_proj.weight", o, "attention", fastdeploy.WINT8, 1),
+    ]
+    assert fastdeploy.problems(linears) == [f"{QKV}.weight: cached_channels is 64, and the model has 128"]
+
+
 def _recipe(block: int) -> Any:
     return built_in.make("w4a8", hadamard_block_size=block).recipe
 
