@@ -22,6 +22,7 @@ from gguf_fidelity import Reference, write
 
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 PURE = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q5_K_S")  # with --pure one type each
+HEADER = 1024  # our files say a little more of a model, and nothing is smaller than one type everywhere
 INTEGERS = ("32", "64")  # group sizes that fit every width of the model
 PREFIXES = ("4", "8", "15")  # the first is the published 7 of 54 layers, of 30
 
@@ -50,12 +51,13 @@ def llama_cpp(args: argparse.Namespace) -> None:
     reference = Reference(plain, args.text.read_text(), args.windows)
     points = []
     rows = [(f"llama-quantize {mix}", mix, False) for mix in MIXES] + [(f"{mix} --pure", mix, True) for mix in PURE]
+    rows = [row for row in rows if not args.only or row[0] in args.only]
     for title, mix, pure in rows:
         file = args.work / f"{mix}{'-pure' if pure else ''}.gguf"
         if not file.is_file():
             command = [sys.executable, args.quantizer, plain, file, mix, "--lib", args.llama_quantize]
             subprocess.run([*command, *(["--pure"] if pure else [])], check=True, capture_output=True)
-        out, predicted = allocated(args, file.stat().st_size)
+        out, predicted = allocated(args, file.stat().st_size + HEADER * pure)
         mine = next(out.glob("*.gguf"))
         theirs_kl, mine_kl = reference.measure(file), reference.measure(mine)
         points.append({"title": title, "bytes": file.stat().st_size, "kl": theirs_kl.kl, "allocated_bytes": mine.stat().st_size,
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--runtime", choices=["llama.cpp", "vllm", "fastdeploy"], default="llama.cpp")
     parser.add_argument("--calibration")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--only", nargs="+", default=[], help="titles of rows")
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--llama-quantize", type=Path)
     parser.add_argument("--quantizer", type=Path)

@@ -33,6 +33,7 @@ class Row:
     command: list[str]
     calibrated: bool = False
     fit: bool = False
+    weights_only: bool = False  # without the integer activations and KV cache that it is computed with
 
     @property
     def name(self) -> str:
@@ -57,6 +58,16 @@ ROWS = [
     *variants("WINT2", "u8-640", ["wint2", "--wint4-layers", "0"]),
     *variants("top 4 of 8: int4, group 64", "s8k4-640", ["wint4", *EXPERTS, "--group-size", "64"]),
     *variants("top 4 of 8: WINT2", "s8k4-640", ["wint2", "--wint4-layers", "0"]),
+    *[
+        row
+        for model, words in (("u8-640", ""), ("s8k4-640", "top 4 of 8: "))
+        for row in (
+            Row(f"{words}W4A8C8, calibrated", model, ["w4a8"], calibrated=True),
+            Row(f"{words}its weights alone", model, ["w4a8"], calibrated=True, weights_only=True),
+            Row(f"{words}WINT4 and WINT8, calibrated", model, ["wint4", "--runtime", "fastdeploy"], calibrated=True),
+            Row(f"{words}int8 per channel", model, ["wint8", "--group-size", "channel"]),
+        )
+    ],
 ]
 
 
@@ -83,9 +94,9 @@ def made(row: Row, work: Path, tokens: int) -> tuple[Path, float]:
 
 def measured(row: Row, out: Path, work: Path, texts: list[Path], tokens: int) -> dict:
     """The JSON of eval, kept beside the result."""
-    kept = work / f"{out.name}.eval.json"
+    kept = work / f"{out.name}{'-weights' if row.weights_only else ''}.eval.json"
     if not kept.is_file():
-        asked = [word for text in texts for word in ("--text", text)]
+        asked = [*(word for text in texts for word in ("--text", text)), *(["--weights-only"] if row.weights_only else [])]
         kept.write_text(tool("eval", out, "--against", work / row.model, *asked, "--tokens", tokens, "--json"))
     return json.loads(kept.read_text())
 

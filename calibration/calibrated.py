@@ -107,7 +107,7 @@ def _through(
         now = Layer(model, layer, tuner, streams.fit_tokens, where.moved)
         streams = walk.through(now, streams)
         writer.close()
-    state.finish(layer, streams, said_of(layer, streams, tuner.tuned, now.tokens), more)
+    state.finish(layer, streams, said_of(layer, streams, tuner.tuned, now.tokens, now.lent), more)
     return streams
 
 

@@ -1,6 +1,7 @@
 """How far a model is from another on a text: perplexity of both, KL divergence, the same best token.
 
-Both are passed a layer at a time in float32, so that nothing but the weights differs. Means have two standard errors:
+Both are passed a layer at a time in float32, so that nothing differs but the weights, and what a form of them says of
+activations and the KV cache (`integers`). Means have two standard errors:
 over tokens, which takes them for independent, and over windows, which does not (tokens of a window are correlated).
 """
 
@@ -87,9 +88,12 @@ class Pair:
         return sum(side.nbytes for side in self.sides)
 
 
-def pair(result: Path | str, source: Path | str | None, *, links: bool = False) -> Pair:
-    """Raises PlanError (another model, a checkpoint with problems), CheckpointError, ConfigError, HubError or RetryError."""
-    mine, base = readable(result), None if source is None else readable(source, links=links)
+def pair(result: Path | str, source: Path | str | None, *, links: bool = False, rounds: bool = True) -> Pair:
+    """`rounds`: are activations and KV cache rounded where a program does so that loads them?
+
+    Raises PlanError (another model, a checkpoint with problems), CheckpointError, ConfigError, HubError or RetryError.
+    """
+    mine, base = readable(result, rounds=rounds), None if source is None else readable(source, links=links, rounds=rounds)
     if base is not None and (one := _shape(mine)) != (two := _shape(base)):
         raise PlanError(f"{result} has {one}, {source} has {two}: not the same model", [])
     return Pair(mine, base)
@@ -198,7 +202,7 @@ def _facts(side: Readable) -> dict[str, str]:
     """What names a checkpoint without saying where it lies, and the fingerprint of one that this tool has made."""
     place = side.checkpoint.folder / MANIFEST
     made = read_object(place).get("fingerprint") if place.is_file() else None
-    return {**side.identity, "fingerprint": made if isinstance(made, str) else ""}
+    return {**side.identity, "fingerprint": made if isinstance(made, str) else "", "integers": side.integers}
 
 
 def as_json(found: Evaluation) -> dict[str, Any]:

@@ -76,11 +76,12 @@ def attention(model: Model, layer: int, hidden: torch.Tensor, observe: Observe |
     place, eps = f"model.layers.{layer}", model.geometry.eps
     gains = model.norm(f"{place}.input_layernorm")
     q, k, v, o = (model.linear(f"{place}.self_attn.{name}_proj") for name in "qkvo")
+    cache = model.cache(layer)
     after = torch.empty_like(hidden)
     for some in _windows_at_once(hidden):
         x = rms_norm(hidden[some], gains, eps)
         keys, values = k(x), v(x)
-        mixed = attend(q(x), keys, values, model.geometry.attention)
+        mixed = attend(q(x), keys, values, model.geometry.attention, cache)
         if observe is not None:
             _show_attention(model, observe, x, keys, values, mixed)
         after[some] = hidden[some] + o(mixed)

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+    from ernie_quant.calibration.integers import Cache, Rounding
 
 
 class Linear(NamedTuple):
-    """A weight [out, in] and its bias [out], if it has one."""
+    """A weight [out, in] and its bias [out], if it has one. `rounds`: what its kernel does to inputs, if anything."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    rounds: Rounding | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        out = x @ self.weight.T
+        out = (x if self.rounds is None else self.rounds(x)) @ self.weight.T
         return out if self.bias is None else out + self.bias
 
 
@@ -34,6 +36,11 @@ class Attention:
     head_dim: int
     rope_theta: float
     rope_factor: float  # positions are divided by it
+
+    @property
+    def kv_channels(self) -> int:
+        """Of all keys of a token; as many of its values."""
+        return self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -72,14 +79,22 @@ def heads(x: torch.Tensor, shape: Attention) -> torch.Tensor:
     return x.view(*x.shape[:-1], -1, shape.head_dim).transpose(1, 2)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Attention) -> torch.Tensor:
-    """The input of o_proj [windows, tokens, Q], from q [windows, tokens, Q], k and v [windows, tokens, KV]; causal."""
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Attention, cache: Cache | None = None
+) -> torch.Tensor:  # fmt: skip
+    """The input of o_proj [windows, tokens, Q], from q [windows, tokens, Q], k and v [windows, tokens, KV]; causal.
+
+    `cache`: what every key and value goes through, that of the token itself too.
+    """
     import torch
 
+    keys, values = rotated(heads(k, shape), shape), heads(v, shape)
+    if cache is not None:
+        keys, values = cache.keys(keys), cache.values(values)
     mixed = torch.nn.functional.scaled_dot_product_attention(
         rotated(heads(q, shape), shape),
-        rotated(heads(k, shape), shape),
-        heads(v, shape),
+        keys,
+        values,
         is_causal=True,
         enable_gqa=shape.heads != shape.kv_heads,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ernie_quant.calibration import integers
 from ernie_quant.calibration.layer import Attention, Linear, Routing
 
 from ernie_quant.archs import _rope
@@ -42,11 +43,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Model:
-    """The text path of a checkpoint. What is read is float32, as the checkpoint means it (quantized weights decoded)."""
+    """The text path of a checkpoint. What is read is float32, as the checkpoint means it (quantized weights decoded).
+
+    `rounds`: are activations and a KV cache rounded where the program that loads it does so?
+    """
 
     geometry: Geometry
     weights: Mapping[str, Weight]  # by PT name
     files: Files
+    rounds: bool = True
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole weight. Raises CheckpointError."""
@@ -58,8 +63,18 @@ class Model:
 
     def linear(self, name: str) -> Linear:
         """A projection, `model.layers.0.self_attn.q_proj`."""
-        bias = f"{name}.bias"
-        return Linear(self.tensor(f"{name}.weight"), self.tensor(bias) if bias in self.weights else None)
+        bias, weight = f"{name}.bias", f"{name}.weight"
+        return Linear(self.tensor(weight), self.tensor(bias) if bias in self.weights else None, self._rounds(weight))
+
+    def _rounds(self, name: str) -> integers.Rounding | None:
+        kept = integers.found(self.weights[name].view, self.files) if self.rounds else None
+        return None if kept is None else integers.rounding(*kept)
+
+    def cache(self, layer: int) -> integers.Cache | None:
+        """The KV cache of a layer, where it is one of integers. Raises CheckpointError."""
+        keys = self.weights[f"model.layers.{layer}.self_attn.k_proj.weight"].view
+        kept = integers.found(keys, self.files) if self.rounds else None
+        return None if kept is None else integers.cache(*kept)
 
     def norm(self, name: str) -> torch.Tensor:
         """Gains [H]."""
@@ -87,9 +102,9 @@ class Model:
         return range(self.geometry.routing.experts if self.geometry.routing else 0)
 
 
-def model_of(table: Resolved, files: Files) -> Model:
+def model_of(table: Resolved, files: Files, *, rounds: bool = True) -> Model:
     """The decoder of a resolved checkpoint. Raises ConfigError for what the forward pass does not know."""
-    return Model(geometry_of(table), {weight.name: weight for weight in table.weights}, files)
+    return Model(geometry_of(table), {weight.name: weight for weight in table.weights}, files, rounds)
 
 
 def geometry_of(table: Resolved) -> Geometry:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ernie_quant.calibration import integers
 from ernie_quant.calibration.model import EMBEDDINGS, HEAD, LAST_NORM, Geometry, Model, geometry_of, model_of
 
 from ernie_quant.checkpoint import Checkpoint, Download
@@ -31,12 +32,13 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 class Readable:
     """A checkpoint whose names and shapes have been found right; no data are read yet.
 
-    Its stages are 0, the embeddings; 1 to `layers`, the layers; and one more, the head.
+    Its stages are 0, the embeddings; 1 to `layers`, the layers; and one more, the head. `rounds`: as `Model` has it.
     """
 
     checkpoint: Checkpoint
     table: Resolved
     geometry: Geometry
+    rounds: bool = True
 
     @cached_property
     def stages(self) -> list[list[Weight]]:
@@ -68,6 +70,12 @@ class Readable:
         return {"name": place.title, "address": place.address, "revision": place.revision, **hashed}
 
     @property
+    def integers(self) -> str:
+        """For people: which integers it is computed with, beside its weights, and whether that is simulated."""
+        said = integers.named(weight.view for stage in self.stages for weight in stage)
+        return said and f"{said}, {'simulated' if self.rounds else 'left out'}"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of decoded weights that a pass reads: what its progress adds up to."""
         return sum(self.stage_nbytes(stage) for stage in range(len(self.stages)))
@@ -85,7 +93,7 @@ class Readable:
             for number, stage in enumerate(self.stages)
         ]
         with self.checkpoint.download(needs) as download, Files(download.stamps, download.path) as files:
-            yield Opened(model_of(self.table, files), files, download)
+            yield Opened(model_of(self.table, files, rounds=self.rounds), files, download)
             files.check()
 
 
@@ -102,14 +110,15 @@ class Opened:
         self.download.done(stage)
 
 
-def readable(source: Path | str, *, links: bool = False) -> Readable:
-    """The checkpoint at `source`. Raises CheckpointError, ConfigError, PlanError, HubError or RetryError."""
-    return of_checkpoint(open_source(source, links=links))
+def readable(source: Path | str, *, links: bool = False, rounds: bool = True) -> Readable:
+    """The checkpoint at `source`; `rounds` as `Model` has it. Raises CheckpointError, ConfigError, PlanError, HubError or
+    RetryError."""
+    return of_checkpoint(open_source(source, links=links), rounds=rounds)
 
 
-def of_checkpoint(checkpoint: Checkpoint) -> Readable:
+def of_checkpoint(checkpoint: Checkpoint, *, rounds: bool = True) -> Readable:
     """One that is open. Raises ConfigError or PlanError."""
     table = resolve_quantized(checkpoint) if evidence(checkpoint) else resolve(checkpoint, frozenset(FIXES))
     if table.problems:
         raise PlanError(f"{checkpoint.folder}: has {len(table.problems)} problem(s)", table.problems)
-    return Readable(checkpoint, table, geometry_of(table))
+    return Readable(checkpoint, table, geometry_of(table), rounds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ernie_quant.disk import PARTIAL, fsync, fsync_folder, write_file
 from ernie_quant.errors import AnotherPlanError, CheckpointError
 from ernie_quant.jsonio import dumps, read_object
 from ernie_quant.planning.steps import Made, Step
+from ernie_quant.reporting.calibration import LENT
 from ernie_quant.views.build import leaf
 from ernie_quant.weights.stored import Stored
 from ernie_quant.writers import ShardWriter
@@ -138,11 +139,14 @@ def specs_of(steps: Sequence[Step]) -> dict[str, TensorSpec]:
     return _format().order({name: part.spec for step in steps for name, part in step.parts.items()})
 
 
-def said_of(layer: int, streams: Streams, tuned: Sequence[Tuned], tokens: Mapping[int, int]) -> dict[str, Any]:
-    """What is remembered of a layer."""
+def said_of(
+    layer: int, streams: Streams, tuned: Sequence[Tuned], tokens: Mapping[int, int], lent: Iterable[int] = ()
+) -> dict[str, Any]:  # fmt: skip
+    """What is remembered of a layer. `lent`: experts whose activation scales are of tokens that go to others, too."""
     return {
         "layer": layer,
         "drift": streams.drift(),
         "tuned": [asdict(row) for row in tuned],
         "expert_tokens": [tokens[number] for number in sorted(tokens)],
+        LENT: sorted(lent),
     }

@@ -6,14 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ernie_quant.calibration import integers
 from ernie_quant.calibration.forward import TOKENS_AT_ONCE
 from ernie_quant.calibration.layer import Linear
 from ernie_quant.calibration.model import Model
 from ernie_quant.calibration.ridge import Seen, fitted
 from ernie_quant.calibration.tune import Tuner
 
+from ernie_quant.codecs import RoundsInputs
+
 if TYPE_CHECKING:
     import torch
+
+    from ernie_quant.codecs import Encoded
 
 
 @dataclass
@@ -26,6 +31,7 @@ class Layer:
     fit: int
     watch: Callable[[str], None]  # is told of the projections that it comes to
     tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens of the quantized stream that are routed to it
+    lent: set[int] = field(default_factory=set)  # experts whose activation scales are of tokens that go to others, too
 
     def name(self, place: str) -> str:
         """`model.layers.1.mlp.gate`."""
@@ -47,18 +53,31 @@ class Layer:
         """`Tuner.changes` or `Tuner.corrects` of any of these projections."""
         return any(question(f"{self.name(place)}.weight") for place in places)
 
+    def needs(self, place: str) -> tuple[str, ...]:
+        """`Tuner.needs`."""
+        return self.tuner.needs(f"{self.name(place)}.weight")
+
+    def largest(self, place: str) -> Largest | None:
+        """To be shown the inputs of a projection, if that is needed to store it."""
+        codec = self.tuner.codec(f"{self.name(place)}.weight") if integers.LARGEST in self.needs(place) else None
+        return Largest(codec) if isinstance(codec, RoundsInputs) else None
+
     def tuned(
-        self, places: Sequence[str], sources: Sequence[Linear], seen: Seen, changes: Sequence[torch.Tensor] | None
+        self, places: Sequence[str], sources: Sequence[Linear], seen: Seen, changes: Sequence[torch.Tensor] | None,
+        known: Encoded | None = None,
     ) -> list[Linear]:  # fmt: skip
-        """The projections as they will be read. `changes`: what is aimed at less the source, of those that aim at more."""
+        """The projections as they will be read. `changes`: what is aimed at less the source, of those that aim at more.
+
+        `known`: what their codecs need beside `seen`.
+        """
         names = [f"{self.name(place)}.weight" for place in places]
         made = list(sources)
         for corrects, aims in ((False, None), (True, changes)):
             todo = [i for i, name in enumerate(names) if self.tuner.changes(name) and self.tuner.corrects(name) is corrects]
             wanted = [sources[i].weight if aims is None else sources[i].weight + aims[i] for i in todo]
-            stored = self.tuner.tune([names[i] for i in todo], wanted, seen, aims is not None)
+            stored = self.tuner.tune([names[i] for i in todo], wanted, seen, aims is not None, known or {})
             for i, weight in zip(todo, stored, strict=True):
-                made[i] = Linear(weight, sources[i].bias)
+                made[i] = Linear(weight, sources[i].bias, self.tuner.rounding(names[i]))
         return made
 
 
@@ -81,12 +100,15 @@ def turned(sources: Sequence[Linear], change: torch.Tensor | None) -> list[torch
 @dataclass
 class Member:
     """A projection whose output is added to the residual of the tokens `rows`: its inputs in the quantized stream, times
-    the routing weights that they are heard with. `shown`: inputs of other tokens, where those are too few, and these tokens."""
+    the routing weights `heard`, where there are any. `shown`: inputs of other tokens, where those are too few, and these tokens.
+    `known`: what its codec needs beside these."""
 
     place: str
     rows: torch.Tensor
     inputs: torch.Tensor
+    heard: torch.Tensor | None = None
     shown: tuple[torch.Tensor, torch.Tensor] | None = None
+    known: Encoded = field(default_factory=dict)
 
 
 def corrected(
@@ -97,10 +119,21 @@ def corrected(
         return
     seen = _outputs_seen(layer, member, after, made, weight)
     change = fitted(seen) if seen.cross is not None else None
-    (new,) = layer.tuned([member.place], [source], seen, None if change is None else [change])
+    (new,) = layer.tuned([member.place], [source], seen, None if change is None else [change], member.known)
     difference = (new.weight - source.weight).T
     for c in chunks(len(member.rows)):
-        add(made, some(member.rows, c, made), member.inputs[c] @ difference)
+        more = member.inputs[c] @ difference
+        if new.rounds is not None:
+            more += _lost(new.rounds, member, c) @ new.weight.T
+        add(made, some(member.rows, c, made), more)
+
+
+def _lost(rounds: integers.Rounding, member: Member, chunk: slice) -> torch.Tensor:
+    """What rounding adds to inputs [tokens, in]: it is done before they are heard as loud as they are."""
+    if member.heard is None:
+        return rounds(member.inputs[chunk]) - member.inputs[chunk]
+    heard = member.heard[chunk, None]
+    return rounds(member.inputs[chunk] / heard) * heard - member.inputs[chunk]
 
 
 def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch.Tensor, weight: torch.Tensor) -> Seen:
@@ -116,6 +149,26 @@ def _outputs_seen(layer: Layer, member: Member, after: torch.Tensor, made: torch
         part = some(member.rows, c, made)
         seen.add(member.inputs[c], after[part] - made[part] if corrects else None, weight[part], layer.of(member.rows[c]))
     return seen
+
+
+@dataclass
+class Largest:
+    """The largest |x| that a kernel rounds, of all tokens that it is shown."""
+
+    codec: RoundsInputs
+    value: float = 0.0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """More inputs [tokens, in] of the projection, as it is given them."""
+        if len(inputs):
+            self.value = max(self.value, float(self.codec.seen(inputs).abs().max()))
+
+    @property
+    def known(self) -> Encoded:
+        """For `Codec.prepare`."""
+        import torch
+
+        return {integers.LARGEST: torch.tensor([self.value])}
 
 
 def some(rows: torch.Tensor, chunk: slice, of: torch.Tensor) -> torch.Tensor | slice:

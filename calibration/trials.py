@@ -37,7 +37,7 @@ class Changed(Model):
     @staticmethod
     def of(model: Model, codecs: Trial, hessians: Mapping[str, torch.Tensor] | None = None) -> Changed:
         """`model` with these codecs."""
-        return Changed(model.geometry, model.weights, model.files, codecs, hessians or {})
+        return Changed(model.geometry, model.weights, model.files, model.rounds, codecs, hessians or {})
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole weight."""

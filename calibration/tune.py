@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ernie_quant.calibration import integers
 from ernie_quant.calibration.ridge import Seen
 
 from ernie_quant import runtimes
@@ -47,6 +48,7 @@ class Tuner:
     workers: int
     fit: bool
     tuned: list[Tuned] = field(default_factory=list)
+    once: dict[str, Encoded] = field(default_factory=dict)  # step -> fields of its weight that statistics of the text give
     _encoders: dict[tuple[Codec, int], Encoder | None] = field(default_factory=dict)
     _of: Seen | None = None
 
@@ -64,10 +66,30 @@ class Tuner:
         step = self.steps[name]
         return not step.kept and not takes_method(step.codec)
 
-    def tune(self, names: Sequence[str], wanted: Sequence[torch.Tensor], seen: Seen, fitted: bool) -> list[torch.Tensor]:
+    def codec(self, name: str) -> Codec:
+        """Of a weight that changes."""
+        return self.steps[name].codec
+
+    def needs(self, name: str) -> tuple[str, ...]:
+        """What must be known of a text to store it."""
+        return self.codec(name).needs if self.changes(name) else ()
+
+    def rounding(self, name: str) -> integers.Rounding | None:
+        """What is done to the inputs of a weight that has been stored."""
+        step = self.steps[name]
+        return integers.rounding(step.codec, self.once.get(step.name, {}))
+
+    def cache(self, name: str) -> integers.Cache | None:
+        """The KV cache that is stored with a weight, if there is one."""
+        return integers.cache(self.steps[name].codec, self.once[self.steps[name].name]) if self.needs(name) else None
+
+    def tune(
+        self, names: Sequence[str], wanted: Sequence[torch.Tensor], seen: Seen, fitted: bool, known: Encoded
+    ) -> list[torch.Tensor]:  # fmt: skip
         """Store weights [out, in] with the same inputs, as near to `wanted` as their codecs can; f32, as they will be read.
 
-        `fitted`: `wanted` are not the weights of the source. Steps that hold several of them must be given all of these.
+        `fitted`: `wanted` are not the weights of the source. `known`: what they need beside `seen`. Steps that hold several
+        of them must be given all of these.
         """
         import torch
 
@@ -75,49 +97,57 @@ class Tuner:
         of = dict(zip(names, wanted, strict=True))
         for step in {step.name: step for step in (self.steps[name] for name in names)}.values():
             whole = torch.cat([of[name] for name in step.holds]) if len(step.holds) > 1 else of[step.holds[0]]
-            stored = self._store(step, whole, seen, fitted)
+            stored = self._store(step, whole, seen, fitted, known)
             made |= zip(step.holds, torch.split(stored, [len(of[name]) for name in step.holds]), strict=True)
         return [made[name] for name in names]
 
-    def _store(self, step: Step, wanted: torch.Tensor, seen: Seen, fitted: bool) -> torch.Tensor:
+    def _store(self, step: Step, wanted: torch.Tensor, seen: Seen, fitted: bool, known: Encoded) -> torch.Tensor:
         """f32 [out, in] as it will be read."""
 
-        runtime = runtimes.find(self.runtime)
-        encoded = self._kept(step, wanted) if step.kept else self._encoded(step, wanted, seen)
+        runtime, once = runtimes.find(self.runtime), self._once(step, known)
+        encoded = self._kept(step, wanted) if step.kept else self._encoded(step, wanted, seen, known)
         parts = {
-            **runtime.constants(step.name, step.codec, step.spec, {}),
+            **runtime.constants(step.name, step.codec, step.spec, once),
             **runtime.pack(step.name, step.codec, encoded),
         }
         for name, tensor in parts.items():
             self.writer.write(name, tensor)
-        decoded: torch.Tensor = step.codec.decode(encoded).float()
+        decoded: torch.Tensor = step.codec.decode({**once, **encoded}).float()
         if step.kept and step.turned:
             decoded = decoded.T
         self.tuned.append(Tuned(step.name, _output_error(wanted, decoded, seen), fitted, seen.tokens))
         return decoded
+
+    def _once(self, step: Step, known: Encoded) -> Encoded:
+        """Fields of this weight alone. Weights that have their inputs in common share an encoder, but not these."""
+        if step.codec.needs:
+            encoder = step.codec.prepare(step.spec, known)
+            assert encoder is not None, f"{step.name}: its codec makes nothing of {', '.join(step.codec.needs)}"
+            self.once[step.name] = encoder.once
+        return self.once.get(step.name, {})
 
     def _kept(self, step: Step, wanted: torch.Tensor) -> Encoded:
         weight = (wanted.T if step.turned else wanted).to(torch_dtype(step.spec.dtype)).contiguous()
         encoded: Encoded = step.codec.encode(weight)  # it may be one that rounds
         return encoded
 
-    def _encoded(self, step: Step, wanted: torch.Tensor, seen: Seen) -> Encoded:
+    def _encoded(self, step: Step, wanted: torch.Tensor, seen: Seen, known: Encoded) -> Encoded:
         import torch
 
-        encoder = self._encoder(step, seen)
+        encoder = self._encoder(step, seen, known)
         encode = encoder.encode if encoder else step.codec.encode
         size = math.lcm(ROWS_AT_ONCE, step.multiple)
         slabs = list(ordered(encode, torch.split(wanted, size), self.workers))
         return {key: torch.cat([slab[key] for slab in slabs]) for key in slabs[0]}
 
-    def _encoder(self, step: Step, seen: Seen) -> Encoder | None:
-        """One for all weights with the same inputs and form; those of other inputs are dropped."""
+    def _encoder(self, step: Step, seen: Seen, known: Encoded) -> Encoder | None:
+        """One for all weights with the same inputs and form; those of other inputs are dropped. Of its `once`, see `_once`."""
         if self._of is not seen:
             self._encoders.clear()
             self._of = seen
         key = (step.codec, step.spec.shape[1])
         if key not in self._encoders:
-            self._encoders[key] = step.codec.prepare(step.spec, {"hessian": seen.hessian}) if seen.tokens else None
+            self._encoders[key] = step.codec.prepare(step.spec, {"hessian": seen.hessian, **known}) if seen.tokens else None
         return self._encoders[key]
 
 

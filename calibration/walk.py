@@ -18,14 +18,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ernie_quant.calibration import integers
 from ernie_quant.calibration.forward import DENSE, SHARED, TOKENS_AT_ONCE, expert_of, routing
-from ernie_quant.calibration.layer import Linear, attend, gated, rms_norm
+from ernie_quant.calibration.layer import Linear, attend, gated, heads, rms_norm, rotated
 from ernie_quant.calibration.ridge import Seen
 from ernie_quant.calibration.streams import Streams, between, weights_of
-from ernie_quant.calibration.targets import Layer, Member, add, chunks, corrected, inputs_seen, some, turned
+from ernie_quant.calibration.targets import Largest, Layer, Member, add, chunks, corrected, inputs_seen, some, turned
 
 if TYPE_CHECKING:
     import torch
+
+    from ernie_quant.codecs import Encoded
 
 FEW_TOKENS = 64  # an expert that fewer tokens to fit to are routed to is shown others
 SHOWN = 4096  # so many of them
@@ -47,12 +50,13 @@ def attention(layer: Layer, streams: Streams) -> tuple[torch.Tensor, torch.Tenso
     sources, o = [layer.linear(place) for place in places], layer.linear("self_attn.o_proj")
     before, made_before = streams.original.flatten(0, 1), streams.made.flatten(0, 1)
     x, made_x = rms_norm(before, gains, eps), rms_norm(made_before, gains, eps)
-    made = list(sources)
+    made, length = list(sources), streams.original.shape[1]
     if layer.asks(layer.tuner.changes, *places):
         seen, change = inputs_seen(layer, places, x, made_x, weights_of(before))
-        made = layer.tuned(places, sources, seen, turned(sources, change))
-    length = streams.original.shape[1]
-    mixed, made_mixed = _mixed(layer, x, sources, length), _mixed(layer, made_x, made, length)
+        known = _cached(layer, made_x, sources, length) if layer.needs(places[1]) else None
+        made = layer.tuned(places, sources, seen, turned(sources, change), known)
+    cache = layer.tuner.cache(f"{layer.name(places[1])}.weight") if layer.needs(places[1]) else None
+    mixed, made_mixed = _mixed(layer, x, sources, length), _mixed(layer, made_x, made, length, cache)
     after = before + o(mixed)
     del x, made_x, mixed
     weight, made_after = between(weights_of(before), weights_of(after)), made_before + o(made_mixed)
@@ -60,17 +64,41 @@ def attention(layer: Layer, streams: Streams) -> tuple[torch.Tensor, torch.Tenso
     return after, made_after
 
 
-def _mixed(layer: Layer, x: torch.Tensor, qkv: Sequence[Linear], length: int) -> torch.Tensor:
+def _windows(x: torch.Tensor, length: int) -> Iterator[torch.Tensor]:
+    """Some of them at a time, [windows, length, H]."""
+    import torch
+
+    for chunk in torch.split(x, max(1, TOKENS_AT_ONCE // length) * length):
+        yield chunk.reshape(-1, length, chunk.shape[1])
+
+
+def _mixed(
+    layer: Layer, x: torch.Tensor, qkv: Sequence[Linear], length: int, cache: integers.Cache | None = None
+) -> torch.Tensor:  # fmt: skip
     """The inputs of o_proj [tokens, Q]."""
     import torch
 
-    step = max(1, TOKENS_AT_ONCE // length) * length
     parts = []
-    for chunk in torch.split(x, step):
-        windows = chunk.reshape(-1, length, chunk.shape[1])
+    for windows in _windows(x, length):
         q, k, v = (linear(windows) for linear in qkv)
-        parts.append(attend(q, k, v, layer.model.geometry.attention).flatten(0, 1))
+        parts.append(attend(q, k, v, layer.model.geometry.attention, cache).flatten(0, 1))
     return torch.cat(parts)
+
+
+def _cached(layer: Layer, x: torch.Tensor, qkv: Sequence[Linear], length: int) -> Encoded:
+    """The largest |k| (after RoPE) and |v| [KV] of inputs in the quantized stream, for the scales of an int8 cache.
+
+    By the source's weights: scales are stored with q, k and v, before it is known what becomes of these. 8 bits change k and v
+    by less than a percent, and a value that is so much beyond its scale is off by one step at most.
+    """
+    import torch
+
+    shape, found = layer.model.geometry.attention, torch.zeros(2, layer.model.geometry.attention.kv_channels)
+    for windows in _windows(x, length):
+        keys = rotated(heads(qkv[1](windows), shape), shape).transpose(1, 2).flatten(2)
+        for i, values in enumerate((keys, qkv[2](windows))):
+            found[i] = found[i].maximum(values.abs().amax((0, 1)))
+    return {integers.KEY: found[0], integers.VALUE: found[1]}
 
 
 def ffn(layer: Layer, after: torch.Tensor, made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,6 +128,7 @@ class _Part:
     heard: torch.Tensor
     made_rows: torch.Tensor
     made_heard: torch.Tensor
+    number: int | None = None  # of a routed expert
 
 
 def _parts(layer: Layer, after: torch.Tensor, made: torch.Tensor, gains: torch.Tensor) -> Iterator[_Part]:
@@ -115,7 +144,7 @@ def _parts(layer: Layer, after: torch.Tensor, made: torch.Tensor, gains: torch.T
     for number in layer.model.experts:
         rows, made_rows = heard[:, number].nonzero()[:, 0], made_heard[:, number].nonzero()[:, 0]
         layer.tokens[number] = len(made_rows)
-        yield _Part(expert_of(number), rows, heard[rows, number], made_rows, made_heard[made_rows, number])
+        yield _Part(expert_of(number), rows, heard[rows, number], made_rows, made_heard[made_rows, number], number)
     if geometry.shared:
         yield _Part(SHARED, everyone, loud, everyone, loud)
 
@@ -131,26 +160,60 @@ def _first_half(
     places = [f"{part.place}.{name}_proj" for name in ("gate", "up", "down")]
     gate, up, down = (layer.linear(place) for place in places)
     _say(after, part.rows, _inner(y, part.rows, part.heard, gate, up), part.heard, down)
+    others = None  # tokens that it is shown because few are its own
+    if layer.of(part.made_rows) < FEW_TOKENS:
+        others = torch.arange(0, len(made_y), -(-len(made_y) // SHOWN))
     if seen is not None:
-        gate, up = layer.tuned(places[:2], (gate, up), seen, turned((gate, up), change))
-    inputs = _inner(made_y, part.made_rows, part.made_heard, gate, up)
+        known = _largest_inputs(layer, part, places[0], made_y, others)
+        gate, up = layer.tuned(places[:2], (gate, up), seen, turned((gate, up), change), known)
+    largest = layer.largest(places[2])
+    inputs = _inner(made_y, part.made_rows, part.made_heard, gate, up, largest)
     _say(made, part.made_rows, inputs, part.made_heard, down)
     if not layer.asks(layer.tuner.changes, places[2]):
         return None
-    member = Member(places[2], part.made_rows, inputs)
-    if layer.of(part.made_rows) < FEW_TOKENS:
-        rows = torch.arange(0, len(made_y), -(-len(made_y) // SHOWN))
-        member.shown = (_inner(made_y, rows, torch.ones(len(rows)), gate, up), rows)
+    member = Member(places[2], part.made_rows, inputs, heard=part.made_heard)
+    if others is not None:
+        member.shown = (_inner(made_y, others, torch.ones(len(others)), gate, up, largest), others)
+    if largest is not None:
+        member.known = largest.known
+        _lend(layer, part, others)
     return member
 
 
-def _inner(y: torch.Tensor, rows: torch.Tensor, heard: torch.Tensor, gate: Linear, up: Linear) -> torch.Tensor:
-    """The inputs of down_proj [rows, M], times what each is heard with."""
+def _largest_inputs(
+    layer: Layer, part: _Part, place: str, made_y: torch.Tensor, others: torch.Tensor | None
+) -> Encoded | None:  # fmt: skip
+    """What the codec of gate and up needs to know of its inputs: the expert's own tokens, as they come to it.
+
+    Routing weights are no part of it: kernels multiply by these after down_proj (FastDeploy: moe_expert_reduce).
+    """
+    largest = layer.largest(place)
+    if largest is None:
+        return None
+    for rows in (part.made_rows, *(() if others is None else (others,))):
+        for c in chunks(len(rows)):
+            largest.add(made_y[some(rows, c, made_y)])
+    _lend(layer, part, others)
+    return largest.known
+
+
+def _lend(layer: Layer, part: _Part, others: torch.Tensor | None) -> None:
+    if others is not None and part.number is not None:
+        layer.lent.add(part.number)
+
+
+def _inner(
+    y: torch.Tensor, rows: torch.Tensor, heard: torch.Tensor, gate: Linear, up: Linear, largest: Largest | None = None
+) -> torch.Tensor:  # fmt: skip
+    """The inputs of down_proj [rows, M], times what each is heard with. `largest` is shown them before that."""
     import torch
 
     inner = torch.empty(len(rows), len(gate.weight))
     for c in chunks(len(rows)):
-        inner[c] = gated(y[some(rows, c, y)], gate, up) * heard[c, None]
+        said = gated(y[some(rows, c, y)], gate, up)
+        if largest is not None:
+            largest.add(said)
+        inner[c] = said * heard[c, None]
     return inner
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 from ernie_quant.cli.main import COMMANDS, group
+from helpers import w4a8
 from helpers.commands import Command
 from helpers.disk import no_waiting
 from helpers.models import write
@@ -22,6 +23,7 @@ COMMAND_LINES = [
     ("wint8", "SRC", "--group-size", "32"),
     ("fp8", "SRC", "--keep-unfit"),
     ("wint2", "SRC", "--wint4-layers", "0"),
+    ("w4a8", "WIDE", "--calibration", "auto"),
     ("quantize", "SRC", "--recipe", "RECIPE"),
     ("dequantize", "CONTAINER", "--to", "pt"),
     ("reshard", "CONTAINER", "--tp", "1"),
@@ -33,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """src, its container for FastDeploy, and rules.toml."""
     folder = tmp_path_factory.mktemp("budget")
     write_model(folder / "src", *wide())
+    w4a8.model(folder / "wide")
     (folder / "rules.toml").write_text('[[rule]]\nrole = "experts"\ncodec = "rtn"\ngroup_size = 64\n')
     with no_waiting():
         write(folder / "src", folder / "container", "fastdeploy", recipe=fastdeploy_container("wint2", 0, effort=1))
@@ -42,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("arguments", COMMAND_LINES, ids=" ".join)
 def test_it_is_refused_for_a_folder(arguments: tuple[str, ...], folder: Path, command: Command, tmp_path: Path) -> None:
     places = {"SRC": folder / "src", "CONTAINER": folder / "container", "RECIPE": folder / "rules.toml"}
+    places["WIDE"] = folder / "wide"
     name, source, *options = (places.get(word, word) for word in arguments)
     for more in ((), ("--dry-run",)):
         code, out, err = command(name, source, tmp_path / "out", *options, "--disk-budget", "5GB", *more)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ernie_quant.cli.main import COMMANDS, main
+from helpers import w4a8
 from helpers.disk import no_waiting
 from helpers.hub import LoopbackHub
 from helpers.models import GOLDEN, copy, write
@@ -32,6 +33,7 @@ LINES = {
     "wint8": "SRC OUT --experts-only",
     "fp8": "SRC OUT --experts-only",
     "wint2": "SRC OUT --wint4-layers 0 --effort 1",
+    "w4a8": "WIDE OUT --calibration BOOK --calibration-tokens 512",
     "quantize": "SRC OUT --recipe RULES",
     "dequantize": "CONTAINER OUT --to pt",
     "reshard": "CONTAINER OUT --tp 1",
@@ -56,6 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "src", *wide())
     (folder / "rules.toml").write_text(RULES)
     byte_tokenizer(copy(GOLDEN / "moe_hf/pt", folder / "spoken"))
+    w4a8.model(folder / "wide")
     (folder / "book.txt").write_text("".join(f"{n} and {n * n}, " for n in range(200)))
     with no_waiting():
         write(folder / "src", folder / "container", "fastdeploy", recipe=fastdeploy_container("wint2", 0, effort=1))
@@ -66,8 +69,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(folder: Path, tmp_path: Path) -> Callable[[str], list[str]]:
     """The words of a line, with places for those in capitals."""
     places = {"SRC": folder / "src", "CONTAINER": folder / "container", "RULES": folder / "rules.toml", "OUT": tmp_path / "out"}
-    places |= {"SPOKEN": folder / "spoken", "BOOK": folder / "book.txt", "STATS": tmp_path / "stats.safetensors"}
-    places |= {"RULES_MADE": tmp_path / "made.toml"}
+    places |= {
+        "WIDE": folder / "wide",
+        "SPOKEN": folder / "spoken",
+        "BOOK": folder / "book.txt",
+        "STATS": tmp_path / "stats.safetensors",
+        "RULES_MADE": tmp_path / "made.toml",
+    }
     places |= {"PAGE": tmp_path / "page.html", "JOB": tmp_path / "job.toml", "WORK": tmp_path / "work"}
     return lambda line: [*PYTHON, *(str(places.get(word, word)) for word in line.split())]
 
@@ -88,7 +96,7 @@ def shell(script: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_command_is_here() -> None:
     assert LINES.keys() == set(COMMANDS)
-    assert len(WRITING) == 9
+    assert len(WRITING) == 10
 
 
 @pytest.fixture

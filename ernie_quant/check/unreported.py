@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ernie_quant.checkpoint import TensorSpec
-from ernie_quant.codecs import Codec
-from ernie_quant.measure import Difference, compare
+from ernie_quant.codecs import Codec, CodesAnother
+from ernie_quant.measure import Difference, compare, squares
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import View
 from ernie_quant.views.read import read
@@ -75,10 +75,12 @@ def judge_slab(name: str, codec: Codec, original: torch.Tensor, encoded: Encoded
     """Rows of a weight from `first` on: the source's, and what is stored. Raises CheckpointError."""
     import torch
 
+    judged = Judgement(compare(name, original, codec.decode(encoded)))
+    if isinstance(codec, CodesAnother):
+        codec, original, encoded = codec.plain(original, encoded)
     result, nearest = codec.decode(encoded), codec.decode(codec.recode(original, encoded))
-    judged = Judgement(compare(name, original, result))
     step = max(1, ELEMENTS // original.shape[1])
-    mean = judged.difference.total / len(original)
+    mean = squares(original, result).total / len(original)
     for start in range(0, len(original), step):
         x, there, best = (t[start : start + step].double() for t in (original, result, nearest))
         nearest_error = _blocks((x - best).square())

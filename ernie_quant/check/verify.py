@@ -211,6 +211,13 @@ def _slab_values(entry: Stored, files: Files, rows: tuple[int, int]) -> Values:
     packed = entry.packed(files, rows)
     if isinstance(entry.codec, Keep):
         return values_of(next(iter(packed.values())))
+    for part, tensor in packed.items():  # a scale that belongs to no output is one of activations, by which programs divide
+        if (
+            entry.expected[part].out_axis is None
+            and tensor.is_floating_point()
+            and not bool(((tensor > 0) & tensor.isfinite()).all())
+        ):
+            raise _Problem(f"{part}: holds what is no scale: not a finite number above 0")
     encoded = entry.target.unpack(entry.name, entry.codec, packed)
     constants = entry.target.constants(entry.name, entry.codec, entry.spec, encoded)
     repacked = constants | entry.target.pack(entry.name, entry.codec, encoded)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from ernie_quant import plugins
 from ernie_quant.checkpoint import TensorSpec
@@ -59,6 +59,11 @@ class Codec(Protocol):
         ...
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics without which a weight cannot be stored: fields of `Encoder.once` are made of them, which `encode` omits."""
+        ...
+
+    @property
     def form(self) -> str:
         """What a file shows of it: `int4, group 128`, whatever way a scale was chosen. Equal forms are stored alike."""
         ...
@@ -72,7 +77,7 @@ class Codec(Protocol):
         ...
 
     def specs(self, spec: TensorSpec) -> dict[str, TensorSpec]:
-        """Fields of the encoded weight; all have out (or out / rows) as their first dimension."""
+        """Fields of the encoded weight; all have out (or out / rows) as their first dimension, but those of `Encoder.once`."""
         ...
 
     def bits_per_weight(self, spec: TensorSpec) -> float:
@@ -80,11 +85,14 @@ class Codec(Protocol):
         ...
 
     def prepare(self, spec: TensorSpec, statistics: Encoded) -> Encoder | None:
-        """What encodes the slabs of a weight [out, in] where statistics of its inputs matter; None where `encode` does."""
+        """What encodes the slabs of a weight [out, in] where statistics of its inputs matter; None where `encode` does.
+
+        Raises ErnieQuantError for statistics without one that the codec `needs`; None where there are none at all.
+        """
         ...
 
     def encode(self, weight: torch.Tensor) -> Encoded:
-        """The fields for a weight [out, in], or for a slab of its rows."""
+        """The fields for a weight [out, in], or for a slab of its rows; those that statistics are needed for are left out."""
         ...
 
     def measured(self, weight: torch.Tensor) -> tuple[Encoded, Difference]:
@@ -92,7 +100,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
-        """The weight that a runtime will see. This is what reports measure."""
+        """The weight that a runtime will see. This is what reports measure. What is left out of `encode` is not asked for."""
         ...
 
     def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
@@ -100,8 +108,32 @@ class Codec(Protocol):
         ...
 
 
+@runtime_checkable
+class RoundsInputs(Protocol):
+    """A codec whose weights are multiplied with inputs of few bits, by a scale that is stored with the weight."""
+
+    def seen(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the kernel rounds of inputs [tokens, in]; the largest of it is the statistic `largest`."""
+        ...
+
+    def rounded(self, inputs: torch.Tensor, activation_scale: torch.Tensor) -> torch.Tensor:
+        """The inputs [tokens, in] that a product with the decoded weight would need for what the kernel computes."""
+        ...
+
+
+@runtime_checkable
+class CodesAnother(Protocol):
+    """A codec whose codes do not stand for one element of the weight each, but of another one: a rotated weight."""
+
+    def plain(self, weight: torch.Tensor, encoded: Encoded) -> tuple[Codec, torch.Tensor, Encoded]:
+        """That other weight [out, in], the codec that it is coded with, and its fields."""
+        ...
+
+
 class Measured(ABC):
     """Base of the codecs whose kernels do not measure what they lose while they encode."""
+
+    needs: tuple[str, ...] = ()
 
     @abstractmethod
     def encode(self, weight: torch.Tensor) -> Encoded:

@@ -8,7 +8,7 @@ that calibration has not seen, GPTQ's .01 fits those that it has.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ernie_quant.checkpoint import TensorSpec
@@ -63,11 +63,7 @@ class Feedback:
 
     feedback: Callable[[torch.Tensor], Encoded]
     data_free: Callable[[torch.Tensor], Encoded]
-
-    @property
-    def once(self) -> Encoded:
-        """Nothing: what is stored is what is stored without statistics."""
-        return {}
+    once: Encoded = field(default_factory=dict)  # what is stored beside the codes and known from the statistics alone
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """The fields of rows [rows, in]; rows of zeros, of NaN and out of all bounds are encoded as without statistics."""
@@ -78,6 +74,6 @@ class Feedback:
         if good.all():
             return self.feedback(weight)
         encoded = self.data_free(weight)
-        for name, field in (self.feedback(weight[good]) if good.any() else {}).items():
-            encoded[name][good] = field
+        for name, rows in (self.feedback(weight[good]) if good.any() else {}).items():
+            encoded[name][good] = rows
         return encoded

@@ -57,6 +57,7 @@ class RoundToNearest:
     rows = 1
     decodes_to = "BF16"
     version = 2
+    needs = ()
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -186,13 +187,14 @@ class RoundToNearest:
         return weight
 
     def recode(self, weight: torch.Tensor, encoded: Encoded) -> Encoded:
-        """Codes of weight / scale, rounded."""
+        """Codes of weight / scale, rounded; as they are where the scale is 0, as paddle stores rows of zeros."""
         import torch
 
         scale = encoded["scale"].float()[..., None]
         high = 2 ** (self.bits - 1) - 1
         ratio = weight.float().reshape(*scale.shape[:2], -1) / torch.where(scale == 0, 1.0, scale)
         codes = ratio.round().clamp(-high - self.full_range, high).to(torch.int8)
+        codes = torch.where(scale == 0, encoded["codes"].reshape(codes.shape), codes)
         return encoded | {"codes": codes.reshape(weight.shape)}
 
 

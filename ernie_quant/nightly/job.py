@@ -6,8 +6,8 @@ revision = "main"
 
 [[target]]
 repo = "my-org/ERNIE-4.5-21B-A3B-WINT4"
-recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, gguf, wint2; a file of rules, as seen from
-                                                # here; or [[target.rule]] tables
+recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, gguf, wint2, w4a8; a file of rules, as
+                                                # seen from here; or [[target.rule]] tables
 experts_only = true
 name = "ERNIE 4.5 21B in 4 bits"                # of the model, in its card
 [target.calibration]                            # as in a recipe file
@@ -179,6 +179,8 @@ def _target(table: Settings, beside: Path) -> JobTarget:
     shard_bytes = usual if size is None else table.attempt(lambda: parse_size(size), usual, "max_shard_size")
     if (asked := table.inner("calibration")) is not None:
         rules = replace(rules, calibration=calibration.read(asked, beside))
+    elif rules.name in built_in.KINDS and built_in.wants_text(rules.name):
+        table.wrong(f"recipe {rules.name} is made of what a text shows: it wants a [target.calibration]")
     table.end()
     if not 1 <= tp <= MOST_RANKS or (tp > 1 and not runtimes.find(runtime).PER_RANK):
         table.wrong(f"tp is {tp}, not 1, or up to {MOST_RANKS} with runtime fastdeploy")

@@ -14,11 +14,13 @@ from ernie_quant.errors import PlanError
 
 if TYPE_CHECKING:
     from ernie_quant.codecs import Codec
-    from ernie_quant.planning.recipe import Recipe
+    from ernie_quant.names import NameMap
+    from ernie_quant.planning.recipe import Recipe, RecipeRule
 
 WINT4_LAYERS = 7  # experts of layers below this one are WINT4 in a 2-bit model, as in the published ones
 MOST_LAYERS = 1000
 GROUP_SIZE, SCALE, EFFORT = 128, "mse", 16
+HADAMARD, HADAMARDS = 128, (128, 256, 512, 1024)  # inputs of down_proj that FastDeploy rotates together
 
 GGUF_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q3_K_M", "Q2_K",
@@ -30,6 +32,7 @@ GGUF_BYTES = 45_000_000_000  # of a file: that of every type of the 21B is one; 
 WHICH: Mapping[str, Any] = {"experts_only": False, "mtp": False, "keep_unfit": False}
 INTEGERS: Mapping[str, Any] = {"group_size": GROUP_SIZE, "scale": SCALE, **WHICH}
 GGUF: Mapping[str, Any] = {"type": GGUF_TYPE, "pure": False, "experts_only": False, "keep_unfit": False}
+W4A8: Mapping[str, Any] = {"scale": SCALE, "hadamard_block_size": HADAMARD}
 WINT2: Mapping[str, Any] = {"wint4_layers": WINT4_LAYERS, "scale": SCALE, "effort": EFFORT}
 
 
@@ -55,6 +58,7 @@ class _Kind:
 
     default_runtime: str
     forms: Mapping[str, _Form]
+    by_text: bool = False  # is it made of what a text shows?
 
     def form(self, runtime: str) -> _Form:
         """What it is for this runtime."""
@@ -64,6 +68,11 @@ class _Kind:
 def options(name: str, runtime: str) -> Mapping[str, Any]:
     """What a built-in recipe takes for a runtime: option -> default."""
     return KINDS[name].form(runtime).options
+
+
+def wants_text(name: str) -> bool:
+    """Can it be made with calibration only?"""
+    return KINDS[name].by_text
 
 
 def known_runtimes(name: str) -> tuple[str, ...]:
@@ -186,6 +195,33 @@ def _wint2_container(name: str, *, wint4_layers: int, **options: Any) -> Recipe:
     return fastdeploy_container(name, wint4_layers, if_taken=none_left, **options)
 
 
+def _w4a8(name: str, *, scale: str, hadamard_block_size: int) -> Recipe:
+    from functools import partial
+
+    from ernie_quant.planning.recipe import Recipe
+
+    if hadamard_block_size not in HADAMARDS:
+        raise ValueError(f"hadamard_block_size is {hadamard_block_size!r}, not one of {', '.join(map(str, HADAMARDS))}")
+    return Recipe(name, (), rules_of=partial(_w4a8_rules, scale, hadamard_block_size))
+
+
+def _w4a8_rules(scale: str, block: int, model: NameMap) -> list[RecipeRule]:
+    """down_proj is rotated; q, k and v bring the scales of the cache with them, but for those of the MTP block."""
+    from ernie_quant import codecs
+    from ernie_quant.names import ATTENTION, EXPERT_ROLES, QUANTIZABLE, ROLES
+    from ernie_quant.planning.recipe import RecipeRule
+
+    hint = "this model has no experts; w4a8 is for those that have"
+    others = tuple(r for r in ROLES if r in QUANTIZABLE and r not in EXPERT_ROLES)
+    cached = codecs.make("rtn_kv", {"cached_channels": model.dims["KV"], "scale": scale})
+    return [
+        RecipeRule(codecs.make("w4a8", {"hadamard_block_size": block, "scale": scale}), EXPERT_ROLES, r"\.down_proj\.", hint),
+        RecipeRule(codecs.make("w4a8", {"scale": scale}), EXPERT_ROLES, if_unused=hint),
+        RecipeRule(cached, (ATTENTION,), r"\.[qkv]_proj\."),
+        RecipeRule(_wint(8, scale), others),
+    ]
+
+
 def _gguf(name: str, *, type: str, pure: bool, experts_only: bool, keep_unfit: bool) -> Recipe:
     from functools import partial
 
@@ -207,4 +243,5 @@ KINDS: Mapping[str, _Kind] = {
     "fp8": _Kind(VLLM, {"": _Form(WHICH, _float8)}),
     "gguf": _Kind(LLAMA_CPP, {"": _Form(GGUF, _gguf)}),
     "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2, _wint2_container)}),
+    "w4a8": _Kind(FASTDEPLOY, {"": _Form(W4A8, _w4a8)}, by_text=True),
 }

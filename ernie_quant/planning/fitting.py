@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ernie_quant import codecs
 from ernie_quant.errors import PlanError
 from ernie_quant.names import ATTENTION, MTP, SHARED, VISION_EXPERT, folded
+from ernie_quant.planning.choose import Choice
 from ernie_quant.planning.recipe import takes_method
 from ernie_quant.planning.steps import Plan, Step
 
@@ -35,6 +36,15 @@ def _may_be_fitted(step: Step) -> bool:
     return step.role in (ATTENTION, SHARED) and at is not None and at[2] in MAY_BE_FITTED
 
 
+def unknown(chosen: Sequence[Choice], recipe: str, statistics: Mapping[str, Collection[str]]) -> list[str]:
+    """What codecs must know of a text that no text is there for; `statistics`: weight -> what is known of its inputs."""
+    lacking = {c.weight.name: [n for n in c.codec.needs if n not in statistics.get(c.weight.name, ())] for c in chosen}
+    if statistics:
+        return [f"{name}: there are no statistics {', '.join(needs)} of it" for name, needs in lacking.items() if needs]
+    forms = " and ".join(sorted({codecs.name_of(c.codec) for c in chosen if c.codec.needs}))
+    return [f"{recipe} wants --calibration: {forms} have scales of activations, which are measured on text"] if forms else []
+
+
 def judged(plan: Plan) -> Plan:
     """The plan of a calibrated result, with notes on what text does not reach. Raises PlanError if it reaches nothing."""
     assert plan.calibration is not None
@@ -49,6 +59,9 @@ def _problem(plan: Plan, steps: Sequence[Step]) -> str:
         return "the recipe quantizes nothing; leave out calibration, or quantize something"
     if not steps:
         return "nothing that is quantized is in a layer that text runs through; leave it out"
+    reached = {step.name for step in steps}
+    if unmeasured := next((s for s in plan.steps if s.codec.needs and s.name not in reached), None):
+        return f"{unmeasured.name}: {unmeasured.codec.form} stores what is measured on text, and no text runs through it"
     if not any(step.kept or takes_method(step.codec) for step in steps):
         forms = " and ".join(sorted({codecs.name_of(step.codec) for step in steps}))
         return f"{forms} takes the nearest codes whatever a text says; leave it out"

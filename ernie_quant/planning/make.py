@@ -77,6 +77,7 @@ def make_plan(
     refused = [*target.unsupported(linears), *(_unscaled(positions, choices) if not layout.out_first else [])]
     problems = [*choices.problems, *recipe.unused(weights), *target.problems(linears), *target.model_problems(about)]
     problems += [] if unsupported else refused
+    problems += [] if calibration else fitting.unknown(choices.chosen, recipe.name, statistics or {})
     if problems:
         raise PlanError(f"{source.folder}: cannot be done as asked", folded_problems(problems))
     steps = [_step(choice, target, (statistics or {}).get(choice.weight.name, {})) for choice in choices.chosen]

@@ -69,6 +69,7 @@ def all_offers(wint4_layers: int) -> list[Offer]:
     at_load = {"wint8": built_in.all_wint8(), "wint4": built_in.fastdeploy_container("wint4", None)}
     offers += [Offer(words, fastdeploy, at_load[k], at_load=True) for k, words in runtimes.find(fastdeploy).AT_LOAD.items()]
     offers.append(_of("wint4", fastdeploy))
+    offers.append(replace(_of("w4a8", fastdeploy), words="w4a8 --calibration auto"))  # it is nothing without
     offers.append(_of("wint2", fastdeploy, wint4_layers=wint4_layers))
     return offers + [_of("gguf", llama_cpp, type=kind) for kind in GGUF]
 

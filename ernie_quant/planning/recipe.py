@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,16 @@ KEEP_ALL = Recipe("keep")
 
 def with_method(rules: Recipe, method: str) -> Recipe:
     """The recipe whose codecs look at inputs with this method, where they can and their rules do not name another."""
-    return replace(rules, rules=tuple(replace(rule, codec=_with_method(rule.codec, method)) for rule in rules.rules))
+    later = None if rules.rules_of is None else partial(_rules_with, method, rules.rules_of)
+    return replace(rules, rules=tuple(_ruled(rule, method) for rule in rules.rules), rules_of=later)
+
+
+def _rules_with(method: str, rules_of: Callable[[NameMap], Sequence[RecipeRule]], model: NameMap) -> list[RecipeRule]:
+    return [_ruled(rule, method) for rule in rules_of(model)]
+
+
+def _ruled(rule: RecipeRule, method: str) -> RecipeRule:
+    return replace(rule, codec=_with_method(rule.codec, method))
 
 
 def _with_method(codec: Codec, method: str) -> Codec:

@@ -13,6 +13,7 @@ from ernie_quant.reporting.rows import FITTED, TensorReport, output_error
 
 FEW = 64  # tokens of an expert that are worth saying
 LAYERS_NAMED, EXPERTS_NAMED = 6, 8
+LENT = "activation_scales_of_others"  # experts of a layer whose scales are of tokens that go to others, too
 NUMBERS = ("tokens", "judging_tokens", "window", "seed", "method", "fit")
 
 
@@ -35,7 +36,16 @@ def drift_of(said: Any) -> dict[int, float]:
 
 def tokens_of_experts(said: Any) -> dict[int, list[int]]:
     """Layer -> tokens of the text that each of its experts was given."""
-    found = {layer["layer"]: layer.get("expert_tokens") for layer in _layers(said)}
+    return _numbers(said, "expert_tokens")
+
+
+def lent(said: Any) -> dict[int, list[int]]:
+    """Layer -> experts whose activation scales are of tokens that go to others, too."""
+    return _numbers(said, LENT)
+
+
+def _numbers(said: Any, key: str) -> dict[int, list[int]]:
+    found = {layer["layer"]: layer.get(key) for layer in _layers(said)}
     return {
         n: counts
         for n, counts in found.items()
@@ -83,18 +93,29 @@ def section(made: Mapping[str, Any], rows: Sequence[TensorReport]) -> str:
 
 
 def notes(said: Any) -> list[str]:
-    """Which experts had few tokens, if any; `said`: the header of report.json."""
-    experts = tokens_of_experts(said)
+    """Which experts had few tokens, if any, and whose activation scales are of others'; `said`: the header of report.json."""
+    experts, of_others, lines = tokens_of_experts(said), lent(said), []
+    of = sum(map(len, experts.values()))
     few = {layer: [n for n, count in enumerate(counts) if count < FEW] for layer, counts in experts.items()}
-    few = {layer: numbers for layer, numbers in few.items() if numbers}
-    if not few:
-        return []
-    named = [f"layer {layer}: {_some(numbers)}" for layer, numbers in list(few.items())[:LAYERS_NAMED]]
-    more = f"; … in {len(few) - LAYERS_NAMED} more layers" if len(few) > LAYERS_NAMED else ""
-    return [
-        f"{sum(map(len, few.values()))} of {sum(map(len, experts.values()))} experts had fewer than {FEW} tokens of the text, and"
-        f" were shown inputs of other tokens: {'; '.join(named)}{more}"
-    ]
+    if count := sum(map(len, few.values())):
+        lines.append(
+            f"{count} of {of} experts had fewer than {FEW} tokens of the text, and were shown inputs of other tokens:"
+            f" {_named(few)}"
+        )
+    if count := sum(map(len, of_others.values())):
+        lines.append(
+            f"activation scales of {count} of {of} experts are of tokens that go to other experts, for they had fewer than {FEW}"
+            f" to fit to: {_named(of_others)}; larger inputs of their own will be cut off; --calibration-tokens takes more"
+        )
+    return lines
+
+
+def _named(experts: Mapping[int, Sequence[int]]) -> str:
+    """Some of the layers and their experts."""
+    there = {layer: numbers for layer, numbers in experts.items() if numbers}
+    named = [f"layer {layer}: {_some(numbers)}" for layer, numbers in list(there.items())[:LAYERS_NAMED]]
+    more = f"; … in {len(there) - LAYERS_NAMED} more layers" if len(there) > LAYERS_NAMED else ""
+    return f"{'; '.join(named)}{more}"
 
 
 def _weights(count: int) -> str:

@@ -46,7 +46,8 @@ def columns(value: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, 
     windows = int(value["rows"][0]["windows"])
     each = f"{windows} windows of {value['window']} tokens a text"
     over = each if windows > 1 else "tokens, which are correlated (one window)"
-    return ("text", "tokens", *keys.values()), lines, f"± one standard error, over {over}"
+    rounded = "".join(f"; {line_of(said)}" for said in (value["result"].get("integers"),) if said)
+    return ("text", "tokens", *keys.values()), lines, f"± one standard error, over {over}{rounded}"
 
 
 def number(estimate: Mapping[str, float | None]) -> str:

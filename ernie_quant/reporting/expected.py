@@ -47,7 +47,11 @@ OTHERS = {
     "Q8_0": 28.66,
 }
 # fmt: on
-INTEGER = re.compile(r"(?P<kind>int\d(?: \(-\d+ to \d+\))?), (?:group (?P<group>\d{1,6})|per channel), (?P<scale>mse|absmax)")
+INTEGER = re.compile(
+    r"(?P<kind>int\d(?: \(-\d+ to \d+\))?|w4a8), (?:group (?P<group>\d{1,6})|per channel)"
+    r"(?:, Hadamard \d+|, int8 cache of \d+ channels)?, (?P<scale>mse|absmax)"
+)
+W4A8 = {"w4a8": "int4 (-7 to 7)"}  # what is rotated is as normal as before
 
 
 def of(codec: str, shape: Sequence[int]) -> float | None:
@@ -55,7 +59,7 @@ def of(codec: str, shape: Sequence[int]) -> float | None:
     if codec in OTHERS:
         return OTHERS[codec] / 1e6
     found = INTEGER.fullmatch(codec)
-    errors = INTEGERS.get(f"{found['kind']}, {found['scale']}") if found else None
+    errors = INTEGERS.get(f"{W4A8.get(found['kind'], found['kind'])}, {found['scale']}") if found else None
     if not found or errors is None or not shape:
         return None
     return _between(errors, int(found["group"] or shape[-1]))

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ernie_quant
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.disk import write_file
 from ernie_quant.errors import OutputError, PlanError
@@ -25,6 +24,7 @@ from ernie_quant.planning.steps import Plan
 from ernie_quant.planning.summary import bits_per_weight
 from ernie_quant.planning.units import Units, units_of
 from ernie_quant.threads import Progress
+from ernie_quant.version import __version__
 from ernie_quant.weights.plain import resolve
 
 LENGTH = 256  # tokens of a window: many short ones are of more kinds of text
@@ -92,7 +92,7 @@ def _too_few(units: Units, budget: Budget) -> str:
     bits = 8 * units.least / units.weights
     return (
         f"{budget.describe()} is too little: with the fewest bits everywhere that {units.target.PROGRAM} takes, this model has"
-        f" {units.least} bytes ({units.least / 1e9:.2f} GB, {bits:.2f} bits per weight)"
+        f" {units.least} bytes of tensors ({units.least / 1e9:.2f} GB, {bits:.2f} bits per weight)"
     )
 
 
@@ -184,7 +184,7 @@ def _head(units: Units, found: Sensitivity, wish: Wish, chosen: Allocation) -> l
     """Comments of the recipe."""
     costs = found.costs_of(units)
     lines = [
-        f"Allocated by ernie-quant {ernie_quant.__version__} for {units.target.PROGRAM}: {wish.budget.describe()}.",
+        f"Allocated by ernie-quant {__version__} for {units.target.PROGRAM}: {wish.budget.describe()}.",
         f"Tensors: {chosen.nbytes} bytes. Predicted KL divergence from the source: {chosen.kl:.4g} nats per token,",
         f"the sum of what each part costs alone on {found.text['name']} ({found.text['tokens']} tokens).",
         "What is not named here is kept.",

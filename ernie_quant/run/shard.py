@@ -81,7 +81,7 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
                 known = given(step, files, (rows.first, rows.last), device)
                 slab = encode_slab(step, runtime, weight, encoder, known, files.buffers)
                 parts = fetched(slab.parts, device)
-                once = encoder.once if encoder else {}
+                once = encoder.once if encoder else known or {}
             constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
             return replace(slab, parts={**constants, **parts})
 
@@ -184,16 +184,19 @@ class _Encoders:
         self._alive: dict[str, Future[Encoder | None]] = {}
         self._lock = threading.Lock()
 
+    def _prepared(self, step: Step) -> Encoder | None:
+        statistics = {name: read(view, self._files, device=self._device) for name, view in step.statistics.items()}
+        return step.codec.prepare(step.spec, statistics)
+
     @contextmanager
     def of(self, step: Step) -> Iterator[Encoder | None]:
-        """The encoder of a weight, for one of its slabs; None where the codec needs none."""
+        """The encoder of a weight, for one of its slabs; None where the codec needs none, or calibration has made it."""
         with self._lock:
             mine = step.name not in self._alive
             future = self._alive.setdefault(step.name, Future())
         if mine:
             try:
-                statistics = {name: read(view, self._files, device=self._device) for name, view in step.statistics.items()}
-                future.set_result(step.codec.prepare(step.spec, statistics))
+                future.set_result(None if step.made else self._prepared(step))
             except BaseException as error:
                 future.set_exception(error)
         try:

@@ -62,7 +62,8 @@ def fastdeploy(place: Place, config: Mapping[str, Any], spread: Spread) -> Comma
     source = FD_SOURCES.get(place.hub)
     plain = f"FD_MODEL_SOURCE={source} {server(place.name)}" if source else _downloaded(place, server(place.local))
     found = [("FastDeploy", plain)]
-    if quantized and config.get("num_nextn_predict_layers"):
+    cached = config.get("quantization_config", {}).get("kv_cache_quant_type")  # scales that no draft model of ours has
+    if quantized and not cached and config.get("num_nextn_predict_layers"):
         draft = json.dumps({"method": "mtp", "num_speculative_tokens": 1, "model": f"{place.local}/{MTP_FOLDER}"})
         drafted = f"{server(place.local)} --speculative-config {shlex.quote(draft)}"
         found.append(("FastDeploy with MTP", _downloaded(place, drafted)))

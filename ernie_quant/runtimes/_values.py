@@ -20,7 +20,8 @@ class Part:
 
     Where inputs are shared among ranks, `interleave` rows of the tensor take turns along `in_axis` and are cut together.
     With an `index` the stored tensor is a stack of several weights' parts, one after the other along a new first axis, and
-    this is the one of that number.
+    this is the one of that number. What is stored once has a number for each of some `outputs`, if it names any: symbols of
+    dimensions, one after the other along the first axis, which ranks share as they share these.
     """
 
     spec: TensorSpec
@@ -28,6 +29,7 @@ class Part:
     in_axis: int | None = None
     interleave: int = 1
     index: int | None = None
+    outputs: tuple[str, ...] = ()
 
     def span(self, rows: tuple[int, int], out: int) -> tuple[int, int]:
         """Where rows of a weight of `out` rows lie along `out_axis`."""

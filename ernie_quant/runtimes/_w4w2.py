@@ -97,3 +97,24 @@ def wint4_to(linears: Sequence[Linear]) -> int:
     """The last layer of WINT4 experts, -1 where there are none."""
     experts = [li for li in linears if li.role in EXPERT_ROLES and isinstance(li.codec, RoundToNearest)]
     return max((_layer(li.name) for li in experts), default=-1)
+
+
+def problems(linears: Sequence[Linear]) -> list[str]:
+    """What it does not hold: it has one form for each kind of layer, and WINT4 experts come first."""
+    misfits = []
+    for linear in linears:
+        if not LINEAR.search(linear.name):
+            continue
+        out, width = linear.spec.shape
+        if isinstance(linear.codec, RoundToNearest) and (out % 8 or width % GROUP):  # WINT2 says its own widths
+            misfits.append(
+                f"{linear.name}: {out} outputs and {width} inputs are not multiples of 8 and {GROUP}, which its kernels want"
+            )
+        wanted = (WINT2, WINT4) if linear.role in EXPERT_ROLES else (WINT8,)
+        if not any(linear.codec.form == w.form for w in wanted):
+            words = " or ".join(w.describe() for w in wanted)
+            misfits.append(f"{linear.name}: FastDeploy's container wants {words}, not {linear.codec.describe()}")
+    first, last = wint2_from(linears), wint4_to(linears)
+    if first <= last:
+        misfits.append(f"experts: WINT4 must come before WINT2, but layer {last} is WINT4 and layer {first} WINT2")
+    return misfits

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ernie_quant.checkpoint import TensorRef
 from ernie_quant.errors import CheckpointError
-from ernie_quant.views.kinds import Cat, Cut, Decoded, Fold, Leaf, Pick, Replicated, T, Unfold, View
+from ernie_quant.views.kinds import Cat, Cut, Decoded, Fold, Leaf, Pick, Readable, Replicated, T, Unfold, View
 
 
 def fold(view: View, by: int) -> View:
@@ -101,14 +101,19 @@ def refs(view: View) -> list[TensorRef]:
             return list(dict.fromkeys(r for p in parts for r in refs(p)))
 
 
+def decoded(view: View) -> list[Readable]:
+    """What under it is decoded when it is read, in order."""
+    match view:
+        case Decoded(source):
+            return [source]
+        case Leaf():
+            return []
+        case T(base) | Cut(base) | Pick(base) | Fold(base) | Unfold(base):
+            return decoded(base)
+        case Cat(parts) | Replicated(parts):
+            return [source for part in parts for source in decoded(part)]
+
+
 def decodes(view: View) -> bool:
     """Is anything under it decoded when it is read?"""
-    match view:
-        case Decoded():
-            return True
-        case Leaf():
-            return False
-        case T(base) | Cut(base) | Pick(base) | Fold(base) | Unfold(base):
-            return decodes(base)
-        case Cat(parts) | Replicated(parts):
-            return any(map(decodes, parts))
+    return bool(decoded(view))

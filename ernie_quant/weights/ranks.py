@@ -2,7 +2,7 @@
 
 A rank has its share of the outputs of q, k, v, gate and up (of each of them), of the inputs of o_proj and down_proj, of the
 rows of the vocabulary, and all of everything else (PaddlePaddle/FastDeploy, the tensor-parallel mappings of
-ernie4_5_moe.py). Scales go with their outputs; where inputs are shared, every rank has them.
+ernie4_5_moe.py). Scales go with their outputs, those of a cache with its heads; where inputs are shared, every rank has them.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def shares_of(part: Part, rule: Rule, *, turned: bool) -> Shares:
     """The shares of one part of a weight; `turned`: the part is stored as [in, out]."""
     if rule.ranks is None:
         return WHOLE
+    if part.outputs:
+        return Shares(0, split=part.outputs)
     outputs = rule.ranks == OUT
     axis = part.out_axis if outputs != turned else part.in_axis
     return Shares(axis, 1 if outputs else part.interleave, rule.op.split if outputs else ())

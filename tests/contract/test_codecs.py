@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.hessians import correlated
+from helpers.hessians import once_of, statistics_of
 
 from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.dtypes import dtype_name
-from ernie_quant.errors import CheckpointError
+from ernie_quant.errors import CheckpointError, ErnieQuantError
 from ernie_quant.measure import checked, squares
-from ernie_quant.names import EXPERT, IN, MLP
+from ernie_quant.names import ATTENTION, EXPERT, IN, MLP
 from ernie_quant.runtimes import fastdeploy
 from ernie_quant.weights.layouts import PADDLE
 
@@ -55,8 +55,21 @@ def test_it_is_frozen_and_says_what_it_is(codec: codecs.Codec) -> None:
 
 
 def test_fields_have_the_shapes_that_the_plan_knew(codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec) -> None:
-    fields = {name: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for name, t in codec.encode(weight).items()}
+    whole = once_of(codec, spec) | codec.encode(weight)
+    fields = {name: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for name, t in whole.items()}
     assert fields == codec.specs(spec)
+
+
+def test_what_it_needs_is_what_the_weight_does_not_show(codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec) -> None:
+    """A field is made of rows or of statistics; without one that is needed there is an error that names it."""
+    without = codec.specs(spec).keys() - codec.encode(weight).keys()
+    assert without == once_of(codec, spec).keys()
+    assert bool(without) == bool(codec.needs)
+    for name in codec.needs:
+        statistics = statistics_of(codec, spec)
+        del statistics[name]
+        with pytest.raises(ErnieQuantError, match="is not among the statistics"):
+            codec.prepare(spec, statistics)
 
 
 def test_decoding_gives_the_weight_within_the_noise_of_its_bits(
@@ -108,7 +121,7 @@ def test_what_cannot_be_quantized_is_refused_from_what_was_measured(
 def test_statistics_of_inputs_change_codes_and_nothing_else(codec: codecs.Codec, weight: torch.Tensor, spec: TensorSpec) -> None:
     """What is prepared with them, if anything, gives the same fields, for all rows and for slabs; without them nothing is."""
     assert codec.prepare(spec, {}) is None
-    encoder = codec.prepare(spec, {"hessian": correlated(spec.shape[1])})
+    encoder = codec.prepare(spec, statistics_of(codec, spec))
     if encoder is None:
         return
     whole = encoder.once | encoder.encode(weight)
@@ -154,19 +167,22 @@ def test_other_codes_mean_another_version(
     assert golden_value(key, digest.hexdigest()) == digest.hexdigest(), "raise `version` in the codec's file"
 
 
-def weight_name(runtime: ModuleType) -> str:
-    """A weight as the runtime's layout names it."""
-    return f"{'ernie' if PADDLE.name == runtime.LAYOUT else 'model'}.layers.1.mlp.down_proj.weight"
+NAMES = ("layers.1.mlp.down_proj.weight", "layers.1.mlp.up_gate_proj.weight", "layers.1.self_attn.qkv_proj.weight")
 
 
-def stores(runtime: ModuleType, codec: codecs.Codec) -> bool:
-    """Is there a file of this runtime that holds the codec, for an expert or another linear?"""
-    linears = [runtimes.Linear(weight_name(runtime), spec_for(codec), role, codec, IN) for role in (EXPERT, MLP)]
-    return isinstance(codec, runtime.CODECS) and any(not runtime.problems([linear]) for linear in linears)
+def weight_name(runtime: ModuleType, codec: codecs.Codec) -> str:
+    """A weight that the runtime stores so, as its layout names it; empty where a file of it holds none."""
+    if not isinstance(codec, runtime.CODECS):
+        return ""
+    root = "ernie" if PADDLE.name == runtime.LAYOUT else "model"
+    linears = [
+        runtimes.Linear(f"{root}.{name}", spec_for(codec), role, codec, IN) for name in NAMES for role in (EXPERT, MLP, ATTENTION)
+    ]
+    return next((linear.name for linear in linears if not runtime.problems([linear])), "")
 
 
 @pytest.fixture(
-    params=[(runtime, codec) for runtime in plugins.modules(runtimes) for codec in EXAMPLES if stores(runtime, codec)],
+    params=[(runtime, codec) for runtime in plugins.modules(runtimes) for codec in EXAMPLES if weight_name(runtime, codec)],
     ids=lambda pair: f"{pair[0].__name__.rpartition('.')[2]}: {pair[1].describe()}",
 )
 def stored(request: pytest.FixtureRequest) -> tuple[ModuleType, codecs.Codec]:
@@ -176,7 +192,7 @@ def stored(request: pytest.FixtureRequest) -> tuple[ModuleType, codecs.Codec]:
 
 def test_bits_per_weight_counts_every_stored_bit(stored: tuple[ModuleType, codecs.Codec], spec: TensorSpec) -> None:
     runtime, codec = stored
-    parts = runtime.parts(weight_name(runtime), codec, spec)
+    parts = runtime.parts(weight_name(runtime, codec), codec, spec)
     nbytes = sum(part.spec.nbytes for name, part in parts.items() if not name.endswith("weight_shape"))
     assert 8 * nbytes == codec.bits_per_weight(spec) * spec.numel
 
@@ -184,9 +200,10 @@ def test_bits_per_weight_counts_every_stored_bit(stored: tuple[ModuleType, codec
 def test_a_runtime_gives_back_what_it_packed(
     stored: tuple[ModuleType, codecs.Codec], weight: torch.Tensor, spec: TensorSpec
 ) -> None:
-    (runtime, codec), name = stored, weight_name(stored[0])
-    encoded = codec.encode(weight)
-    parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, spec, {})
+    (runtime, codec), name = stored, weight_name(*stored)
+    once = once_of(codec, spec)
+    encoded = once | codec.encode(weight)
+    parts = runtime.pack(name, codec, encoded) | runtime.constants(name, codec, spec, once)
     specs = {n: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for n, t in parts.items()}
     assert specs == {n: part.spec.held for n, part in runtime.parts(name, codec, spec).items()}
     assert {runtime.weight_of(n)[0] for n in parts} == {name}

@@ -15,6 +15,7 @@ from helpers.models import GOLDEN, random_model
 from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.errors import PlanError
 from ernie_quant.planning import built_in
+from ernie_quant.planning.calibration import Calibration
 from ernie_quant.planning.capacity import estimate
 from ernie_quant.planning.make import make_plan
 from ernie_quant.planning.offers import KEEP_UNFIT, all_offers
@@ -58,7 +59,8 @@ def test_plan_and_dry_run_agree(model: str, opened: Callable[[str], Checkpoint])
             continue
         words = row.form.removesuffix(KEEP_UNFIT).strip()
         rules = replace(made[words].recipe, keep_unfit=row.form != words)
-        plan = make_plan(source, runtime=made[words].runtime, recipe=rules)
+        text = Calibration("auto", {"a.txt": "0" * 64}) if "--calibration" in words else None
+        plan = make_plan(source, runtime=made[words].runtime, recipe=rules, calibration=text)
         assert row.tp_sizes == plan.tp_sizes, row.form
         assert row.disk_bytes == plan.nbytes, row.form
         assert plan.gpus.get("80GiB") == row.fits[0].spread, row.form

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.hessians import once_of
 from helpers.models import GOLDEN
 
 from ernie_quant import codecs, names, plugins, runtimes
@@ -104,7 +105,7 @@ def test_parts_constants_and_pack_agree(runtime: ModuleType, codec: Codec) -> No
     weight = torch.randn(SPEC.shape, generator=torch.Generator().manual_seed(4)).mul(0.02).bfloat16()
     encoded = codec.encode(weight)
     name = taken(runtime, codec)[0]
-    packed, constants = runtime.pack(name, codec, encoded), runtime.constants(name, codec, SPEC, {})
+    packed, constants = runtime.pack(name, codec, encoded), runtime.constants(name, codec, SPEC, once_of(codec, SPEC))
     assert packed.keys() & constants.keys() == set()
     stored = packed | constants
     specs = {part: TensorSpec(tuple(t.shape), dtype_name(t.dtype)) for part, t in stored.items()}

@@ -68,7 +68,7 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
         "[source]: branch: unknown",
         "[source]: hf://baidu: is not SCHEME://ORG/NAME or SCHEME://ORG/NAME@REVISION",
         "[[target]] 1: repo 'tiny' is not ORG/NAME or SCHEME://ORG/NAME",
-        "[[target]] 1: recipe 'wint5' is none of pt, paddle, wint4, wint8, fp8, gguf, wint2; for others name a .toml ",
+        "[[target]] 1: recipe 'wint5' is none of pt, paddle, wint4, wint8, fp8, gguf, wint2, w4a8; for others name a ",
         "[[target]] 1: privat: unknown",
         "[[target]] 2: repo 'ftp://me/tiny': nothing can be published there; there is ",
         "[[target]] 2: experts_only is 'yes', not true or false",
@@ -158,6 +158,7 @@ OPTIONS = {
     "fp8": "experts_only = true",
     "gguf": 'type = "Q8_0"\npure = true',
     "wint2": 'wint4_layers = 0\neffort = 1\nscale = "absmax"\ntp = 2',
+    "w4a8": 'hadamard_block_size = 256\ntp = 2\n[target.calibration]\ntext = "auto"',
 }
 
 
@@ -166,9 +167,13 @@ def test_every_recipe_can_be_asked_for_with_its_options(name: str, tmp_path: Pat
     target = f'[[target]]\nrepo = "me/tiny"\nrecipe = "{name}"\n{OPTIONS[name]}\n'
     (found,) = read_job(job_file(tmp_path, target)).targets
     assert (found.scheme, found.repo, found.private, found.tag) == ("hf", "me/tiny", None, False)
-    assert found.runtime == {"paddle": "fastdeploy", "wint2": "fastdeploy", "wint4": "transformers", "gguf": "llama_cpp"}.get(
-        name, "vllm"
-    )
+    assert found.runtime == {
+        "paddle": "fastdeploy",
+        "wint2": "fastdeploy",
+        "w4a8": "fastdeploy",
+        "wint4": "transformers",
+        "gguf": "llama_cpp",
+    }.get(name, "vllm")
     assert found.recipe.name == {"pt": "keep", "paddle": "keep", "gguf": "Q8_0"}.get(name, name)
     codecs = [rule.codec.describe() for rule in found.recipe.rules]
     assert codecs[0:1] == {

@@ -24,6 +24,7 @@ class Prepared:
 @dataclass(frozen=True)
 class ByInput:
     rows, version, form, decodes_to = 1, 1, "int8 by input", "BF16"
+    needs = ("max_input",)
 
     def describe(self):
         return self.form
