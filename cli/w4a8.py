@@ -19,7 +19,7 @@ from ernie_quant.planning import built_in
     "--hadamard-block-size", type=click.Choice([str(n) for n in built_in.HADAMARDS]), default=str(built_in.HADAMARD),
     show_default=True, help="Inputs of down_proj that are rotated together; divides those of a rank.",
 )  # fmt: skip
-@click.option("--tp", type=click.IntRange(1, 16), default=1, show_default=True, help="Tensor-parallel size: writes rank0/, ….")
+@_options.tp
 @_options.scale
 @_options.unsupported
 @_options.calibration
