@@ -7,7 +7,7 @@ python benchmarks/allocation.py smol-640 en-US.txt WORK --runtime fastdeploy    
 
 Of llama.cpp the judge is llama.cpp itself (gguf_fidelity.py says what FOLDER and FILE are), of others `ernie-quant eval`. Each
 size is that of a mix or of one codec everywhere; `allocate` may have as many bytes and no more. Sensitivities are measured
-once, on the text `auto`; the text for judging is another. WORK keeps everything, `curve.json` what a picture needs.
+once, on the text `auto`; the text for judging is another. WORK keeps everything; `--plot FILE.png` draws what is there.
 """
 
 from __future__ import annotations
@@ -66,7 +66,46 @@ def llama_cpp(args: argparse.Namespace) -> None:
         print(
             f"| {title} | {file.stat().st_size / 1e6:.1f} | {theirs_kl} | {mine_kl} | {predicted:.4f} | {ratio:.2f} |", flush=True
         )
-    (args.work / "curve.json").write_text(json.dumps(points, indent=1))
+    keep(args, points)
+
+
+def keep(args: argparse.Namespace, points: list[dict]) -> None:
+    """Beside those of before."""
+    file = args.work / f"{args.runtime}.points.json"
+    known = {point["title"]: point for point in json.loads(file.read_text())} if file.is_file() else {}
+    known |= {point["title"]: point for point in points}
+    file.write_text(json.dumps(list(known.values()), indent=1))
+
+
+def plot(args: argparse.Namespace) -> None:
+    """KL over bytes: the predicted curve, what was achieved, mixes and one type everywhere."""
+    import matplotlib.pyplot as plt
+
+    points = json.loads((args.work / f"{args.runtime}.points.json").read_text())
+    kept = args.work / f"{args.runtime}.sensitivity.json"
+    asked = ["--size", points[0]["bytes"], "--runtime", args.runtime, "--sensitivity", kept, "--json", "--quiet"]
+    said = json.loads(tool("allocate", args.model, "-o", args.work / "plot.toml", *asked))
+    low, high = (pick(point["bytes"] for point in points) for pick in (min, max))
+    curve = [one for one in said["curve"] if 0.95 * low < one["bytes"] < 1.2 * high]
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), dpi=150)
+    axes.plot(
+        [one["bytes"] / 1e6 for one in curve],
+        [one["predicted_kl"] for one in curve],
+        color="#0072b2",
+        label="predicted, allocated",
+    )
+    pure = [point for point in points if point["title"].endswith("--pure")]
+    mixes = [point for point in points if point not in pure]
+    for some, key, marker, color, label in (
+        (points, "allocated", "o", "#0072b2", "achieved, allocated"), (mixes, "kl", "s", "#c25400", "llama-quantize, mixes"),
+        (pure, "kl", "^", "#7a6a00", "llama-quantize, one type"),
+    ):  # fmt: skip
+        axes.plot([one["bytes"] / 1e6 for one in some], [one[key] for one in some], marker, color=color, label=label)
+    axes.set(yscale="log", xlabel="MB of the file", ylabel="KL divergence, nats per token")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(args.plot)
 
 
 def others(args: argparse.Namespace) -> None:
@@ -88,7 +127,7 @@ def others(args: argparse.Namespace) -> None:
         ratio = found[1][0] / found[0][0]
         cells = [title, f"{size / 1e6:.1f}", *(f"{kl:.4f} ± {error:.4f}" for kl, error in found)]
         print(f"| {' | '.join([*cells, f'{predicted:.4f}', f'{ratio:.2f}'])} |", flush=True)
-    (args.work / "curve.json").write_text(json.dumps(points, indent=1))
+    keep(args, points)
 
 
 def evaluated(args: argparse.Namespace, out: Path) -> tuple[float, float]:
@@ -113,8 +152,12 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--llama-quantize", type=Path)
     parser.add_argument("--quantizer", type=Path)
+    parser.add_argument("--plot", type=Path, help="draw only")
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
+    if args.plot:
+        plot(args)
+        return
     print("| at the size of | MB | its KL | allocated | predicted | ratio |\n|---|---|---|---|---|---|", flush=True)
     (llama_cpp if args.runtime == "llama.cpp" else others)(args)
 
