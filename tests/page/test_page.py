@@ -21,7 +21,7 @@ from helpers.pages import EXPERTS, LAYERS, WINT4, data_of, folder_of, over_resul
 
 from ernie_quant.check import verify
 from ernie_quant.errors import ErnieQuantError, OutputError
-from ernie_quant.reporting import page, saved
+from ernie_quant.reporting import curve_page, page, saved
 from ernie_quant.reporting import rows as report
 from ernie_quant.reporting.place import Place
 
@@ -90,7 +90,7 @@ def test_scripts_make_no_markup() -> None:
     code = "\n".join(p.read_text() for p in page.PAGES.glob("*.js"))
     forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(|\bfetch\b|XMLHttpRequest|import\("
     assert re.findall(forbidden, code) == []
-    assert {p.name for p in page.PAGES.glob("*.js")} == {*page.SCRIPTS, *page.OF_TWO}
+    assert {p.name for p in page.PAGES.glob("*.js")} == {*page.SCRIPTS, *page.OF_TWO, *curve_page.SCRIPTS}
 
 
 def test_a_folder_without_a_result_is_refused(results: dict[str, Path], tmp_path: Path) -> None:
