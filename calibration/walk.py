@@ -111,7 +111,7 @@ def ffn(layer: Layer, after: torch.Tensor, made: torch.Tensor) -> tuple[torch.Te
     seen, change = None, None
     if layer.asks(layer.tuner.changes, *places):
         seen, change = inputs_seen(layer, places, y, made_y, weight)
-    members = [member for part in parts if (member := _first_half(layer, part, after, made, y, made_y, seen, change))]
+    members = [member for part in parts if (member := _first_half(layer, part, after, made, y, made_y, seen, change, weight))]
     weight = between(weight, weights_of(after))
     for member in members:
         layer.watch(member.place)
@@ -151,7 +151,7 @@ def _parts(layer: Layer, after: torch.Tensor, made: torch.Tensor, gains: torch.T
 
 def _first_half(
     layer: Layer, part: _Part, after: torch.Tensor, made: torch.Tensor, y: torch.Tensor, made_y: torch.Tensor,
-    seen: Seen | None, change: torch.Tensor | None,
+    seen: Seen | None, change: torch.Tensor | None, weight: torch.Tensor,
 ) -> Member | None:  # fmt: skip
     """Add what an expert says in both streams, its gate and up tuned, its down as it was; its down, if that is to be tuned."""
     import torch
@@ -164,7 +164,7 @@ def _first_half(
     if layer.of(part.made_rows) < FEW_TOKENS:
         others = torch.arange(0, len(made_y), -(-len(made_y) // SHOWN))
     if seen is not None:
-        known = _largest_inputs(layer, part, places[0], made_y, others)
+        known = _largest_inputs(layer, part, places[0], made_y, others, weight, (gate, up))
         gate, up = layer.tuned(places[:2], (gate, up), seen, turned((gate, up), change), known)
     largest = layer.largest(places[2])
     inputs = _inner(made_y, part.made_rows, part.made_heard, gate, up, largest)
@@ -175,26 +175,28 @@ def _first_half(
     if others is not None:
         member.shown = (_inner(made_y, others, torch.ones(len(others)), gate, up, largest), others)
     if largest is not None:
-        member.known = largest.known
+        member.largest = largest
         _lend(layer, part, others)
     return member
 
 
 def _largest_inputs(
-    layer: Layer, part: _Part, place: str, made_y: torch.Tensor, others: torch.Tensor | None
+    layer: Layer, part: _Part, place: str, made_y: torch.Tensor, others: torch.Tensor | None, weight: torch.Tensor,
+    sources: tuple[Linear, Linear],
 ) -> Encoded | None:  # fmt: skip
-    """What the codec of gate and up needs to know of its inputs: the expert's own tokens, as they come to it.
+    """What the codec of gate and up (`sources`) needs to know of its inputs: the expert's own tokens, as they come to it.
 
     Routing weights are no part of it: kernels multiply by these after down_proj (FastDeploy: moe_expert_reduce).
     """
     largest = layer.largest(place)
     if largest is None:
         return None
-    for rows in (part.made_rows, *(() if others is None else (others,))):
-        for c in chunks(len(rows)):
-            largest.add(made_y[some(rows, c, made_y)])
+    shown = [rows[c] for rows in (part.made_rows, others) if rows is not None for c in chunks(len(rows))]
+    for rows in shown:
+        largest.add(made_y[rows])
     _lend(layer, part, others)
-    return largest.known
+    columns = sources[0].weight.square().sum(0) + sources[1].weight.square().sum(0)
+    return largest.known(((made_y[rows], weight[rows]) for rows in shown), columns)
 
 
 def _lend(layer: Layer, part: _Part, others: torch.Tensor | None) -> None:
