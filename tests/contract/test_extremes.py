@@ -7,7 +7,6 @@ from types import ModuleType
 
 import pytest
 import torch
-
 from helpers.hessians import once_of
 
 from ernie_quant import codecs, plugins, runtimes

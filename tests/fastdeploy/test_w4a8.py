@@ -19,8 +19,8 @@ from helpers.models import config, copy, invoke, random_model
 from helpers.nights import job_file
 from helpers.ranks import lasting, reshard
 from helpers.results import edit, poke, refused, sealed
-from helpers.words import byte_tokenizer
 from helpers.w4a8 import DOWN, HEAD_DIM, KEYS, KV_HEADS, QKV, UP, VALUES
+from helpers.words import byte_tokenizer
 
 import ernie_quant
 from ernie_quant.check.verify import verify
