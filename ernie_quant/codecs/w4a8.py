@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LARGEST_INPUT = 127  # of the 8 bits, on both sides of zero
 MOST_BLOCK = 1024
-LARGEST = "largest"  # of the statistics: max |what the kernel rounds|, f32 [1]
+LARGEST = "largest"  # of the statistics: the largest |what the kernel rounds| that is not cut off, f32 [1]
 
 
 @dataclass(frozen=True)
