@@ -81,6 +81,8 @@ def command(
         raise click.UsageError("say how large it may be, with one of --size, --bits and --gpus")
     if achieved and page is None:
         raise click.UsageError("--achieved is for a page; name it with --page")
+    if page is not None and not page.parent.is_dir():
+        raise click.UsageError(f"--page {page}: there is no folder {page.parent}")
     if calibration and texts != ("auto",):
         raise click.UsageError("--text says what is measured on where there is no --calibration; leave one out")
     asked = _execute.asked_for(KEEP_ALL, calibration, calibration_tokens, method, fit)
@@ -92,7 +94,7 @@ def command(
     return_freed_memory()
     source = open_source(src, links=follow_links)
     units = allocate.begin(source, wish, recipe)
-    with progress_bar(source.nbytes, quiet) as progress:
+    with progress_bar(allocate.work(source), quiet) as progress:
         found = allocate.sensitivity(source, units, wish, kept, progress)
     drawn = as_json or page is not None
     value = allocate.as_json(allocate.choose(source, units, found, wish, recipe, curve=drawn))

@@ -96,6 +96,14 @@ def _too_few(units: Units, budget: Budget) -> str:
     )
 
 
+def work(source: Checkpoint) -> int:
+    """Bytes that the progress of measuring adds up to."""
+    from ernie_quant.calibration.opened import of_checkpoint
+
+    found: int = of_checkpoint(source).nbytes
+    return found
+
+
 def sensitivity(source: Checkpoint, units: Units, wish: Wish, keep: Path | None, progress: Progress) -> Sensitivity:
     """Measured, or of the file `keep`, which is written if it is not there. Raises what reading a model does, and PlanError."""
     from ernie_quant.calibration import sensitivity as room
@@ -104,6 +112,8 @@ def sensitivity(source: Checkpoint, units: Units, wish: Wish, keep: Path | None,
     from ernie_quant.calibration.windows import windows
 
     method, readable = wish.asked.method if wish.asked else "", of_checkpoint(source)
+    if keep is not None and not keep.parent.is_dir():
+        raise OutputError(f"{keep}: there is no folder {keep.parent}")
     if keep is not None and keep.exists():
         return measured.load(keep, readable.identity, units, method)
     wanted = (wish.asked.tokens if wish.asked else 0) or wish.tokens

@@ -115,6 +115,7 @@ def test_vision_experts_cost_what_those_for_text_do(book: Path, tmp_path: Path) 
         (("--bits", "2"), "2 bits per weight is too little"),
         (("--bits", "9", "-o", "recipe.txt"), "recipe.txt: a recipe is a file that ends with .toml"),
         (("--bits", "9", "-o", "nowhere/recipe.toml"), "there is no folder nowhere"),
+        (("--bits", "9", "--sensitivity", "nowhere/kept.json"), "nowhere/kept.json: there is no folder nowhere"),
         (("--bits", "9", "--runtime", "llama.cpp", "--calibration", "auto"), "llama.cpp's types look at no text"),
         (("--bits", "9", "--text", "nothing.txt"), "nothing.txt"),
     ],
@@ -129,7 +130,15 @@ def test_one_line_for_what_cannot_be_done(
 
 
 @pytest.mark.parametrize(
-    "line", ["", "--bits 9 --size 1GB", "--bits 9 --achieved x.json", "--bits 9 --calibration auto --text b", "--gpus 0xH100"]
+    "line",
+    [
+        "",
+        "--bits 9 --size 1GB",
+        "--bits 9 --achieved x.json",
+        "--bits 9 --page nowhere/p.html",
+        "--bits 9 --calibration auto --text b",
+        "--gpus 0xH100",
+    ],
 )
 def test_questions_that_are_none(line: str, model: Path, tmp_path: Path, command: Command) -> None:
     code, out, err = command("allocate", model, "-o", tmp_path / "r.toml", *line.split())
