@@ -163,7 +163,7 @@ def test_every_mistake_of_a_recipe_is_listed(run: Run, source: Callable[..., Pat
     assert (outcome.code, outcome.files) == (1, [])
     assert lines[0] == f"error: {tmp_path / 'mine.toml'}: 11 mistake(s)"
     expected = [
-        "title: unknown; a recipe has [[rule]] tables and [calibration]",
+        "title: unknown; a recipe has [[rule]] tables, [calibration] and runtime",
         "rule 1: needs one of role, match and names",
         "rule 2: needs one of role, match and names",
         "rule 3: role 'router' is not one that can be quantized (experts, vision_experts, shared_experts, mlp, attention, embed",

@@ -38,6 +38,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+PROGRESS = re.compile(r"(\d+ of \d+ files, )?[\d.]+ of [\d.]+ GB\b")
+
+
 def block(beginning: str, folder: Path, out: Path) -> str:
     """The block that begins so, with places of ours, and files that are small enough for several shares."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/scaling.md").read_text(), re.DOTALL)
@@ -66,7 +69,8 @@ def whole(folder: Path) -> dict[str, bytes]:
 def test_a_loop_over_machines(folder: Path) -> None:
     (folder / "loop").mkdir()
     done = run(block("index=0", folder, folder / "loop/out"), folder)
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if not PROGRESS.match(line)]  # a busy machine takes long enough for some
+    assert (done.returncode, said) == (0, [])
     assert contents(folder / "loop/out") == whole(folder)
 
 
