@@ -22,6 +22,7 @@ COMMAND_LINES = [
     ("wint4", "SRC", "--runtime", "fastdeploy", "--tp", "2"),
     ("wint8", "SRC", "--group-size", "32"),
     ("fp8", "SRC", "--keep-unfit"),
+    ("mxfp4", "SRC"),
     ("wint2", "SRC", "--wint4-layers", "0"),
     ("w4a8", "WIDE", "--calibration", "auto"),
     ("quantize", "SRC", "--recipe", "RECIPE"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ernie_quant.codecs.fp8 import Float8Block
+from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, GROUP_RATIOS, RoundToNearest
 from ernie_quant.kernels import rtn
 
@@ -27,6 +28,8 @@ def error(codec, rows: int, columns: int) -> float:
         (RoundToNearest(8, CHANNEL), 8192, 1e-4),
         (RoundToNearest(8, CHANNEL, "absmax"), 8192, 1e-4),
         (Float8Block(), 4096, 7.5e-4),
+        (Float4Group(), 4096, 0.0126),
+        (RoundToNearest(4, 64), 4096, 0.0083),
     ],
     ids=lambda value: value.describe() if hasattr(value, "describe") else str(value),
 )

@@ -24,6 +24,7 @@ from ernie_quant import names
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import PlanError
 from ernie_quant.planning import recipe
@@ -51,8 +52,9 @@ def uniform(codec: Codec) -> dict[str, Recipe]:
 
 RECIPES = {
     **uniform(INT4), **uniform(RoundToNearest(4, 64)), **uniform(RoundToNearest(4, 32)), **uniform(RoundToNearest(4, CHANNEL)),
-    **uniform(RoundToNearest(8, 128)), **uniform(Float8Block()),
+    **uniform(RoundToNearest(8, 128)), **uniform(Float8Block()), **uniform(Float4Group()),
     "MTP alone": rules((r"mtp_block", INT8)),
+    "float4 beside int4 of the same group": rules((r"\.experts\.", Float4Group()), (r"mtp|proj", RoundToNearest(4, 32))),
     "MTP in fp8 alone": rules((r"mtp_block", Float8Block())),
     "attention alone": rules((r"self_attn", INT8)),
     "shared experts in 8 bits": rules((r"shared_experts", INT8), (r"\.experts\.", INT4)),
@@ -82,6 +84,8 @@ def wanted(codec: Codec) -> str | tuple[object, ...]:
             return KEPT
         case RoundToNearest(bits=bits, group_size=group):
             return ("pack-quantized", "int", bits, group)
+        case Float4Group():
+            return ("mxfp4-pack-quantized", "float", 4, 32)
         case Float8Block(quant_method="fp8"):
             return "fp8"
     return ("float-quantized", "float", 8, (128, 128))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from ernie_quant import codecs
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.keep import KEEP
+from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import PlanError
 from ernie_quant.planning import built_in, recipe
@@ -70,6 +71,8 @@ def test_integers_on_the_golden_models(family: str, codec, options: dict, at_mos
         (RoundToNearest(2, 64), EXPERTS, 1.0),
         (Float8Block(), EXPERTS, 0.02),
         (Float8Block(), ALL, 0.02),
+        (Float4Group(), EXPERTS, 0.2),
+        (Float4Group(), ALL, 0.2),
     ],
     ids=lambda value: value.describe() if hasattr(value, "describe") else "",
 )
@@ -92,6 +95,8 @@ MIXED = {
     ),
     "shared experts in 8 bits": (("shared_experts", INT8), (r"\.experts\.", INT4)),
     "routed experts in 8 bits": (("shared_experts", INT4), (r"\.experts\.", INT8)),
+    "routed experts in float4": (("shared_experts", INT4), (r"\.experts\.", Float4Group())),
+    "all but routed experts in float4": (("shared_experts", Float4Group()), ("self_attn", Float4Group()), (r"\.experts\.", INT4)),
     "all but the first layer": ((r"layers\.0\.", KEEP), ("_proj", INT8)),
     "fp8, experts of layer 1 kept": ((r"layers\.1\.mlp\.experts", KEEP), ("_proj", Float8Block())),
     "fp8, shared experts alone": (("shared_experts", Float8Block()),),
@@ -103,14 +108,16 @@ def test_several_forms_in_one_checkpoint(pairs: tuple[tuple[str, codecs.Codec], 
     check(model_of_128s(tmp_path / "source"), tmp_path, rules_of(*pairs), "transformers", 0.2)
 
 
-@pytest.mark.parametrize("codec", [INT4, RoundToNearest(2, 64), INT8, Float8Block()], ids=lambda codec: codec.describe())
+@pytest.mark.parametrize(
+    "codec", [INT4, RoundToNearest(2, 64), INT8, Float8Block(), Float4Group()], ids=lambda codec: codec.describe()
+)
 def test_a_dense_model(codec: codecs.Codec, tmp_path: Path) -> None:
     source = random_model(tmp_path / "source", layouts.PT, "dense", **WIDTHS["dense"])
     check(source, tmp_path, built_in.one_codec("test", codec, **ALL), "transformers", 1.0)
 
 
 @pytest.mark.parametrize("mtp", [False, True])
-@pytest.mark.parametrize("codec", [INT4, INT8, Float8Block()], ids=lambda codec: codec.describe())
+@pytest.mark.parametrize("codec", [INT4, INT8, Float8Block(), Float4Group()], ids=lambda codec: codec.describe())
 def test_a_model_with_an_mtp_block(codec: codecs.Codec, mtp: bool, tmp_path: Path) -> None:
     """transformers drops the block; config.json names it, and the layer after the last that it is elsewhere."""
     source = random_model(tmp_path / "source", layouts.PT, "moe_mtp", **WIDTHS["moe_mtp"] | {"moe_num_experts": 4})

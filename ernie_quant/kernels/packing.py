@@ -1,4 +1,4 @@
-"""Codes of a few bits side by side in int32 words."""
+"""Codes of a few bits side by side in int32 words, or two in a byte."""
 
 from __future__ import annotations
 
@@ -55,6 +55,16 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     values = (packed[..., None] >> shifts) & ((1 << bits) - 1)
     return (values.reshape(packed.shape[0], -1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, in / 2] of uint8 codes below 16 [out, in]: even inputs in the low nibbles (compressed-tensors, nvfp4)."""
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 codes [out, in] of packed bytes; the inverse of `pack_nibbles`."""
+    return torch.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)
 
 
 def pack_reference(codes: torch.Tensor, bits: int) -> torch.Tensor:

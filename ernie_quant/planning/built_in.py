@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ernie_quant.errors import PlanError
+from ernie_quant.planning import packed
+from ernie_quant.planning.packed import one_codec as one_codec
 
 if TYPE_CHECKING:
     from ernie_quant.codecs import Codec
@@ -113,19 +115,6 @@ def _words(name: str, runtime: str, usual: Mapping[str, Any], given: Mapping[str
     return " ".join([*words, *([f"--runtime {runtime}"] if runtime != KINDS[name].default_runtime else [])])
 
 
-def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
-    """One codec for the experts, or for every quantizable linear; with `mtp` for those of the MTP block too."""
-    from ernie_quant.names import EXPERT_ROLES, MTP, QUANTIZABLE, ROLES
-    from ernie_quant.planning.recipe import Recipe, RecipeRule
-
-    roles = EXPERT_ROLES if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and (r != MTP or mtp))
-    hint = "this model has no experts; without --experts-only its other linears are quantized"
-    rules = [RecipeRule(codec, roles, if_unused=hint if experts_only else "")]
-    if experts_only and mtp:
-        rules.append(RecipeRule(codec, (MTP,), optional=True))
-    return Recipe(name, tuple(rules), keep_unfit)
-
-
 def fastdeploy_container(
     name: str, wint4_layers: int | None, *, scale: str = SCALE, effort: int = EFFORT, if_taken: str = ""
 ) -> Recipe:
@@ -168,19 +157,6 @@ def _kept(name: str) -> Recipe:
     from ernie_quant.planning.recipe import KEEP_ALL
 
     return KEEP_ALL
-
-
-def _integers(name: str, *, group_size: int | str, scale: str, **which: bool) -> Recipe:
-    from ernie_quant import codecs
-
-    settings = {"bits": int(name.removeprefix("wint")), "group_size": group_size, "scale": scale}
-    return one_codec(name, codecs.make("rtn", settings), **which)
-
-
-def _float8(name: str, **which: bool) -> Recipe:
-    from ernie_quant import codecs
-
-    return one_codec(name, codecs.make("fp8", {}), **which)
 
 
 def _wint4_container(name: str, *, scale: str) -> Recipe:
@@ -238,9 +214,10 @@ VLLM, FASTDEPLOY, LLAMA_CPP = "vllm", "fastdeploy", "llama_cpp"
 KINDS: Mapping[str, _Kind] = {
     "pt": _Kind(VLLM, {"": _Form({}, _kept)}),
     "paddle": _Kind(FASTDEPLOY, {"": _Form({}, _kept)}),
-    "wint4": _Kind(VLLM, {"": _Form(INTEGERS, _integers), FASTDEPLOY: _Form({"scale": SCALE}, _wint4_container)}),
-    "wint8": _Kind(VLLM, {"": _Form(INTEGERS, _integers)}),
-    "fp8": _Kind(VLLM, {"": _Form(WHICH, _float8)}),
+    "wint4": _Kind(VLLM, {"": _Form(INTEGERS, packed.integers), FASTDEPLOY: _Form({"scale": SCALE}, _wint4_container)}),
+    "wint8": _Kind(VLLM, {"": _Form(INTEGERS, packed.integers)}),
+    "fp8": _Kind(VLLM, {"": _Form(WHICH, packed.float8)}),
+    "mxfp4": _Kind(VLLM, {"": _Form(WHICH, packed.float4)}),
     "gguf": _Kind(LLAMA_CPP, {"": _Form(GGUF, _gguf)}),
     "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2, _wint2_container)}),
     "w4a8": _Kind(FASTDEPLOY, {"": _Form(W4A8, _w4a8)}, by_text=True),

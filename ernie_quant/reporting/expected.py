@@ -34,6 +34,7 @@ OTHERS = {
     "wint2 (CCQ), effort 1": 104400,
     "fp8, blocks 128x128": 702.4,
     "fp8, blocks 128x128, compressed-tensors": 702.4,
+    "mxfp4, group 32": 12420,
     "IQ4_NL": 5384,
     "IQ4_XS": 5466,
     "Q2_K": 67290,

@@ -19,6 +19,7 @@ SPECIAL = set('"$`\\!')  # to a shell, in double quotes
 
 # vLLM 0.12 looks for experts under "Linear" (compressed_tensors_moe.py), which no config.json of this tool has
 VLLM = "vLLM >= 0.13"
+NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32"}  # forms of newer versions: the oldest whose loader was read
 # up to 5.12 experts in integers are left random without a word; fp8 fails in 5.8 and in 5.16.0 (each tried)
 TRANSFORMERS = "transformers >= 5.17"
 LLAMA_CPP = "llama.cpp (tried: b11549)"
@@ -31,10 +32,17 @@ def vllm(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
     words += [f"--pipeline-parallel-size {spread.stages}"] if spread.stages > 1 else []
     words += ["--enable-expert-parallel"] if spread.experts_whole else []
     words += ["--trust-remote-code"] if is_vl(config) else []
+    title = _version(config)
     if place.hub not in ("", "hf", "modelscope"):  # of which vLLM knows nothing
-        return [(VLLM, _downloaded(place, f"vllm serve {shlex.quote(place.local)} {' '.join(words)}"))]
+        return [(title, _downloaded(place, f"vllm serve {shlex.quote(place.local)} {' '.join(words)}"))]
     hub = "VLLM_USE_MODELSCOPE=True " if place.hub == "modelscope" else ""
-    return [(VLLM, f"{hub}vllm serve {shlex.quote(place.name)} {' '.join(words)}")]
+    return [(title, f"{hub}vllm serve {shlex.quote(place.name)} {' '.join(words)}")]
+
+
+def _version(config: Mapping[str, Any]) -> str:
+    """The oldest vLLM that loads every form of config.json."""
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    return max([VLLM, *(NEWER.get(group["format"], VLLM) for group in groups)])
 
 
 def transformers(place: Place, config: Mapping[str, Any]) -> Commands:

@@ -14,6 +14,7 @@ from typing import Any
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, Float8Block
 from ernie_quant.codecs.keep import KEEP
+from ernie_quant.codecs.mxfp4 import GROUP, Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import EXPERT_ROLES
@@ -39,10 +40,20 @@ FLOAT8 = {
         "dynamic": True,
     },
 }
+# powers of two per group; the scale's dtype is what tells it from plain float4 (compressed-tensors, mxfp4)
+FLOAT4 = {
+    "num_bits": 4,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": GROUP,
+    "dynamic": False,
+    "scale_dtype": "torch.uint8",
+}
 
 
 def config(linears: Sequence[Linear]) -> dict[str, Any]:
-    """quantization_config of a checkpoint with integer codes or float8 blocks, under every name that a program looks up."""
+    """quantization_config of a checkpoint of packed codes or float8 blocks, under every name that a program looks up."""
     forms: dict[str, list[Linear]] = defaultdict(list)
     for linear in linears:
         forms[linear.codec.form].append(linear)
@@ -79,6 +90,8 @@ def _scheme(codec: Codec) -> dict[str, Any]:
     """A group without its targets. `format` stands in each: vLLM has no fallback to the global one."""
     if isinstance(codec, Float8Block):
         return {"format": "float-quantized", **FLOAT8}
+    if isinstance(codec, Float4Group):
+        return {"format": "mxfp4-pack-quantized", "weights": FLOAT4}
     assert isinstance(codec, RoundToNearest), codec
     per_channel = codec.group_size == CHANNEL
     weights = {
@@ -119,6 +132,8 @@ def _compiled(patterns: Sequence[str]) -> re.Pattern[str]:
 def _codec(weights: Mapping[str, Any]) -> Codec:
     if weights == FLOAT8["weights"]:
         return Float8Block(COMPRESSED_TENSORS)
+    if weights == FLOAT4:
+        return Float4Group()
     if weights["type"] != "int":
         raise ValueError(f"weights of type {weights['type']}, {weights['strategy']}")
     return RoundToNearest(weights["num_bits"], CHANNEL if weights["strategy"] == "channel" else weights["group_size"])

@@ -12,6 +12,7 @@ from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.errors import ConfigError
 from ernie_quant.runtimes import Linear, _modules
@@ -30,6 +31,8 @@ def _stored(codec: Codec) -> tuple[str, Any, Any]:
             return method, 8, BLOCK
         case RoundToNearest(bits=bits, group_size=group):
             return COMPRESSED_TENSORS, bits, group
+        case Float4Group():
+            return COMPRESSED_TENSORS, codec.form, None
     return "", None, None
 
 

@@ -15,7 +15,7 @@ from ernie_quant.runtimes._values import STAGES
 
 CODECS = vllm.CODECS
 LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
-RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
+RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8", "mxfp4"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
 QUANTIZES_VOCABULARY, CASTS, MORE_BITS_FIRST = vllm.QUANTIZES_VOCABULARY, vllm.CASTS, vllm.MORE_BITS_FIRST
 VERSION = vllm.VERSION
 TAGS: tuple[str, ...] = ()

@@ -1,9 +1,9 @@
-"""vLLM: compressed-tensors `pack-quantized` for integers, `quant_method: fp8` for float8 blocks. transformers loads both.
+"""vLLM: compressed-tensors' packed forms for integers and float4, `quant_method: fp8` for float8 blocks. transformers loads all.
 
 Float8 blocks of VL models are compressed-tensors `float-quantized`: vLLM's reader of `fp8` skips a layer whose name begins the
 name of a kept one, and `text_experts` begins that of its router, `text_experts_gate` (quant_utils.py, is_layer_skipped).
 
-Formats: vllm-project/compressed-tensors (compressors/pack_quantized), vllm-project/vllm
+Formats: vllm-project/compressed-tensors (compressors/pack_quantized, mxfp4), vllm-project/vllm
 (model_executor/layers/quantization/compressed_tensors, .../fp8.py), huggingface/transformers (integrations/finegrained_fp8.py).
 """
 
@@ -21,6 +21,7 @@ from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.names import EXPERT_ROLES, IN, MTP, QUANTIZABLE, VISION_EXPERT
 from ernie_quant.runtimes import About, Linear, Part, Place, Spread, _commands, _modules, kept
@@ -36,18 +37,23 @@ if TYPE_CHECKING:
 LAYOUT, FORMAT = "pt", "safetensors"
 ROWS = 1
 CONFIG: dict[str, Any] = {}
-RECIPES = ("pt", "wint4", "wint8", "fp8")
+RECIPES = ("pt", "wint4", "wint8", "fp8", "mxfp4")
 VERSION = 1
 TAGS = ("vllm",)
 PROGRAM, PARALLEL, AT_LOAD = "vLLM", (TENSOR, EXPERTS, STAGES), {"fp8": "--quantization fp8"}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 MORE_BITS_FIRST = False
-CODECS = (Keep, RoundToNearest, Float8Block)
+CODECS = (Keep, RoundToNearest, Float8Block, Float4Group)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
 model_problems, stem, fallback = usual.model_problems, usual.stem, usual.fallback
 quantization_config, codecs_of, misread = promise.quantization_config, promise.codecs_of, promise.misread
+# read in 0.33 (compressed_tensors_moe_w4a4_mxfp4.py), of the experts; the error: tests/test_mxfp4.py
+FLOAT4 = (
+    "mxfp4 is for Blackwell, where vLLM computes experts with inputs in float4 too; other GPUs decode the weights. At the same"
+    " 4.25 bits wint4 --group-size 64 has a third less error"
+)
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
 
 
@@ -87,6 +93,10 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
                 f"{module}.weight_scale": Part(codec.specs(spec)["scale"], 0, None if group == CHANNEL else 1),
                 f"{module}.weight_shape": Part(TensorSpec((2,), "I64"), None, None),
             }
+        case Float4Group():
+            out, width = spec.shape
+            packed = Part(TensorSpec((out, width // 2), "U8"), 0, 1)
+            return {f"{module}.weight_packed": packed, f"{module}.weight_scale": Part(codec.specs(spec)["scale"], 0, 1)}
         case Float8Block():
             fields = codec.specs(spec)
             return {f"{module}.weight": Part(fields["codes"], 0, 1), f"{module}.{_scale(codec)}": Part(fields["scale"], 0, 1)}
@@ -113,6 +123,9 @@ def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
                 f"{module}.weight_packed": kernels.of("packing", encoded["codes"]).pack(encoded["codes"], bits),
                 f"{module}.weight_scale": encoded["scale"],
             }
+        case Float4Group():
+            packed = kernels.of("packing", encoded["codes"]).pack_nibbles(encoded["codes"])
+            return {f"{module}.weight_packed": packed, f"{module}.weight_scale": encoded["scale"]}
         case Float8Block():
             return {f"{module}.weight": encoded["codes"], f"{module}.{_scale(codec)}": encoded["scale"]}
     return {name: encoded["weight"]}
@@ -126,6 +139,10 @@ def unpack(name: str, codec: Codec, stored: Mapping[str, torch.Tensor]) -> Encod
             columns = int(stored[f"{module}.weight_shape"][1])
             packed = stored[f"{module}.weight_packed"]
             codes = kernels.of("packing", packed).unpack(packed, bits, columns)
+            return {"codes": codes, "scale": stored[f"{module}.weight_scale"]}
+        case Float4Group():
+            packed = stored[f"{module}.weight_packed"]
+            codes = kernels.of("packing", packed).unpack_nibbles(packed)
             return {"codes": codes, "scale": stored[f"{module}.weight_scale"]}
         case Float8Block():
             return {"codes": stored[f"{module}.weight"], "scale": stored[f"{module}.{_scale(codec)}"]}
@@ -164,10 +181,10 @@ def unknown(linears: Sequence[Linear]) -> list[str]:
 
 def notes(linears: Sequence[Linear]) -> list[str]:
     """Widths that load, but for which vLLM's fast kernels are not made."""
-    narrow = {
-        li.spec.shape[1] for li in linears if isinstance(li.codec, RoundToNearest) and li.ranks != IN and li.spec.shape[1] % 128
-    }
-    return [f"vLLM's Marlin kernels want hidden_size to be a multiple of 128, this one's is {n}" for n in sorted(narrow)]
+    marlin = [li for li in linears if isinstance(li.codec, RoundToNearest | Float4Group)]
+    narrow = {li.spec.shape[1] for li in marlin if li.ranks != IN and li.spec.shape[1] % 128}
+    notes = [f"vLLM's Marlin kernels want hidden_size to be a multiple of 128, this one's is {n}" for n in sorted(narrow)]
+    return notes + ([FLOAT4] if any(isinstance(li.codec, Float4Group) for li in linears) else [])
 
 
 def layer_of(name: str, role: str) -> str:
@@ -213,7 +230,9 @@ def share_multiple(linear: Linear) -> int:
         case RoundToNearest(group_size=group) if linear.ranks == IN:
             tile = TILE if linear.role in EXPERT_ROLES else DENSE_TILE
             return math.lcm(tile, 1 if group == CHANNEL else int(group))
-        case RoundToNearest():
+        case Float4Group() if linear.ranks == IN:
+            return TILE if linear.role in EXPERT_ROLES else DENSE_TILE
+        case RoundToNearest() | Float4Group():
             return TILE
         case Float8Block():
             return BLOCK

@@ -1,0 +1,44 @@
+"""The recipes of PT checkpoints for vLLM and transformers: one codec for the experts, or for every linear."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ernie_quant.codecs import Codec
+    from ernie_quant.planning.recipe import Recipe
+
+
+def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
+    """One codec for the experts, or for every quantizable linear; with `mtp` for those of the MTP block too."""
+    from ernie_quant.names import EXPERT_ROLES, MTP, QUANTIZABLE, ROLES
+    from ernie_quant.planning.recipe import Recipe, RecipeRule
+
+    roles = EXPERT_ROLES if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and (r != MTP or mtp))
+    hint = "this model has no experts; without --experts-only its other linears are quantized"
+    rules = [RecipeRule(codec, roles, if_unused=hint if experts_only else "")]
+    if experts_only and mtp:
+        rules.append(RecipeRule(codec, (MTP,), optional=True))
+    return Recipe(name, tuple(rules), keep_unfit)
+
+
+def integers(name: str, *, group_size: int | str, scale: str, **which: bool) -> Recipe:
+    """Codes of as many bits as the name says, in groups."""
+    from ernie_quant import codecs
+
+    settings = {"bits": int(name.removeprefix("wint")), "group_size": group_size, "scale": scale}
+    return one_codec(name, codecs.make("rtn", settings), **which)
+
+
+def float8(name: str, **which: bool) -> Recipe:
+    """Blocks of 128 x 128."""
+    from ernie_quant import codecs
+
+    return one_codec(name, codecs.make("fp8", {}), **which)
+
+
+def float4(name: str, **which: bool) -> Recipe:
+    """MXFP4."""
+    from ernie_quant import codecs
+
+    return one_codec(name, codecs.make("mxfp4", {}), **which)
