@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 from ernie_quant.cli import _execute, _options
 
-from ernie_quant.planning import built_in
+from ernie_quant.planning import built_in, packed
 
 CONTAINER_ONLY = ("unsupported", "tp")
 
@@ -20,6 +20,10 @@ CONTAINER_ONLY = ("unsupported", "tp")
 @_options.experts_only
 @_options.group_size
 @_options.scale
+@click.option(
+    "--activations", type=click.Choice(packed.ACTIVATIONS), default=packed.ACTIVATIONS[0], show_default=True,
+    help="Inputs of the weights: as they are, or rounded to float8 by vLLM, on Hopper only (W4AFP8).",
+)  # fmt: skip
 @_options.runtime("wint4")
 @_options.mtp
 @_options.keep_unfit
@@ -38,6 +42,7 @@ def command(ctx: click.Context, /, src: Path | str, out: Path, **options: Any) -
 
     \b
     ernie-quant wint4 ERNIE-4.5-21B-A3B-Paddle out --experts-only
+    ernie-quant wint4 ERNIE-4.5-21B-A3B-Paddle out --activations fp8
     ernie-quant wint4 ERNIE-4.5-21B-A3B-Paddle out --runtime fastdeploy
     """
     from ernie_quant import runtimes
@@ -45,7 +50,7 @@ def command(ctx: click.Context, /, src: Path | str, out: Path, **options: Any) -
     runtime = options["runtime"]
     container = runtimes.find(runtime).PER_RANK
     takes = {*built_in.options("wint4", runtime), "experts_only", *(CONTAINER_ONLY if container else ())}
-    for name in (*built_in.INTEGERS, *CONTAINER_ONLY):
+    for name in (*built_in.WINT4, *CONTAINER_ONLY):
         if name in takes:
             continue
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:

@@ -9,6 +9,7 @@ import torch
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, GROUP_RATIOS, RoundToNearest
+from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.kernels import rtn
 
 
@@ -30,6 +31,7 @@ def error(codec, rows: int, columns: int) -> float:
         (Float8Block(), 4096, 7.5e-4),
         (Float4Group(), 4096, 0.0126),
         (RoundToNearest(4, 64), 4096, 0.0083),
+        (Weight4Float8(), 4096, 0.0105),
     ],
     ids=lambda value: value.describe() if hasattr(value, "describe") else str(value),
 )

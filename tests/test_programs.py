@@ -26,6 +26,7 @@ from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
+from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import PlanError
 from ernie_quant.planning import recipe
 from ernie_quant.planning.make import make_plan
@@ -55,6 +56,7 @@ RECIPES = {
     **uniform(RoundToNearest(8, 128)), **uniform(Float8Block()), **uniform(Float4Group()),
     "MTP alone": rules((r"mtp_block", INT8)),
     "float4 beside int4 of the same group": rules((r"\.experts\.", Float4Group()), (r"mtp|proj", RoundToNearest(4, 32))),
+    "attention for fp8 inputs": rules((r"self_attn", Weight4Float8()), (r"mtp|proj", INT4)),
     "MTP in fp8 alone": rules((r"mtp_block", Float8Block())),
     "attention alone": rules((r"self_attn", INT8)),
     "shared experts in 8 bits": rules((r"shared_experts", INT8), (r"\.experts\.", INT4)),
@@ -82,6 +84,8 @@ def wanted(codec: Codec) -> str | tuple[object, ...]:
     match codec:
         case Keep():
             return KEPT
+        case Weight4Float8():
+            return ("pack-quantized", "int", 4, 128, "float8 inputs")
         case RoundToNearest(bits=bits, group_size=group):
             return ("pack-quantized", "int", bits, group)
         case Float4Group():
@@ -97,7 +101,9 @@ def found(read: str) -> str | tuple[object, ...]:
         return read
     scheme = json.loads(read)
     group = {"channel": CHANNEL, "group": scheme.get("group_size"), "block": tuple(scheme.get("block_structure", ()))}
-    return (scheme["format"], scheme["type"], scheme["num_bits"], group[scheme["strategy"]])
+    inputs = scheme["inputs"] if scheme["format"] == "pack-quantized" else None  # float8 blocks always have them
+    of_inputs = () if inputs is None else (f"{inputs['type']}{inputs['num_bits']} inputs",)
+    return (scheme["format"], scheme["type"], scheme["num_bits"], group[scheme["strategy"]], *of_inputs)
 
 
 def misread(plan: Plan, entry: dict[str, Any]) -> Iterator[str]:

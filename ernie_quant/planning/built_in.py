@@ -33,6 +33,7 @@ GGUF_BYTES = 45_000_000_000  # of a file: that of every type of the 21B is one; 
 
 WHICH: Mapping[str, Any] = {"experts_only": False, "mtp": False, "keep_unfit": False}
 INTEGERS: Mapping[str, Any] = {"group_size": GROUP_SIZE, "scale": SCALE, **WHICH}
+WINT4: Mapping[str, Any] = {"activations": packed.ACTIVATIONS[0], **INTEGERS}
 GGUF: Mapping[str, Any] = {"type": GGUF_TYPE, "pure": False, "experts_only": False, "keep_unfit": False}
 W4A8: Mapping[str, Any] = {"scale": SCALE, "hadamard_block_size": HADAMARD}
 WINT2: Mapping[str, Any] = {"wint4_layers": WINT4_LAYERS, "scale": SCALE, "effort": EFFORT}
@@ -214,7 +215,14 @@ VLLM, FASTDEPLOY, LLAMA_CPP = "vllm", "fastdeploy", "llama_cpp"
 KINDS: Mapping[str, _Kind] = {
     "pt": _Kind(VLLM, {"": _Form({}, _kept)}),
     "paddle": _Kind(FASTDEPLOY, {"": _Form({}, _kept)}),
-    "wint4": _Kind(VLLM, {"": _Form(INTEGERS, packed.integers), FASTDEPLOY: _Form({"scale": SCALE}, _wint4_container)}),
+    "wint4": _Kind(
+        VLLM,
+        {
+            "": _Form(INTEGERS, packed.integers),
+            VLLM: _Form(WINT4, packed.wint4),
+            FASTDEPLOY: _Form({"scale": SCALE}, _wint4_container),
+        },
+    ),
     "wint8": _Kind(VLLM, {"": _Form(INTEGERS, packed.integers)}),
     "fp8": _Kind(VLLM, {"": _Form(WHICH, packed.float8)}),
     "mxfp4": _Kind(VLLM, {"": _Form(WHICH, packed.float4)}),

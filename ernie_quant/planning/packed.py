@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ernie_quant.errors import PlanError
+
 if TYPE_CHECKING:
     from ernie_quant.codecs import Codec
     from ernie_quant.planning.recipe import Recipe
+
+ACTIVATIONS = ("bf16", "fp8")  # what vLLM multiplies int4 with: inputs as they are, or rounded
 
 
 def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
@@ -28,6 +32,19 @@ def integers(name: str, *, group_size: int | str, scale: str, **which: bool) -> 
 
     settings = {"bits": int(name.removeprefix("wint")), "group_size": group_size, "scale": scale}
     return one_codec(name, codecs.make("rtn", settings), **which)
+
+
+def wint4(name: str, *, activations: str, group_size: int | str, scale: str, **which: bool) -> Recipe:
+    """`integers` for vLLM, which may round the inputs. Raises PlanError or ValueError."""
+    from ernie_quant import codecs
+
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}, not {' or '.join(ACTIVATIONS)}")
+    if activations == ACTIVATIONS[0]:
+        return integers(name, group_size=group_size, scale=scale, **which)
+    if group_size != (only := codecs.make("w4afp8", {}).group_size):  # type: ignore[attr-defined]
+        raise PlanError(f"{name}: activations fp8 goes with group_size {only} only, not {group_size}", [])
+    return one_codec(name, codecs.make("w4afp8", {"scale": scale}), **which)
 
 
 def float8(name: str, **which: bool) -> Recipe:

@@ -34,6 +34,8 @@ OTHERS = {
     "wint2 (CCQ), effort 1": 104400,
     "fp8, blocks 128x128": 702.4,
     "fp8, blocks 128x128, compressed-tensors": 702.4,
+    "int4, group 128, fp8 inputs, mse": 10350,
+    "int4, group 128, fp8 inputs, absmax": 13800,
     "mxfp4, group 32": 12420,
     "IQ4_NL": 5384,
     "IQ4_XS": 5466,

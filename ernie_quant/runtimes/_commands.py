@@ -19,7 +19,9 @@ SPECIAL = set('"$`\\!')  # to a shell, in double quotes
 
 # vLLM 0.12 looks for experts under "Linear" (compressed_tensors_moe.py), which no config.json of this tool has
 VLLM = "vLLM >= 0.13"
-NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32"}  # forms of newer versions: the oldest whose loader was read
+# forms of newer versions: the oldest whose loader was read
+NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32"}
+FLOAT8_INPUTS = "vLLM >= 0.33, on Hopper"
 # up to 5.12 experts in integers are left random without a word; fp8 fails in 5.8 and in 5.16.0 (each tried)
 TRANSFORMERS = "transformers >= 5.17"
 LLAMA_CPP = "llama.cpp (tried: b11549)"
@@ -42,7 +44,14 @@ def vllm(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
 def _version(config: Mapping[str, Any]) -> str:
     """The oldest vLLM that loads every form of config.json."""
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    if any(map(_for_float8_inputs, groups)):
+        return FLOAT8_INPUTS
     return max([VLLM, *(NEWER.get(group["format"], VLLM) for group in groups)])
+
+
+def _for_float8_inputs(group: Mapping[str, Any]) -> bool:
+    """Integers that a program shall not multiply with inputs as they are."""
+    return bool(group["format"] == "pack-quantized" and group.get("input_activations"))
 
 
 def transformers(place: Place, config: Mapping[str, Any]) -> Commands:
@@ -101,9 +110,13 @@ def is_vl(config: Mapping[str, Any]) -> bool:
 
 
 def _one_form_of_experts(config: Mapping[str, Any]) -> bool:
-    """Does one group of config.json speak of the routed experts of all layers? See `transformers.problems`."""
+    """Does one group of config.json speak of the routed experts of all layers, none of inputs? See `transformers.problems`."""
     entry = config.get("quantization_config", {})
-    if entry.get("quant_method") != COMPRESSED_TENSORS or "moe_num_experts" not in config:
+    if entry.get("quant_method") != COMPRESSED_TENSORS:
+        return True
+    if any(map(_for_float8_inputs, entry["config_groups"].values())):
+        return False
+    if "moe_num_experts" not in config:
         return True
     groups = [group["targets"] for group in entry["config_groups"].values()]
     return [any(map(_of_routed, patterns)) for patterns in groups].count(True) == 1 and not any(map(_of_routed, entry["ignore"]))

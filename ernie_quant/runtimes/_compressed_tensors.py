@@ -16,9 +16,10 @@ from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, Float8Block
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.mxfp4 import GROUP, Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
+from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import EXPERT_ROLES
-from ernie_quant.runtimes import Linear, _modules
+from ernie_quant.runtimes import Linear, _modules, _w4afp8
 from ernie_quant.runtimes._patterns import covers
 
 # blocks of weights, and what kernels do to the activations that they meet (vllm, compressed_tensors_w8a8_fp8.py)
@@ -102,13 +103,16 @@ def _scheme(codec: Codec) -> dict[str, Any]:
         **({} if per_channel else {"group_size": codec.group_size}),
         "dynamic": False,
     }
-    return {"format": "pack-quantized", "weights": weights}
+    inputs = {"input_activations": _w4afp8.INPUTS} if isinstance(codec, Weight4Float8) else {}
+    return {"format": "pack-quantized", "weights": weights, **inputs}
 
 
 def codecs_of(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Codec]:
     """The codec that it promises for each layer. Raises ConfigError."""
     try:
-        groups = [(_compiled(g["targets"]), _codec(g["weights"])) for g in config["config_groups"].values()]
+        groups = [
+            (_compiled(g["targets"]), _codec(g["weights"], g.get("input_activations"))) for g in config["config_groups"].values()
+        ]
         ignore = _compiled(config["ignore"])
     except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise ConfigError(f"config.json: quantization_config is none that this tool writes ({error!r:.100})") from None
@@ -129,11 +133,15 @@ def _compiled(patterns: Sequence[str]) -> re.Pattern[str]:
     )
 
 
-def _codec(weights: Mapping[str, Any]) -> Codec:
+def _codec(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Codec:
     if weights == FLOAT8["weights"]:
         return Float8Block(COMPRESSED_TENSORS)
     if weights == FLOAT4:
         return Float4Group()
     if weights["type"] != "int":
         raise ValueError(f"weights of type {weights['type']}, {weights['strategy']}")
+    if inputs is not None:
+        if inputs != _w4afp8.INPUTS:
+            raise ValueError(f"integers for inputs in {inputs}")
+        return Weight4Float8(weights["num_bits"], weights.get("group_size", CHANNEL))
     return RoundToNearest(weights["num_bits"], CHANNEL if weights["strategy"] == "channel" else weights["group_size"])

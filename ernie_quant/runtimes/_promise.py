@@ -14,6 +14,7 @@ from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import RoundToNearest
+from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import ConfigError
 from ernie_quant.runtimes import Linear, _modules
 from ernie_quant.runtimes import _compressed_tensors as compressed_tensors
@@ -29,10 +30,10 @@ def _stored(codec: Codec) -> tuple[str, Any, Any]:
     match codec:
         case Float8Block(quant_method=method):
             return method, 8, BLOCK
+        case Float4Group() | Weight4Float8():
+            return COMPRESSED_TENSORS, codec.form, None
         case RoundToNearest(bits=bits, group_size=group):
             return COMPRESSED_TENSORS, bits, group
-        case Float4Group():
-            return COMPRESSED_TENSORS, codec.form, None
     return "", None, None
 
 

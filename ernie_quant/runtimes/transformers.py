@@ -11,6 +11,7 @@ from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.names import EXPERT_ROLES, VISION_EXPERT
 from ernie_quant.runtimes import Linear, Place, Spread, _commands, vllm
 from ernie_quant.runtimes import _promise as promise
+from ernie_quant.runtimes import _w4afp8 as w4afp8
 from ernie_quant.runtimes._values import STAGES
 
 CODECS = vllm.CODECS
@@ -46,7 +47,8 @@ def notes(linears: Sequence[Linear]) -> list[str]:
 
 def problems(linears: Sequence[Linear]) -> list[str]:
     """Layers that are one module in memory must be stored in one form here too, and all experts alike."""
-    return vllm.unknown(linears) + vllm.mixed(linears) + _mixed_experts(linears)
+    rounded = [f"{li.name}: {li.codec.describe()} is computed by vLLM alone; --runtime vllm" for li in w4afp8.held(linears)]
+    return rounded + vllm.unknown(linears) + vllm.mixed(linears) + _mixed_experts(linears)
 
 
 def _mixed_experts(linears: Sequence[Linear]) -> list[str]:

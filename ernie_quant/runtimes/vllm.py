@@ -23,10 +23,12 @@ from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
+from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.names import EXPERT_ROLES, IN, MTP, QUANTIZABLE, VISION_EXPERT
-from ernie_quant.runtimes import About, Linear, Part, Place, Spread, _commands, _modules, kept
+from ernie_quant.runtimes import About, Linear, Part, Place, Spread, _advice, _commands, _modules, kept
 from ernie_quant.runtimes import _promise as promise
 from ernie_quant.runtimes import _usual as usual
+from ernie_quant.runtimes import _w4afp8 as w4afp8
 from ernie_quant.runtimes._values import EXPERTS, STAGES, TENSOR
 
 if TYPE_CHECKING:
@@ -43,17 +45,12 @@ TAGS = ("vllm",)
 PROGRAM, PARALLEL, AT_LOAD = "vLLM", (TENSOR, EXPERTS, STAGES), {"fp8": "--quantization fp8"}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 MORE_BITS_FIRST = False
-CODECS = (Keep, RoundToNearest, Float8Block, Float4Group)
+CODECS = (Keep, RoundToNearest, Float8Block, Float4Group, Weight4Float8)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
-model_problems, stem, fallback = usual.model_problems, usual.stem, usual.fallback
+model_problems, stem, fallback, notes = usual.model_problems, usual.stem, usual.fallback, _advice.notes
 quantization_config, codecs_of, misread = promise.quantization_config, promise.codecs_of, promise.misread
-# read in 0.33 (compressed_tensors_moe_w4a4_mxfp4.py), of the experts; the error: tests/test_mxfp4.py
-FLOAT4 = (
-    "mxfp4 is for Blackwell, where vLLM computes experts with inputs in float4 too; other GPUs decode the weights. At the same"
-    " 4.25 bits wint4 --group-size 64 has a third less error"
-)
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
 
 
@@ -167,7 +164,7 @@ def problems(linears: Sequence[Linear]) -> list[str]:
         for li in linears
         if isinstance(li.codec, RoundToNearest) and (li.codec.bits not in BITS or li.codec.group_size not in GROUPS)
     ]
-    return misfits + unknown(linears) + mixed(linears)
+    return misfits + w4afp8.problems(linears) + unknown(linears) + mixed(linears)
 
 
 def unknown(linears: Sequence[Linear]) -> list[str]:
@@ -177,14 +174,6 @@ def unknown(linears: Sequence[Linear]) -> list[str]:
         for li in linears
         if not isinstance(li.codec, CODECS)
     ]
-
-
-def notes(linears: Sequence[Linear]) -> list[str]:
-    """Widths that load, but for which vLLM's fast kernels are not made."""
-    marlin = [li for li in linears if isinstance(li.codec, RoundToNearest | Float4Group)]
-    narrow = {li.spec.shape[1] for li in marlin if li.ranks != IN and li.spec.shape[1] % 128}
-    notes = [f"vLLM's Marlin kernels want hidden_size to be a multiple of 128, this one's is {n}" for n in sorted(narrow)]
-    return notes + ([FLOAT4] if any(isinstance(li.codec, Float4Group) for li in linears) else [])
 
 
 def layer_of(name: str, role: str) -> str:
@@ -227,6 +216,8 @@ def mixed(linears: Sequence[Linear]) -> list[str]:
 def share_multiple(linear: Linear) -> int:
     """Marlin's tiles, and no group or block cut in two."""
     match linear.codec:
+        case Weight4Float8():
+            return w4afp8.tile(linear)
         case RoundToNearest(group_size=group) if linear.ranks == IN:
             tile = TILE if linear.role in EXPERT_ROLES else DENSE_TILE
             return math.lcm(tile, 1 if group == CHANNEL else int(group))

@@ -130,6 +130,11 @@ def _shards(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{head}.{shard}" for shard in packed[last]] if last in packed else [name]
 
 
+def _said(group: Mapping[str, Any]) -> str:
+    """What the group says of weights, their format and inputs."""
+    return json.dumps(group["weights"] | {"format": group["format"], "inputs": group.get("input_activations")})
+
+
 def _scheme(config: Mapping[str, Any], name: str, program: Program) -> str:
     """vllm and sglang, should_ignore_layer, then find_matched_target: the fused name itself, or all of its shards."""
     contains = program.sglang  # SGLang looks for plain names of `ignore` anywhere in a layer's
@@ -144,7 +149,7 @@ def _scheme(config: Mapping[str, Any], name: str, program: Program) -> str:
             next((g for g in config["config_groups"].values() if any(_matches(n, t) for t in g["targets"])), None) for n in names
         ]
         if all(found):
-            return json.dumps(found[0]["weights"] | {"format": found[0]["format"]})  # type: ignore[index]
+            return _said(found[0])  # type: ignore[arg-type]
     # compressed-tensors keeps it; vLLM up to 0.13 and SGLang raise "Unable to find matching target", later vLLM keeps it
     return KEPT if program.name == "transformers" else f"refused: nothing names {name}"
 
@@ -154,7 +159,7 @@ def _by_compressed_tensors(config: Mapping[str, Any], module: Module, program: P
         return _scheme(config, module.name, program)
     if program.name == "transformers":  # get_experts_scheme: one for all layers, of the first group that says "experts"
         group = next((g for g in config["config_groups"].values() if any("experts" in t for t in g["targets"])), None)
-        return json.dumps(group["weights"] | {"format": group["format"]}) if group else KEPT
+        return _said(group) if group else KEPT
     # vllm, compressed_tensors_moe.py, get_moe_method: the projections of expert 0 speak for the layer
     found = {_scheme(config, f"{module.name}.0.{x}_proj", program) for x in ("gate", "up", "down")}
     if program.sglang and any(_matches(module.name, p, contains=True) for p in config["ignore"]) != (found == {KEPT}):

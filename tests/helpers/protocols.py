@@ -24,6 +24,7 @@ from ernie_quant.codecs import (
     rtn,
     rtn_kv,
     w4a8,
+    w4afp8,
 )  # fmt: skip
 from ernie_quant.hubs import Hub, Publisher
 from ernie_quant.hubs.aistudio import publish as aistudio_publish
@@ -40,7 +41,7 @@ ARCHS: tuple[Arch, ...] = (ernie4_5, ernie4_5_moe, ernie4_5_vl_moe)
 CODECS: tuple[Codec, ...] = (
     *ccq.EXAMPLES, *fp8.EXAMPLES, *keep.EXAMPLES, *rtn.EXAMPLES, *q8_0.EXAMPLES, *q6_k.EXAMPLES, *q5_k.EXAMPLES, *q4_k.EXAMPLES,
     *q3_k.EXAMPLES, *q2_k.EXAMPLES, *q5_0.EXAMPLES, *q5_1.EXAMPLES, *q4_0.EXAMPLES, *iq4_nl.EXAMPLES, *iq4_xs.EXAMPLES,
-    *rtn_kv.EXAMPLES, *w4a8.EXAMPLES, *mxfp4.EXAMPLES,
+    *rtn_kv.EXAMPLES, *w4a8.EXAMPLES, *mxfp4.EXAMPLES, *w4afp8.EXAMPLES,
 )  # fmt: skip
 FORMATS: tuple[Format, ...] = (gguf, safetensors)
 RUNNERS: tuple[Runner, ...] = (local, processes, ray)

@@ -186,6 +186,16 @@ def test_every_recipe_can_be_asked_for_with_its_options(name: str, tmp_path: Pat
     }.get(name, [])
 
 
+@pytest.mark.parametrize(("runtime", "expected"), [("vllm", ""), ("transformers", "[[target]] 1: activations: unknown")])
+def test_int4_for_inputs_in_float8_is_asked_for_as_on_the_command_line(runtime: str, expected: str, tmp_path: Path) -> None:
+    target = f'[[target]]\nrepo = "me/tiny"\nrecipe = "wint4"\nactivations = "fp8"\nruntime = "{runtime}"\n'
+    if expected:
+        assert any(expected in mistake for mistake in mistakes(tmp_path, target))
+        return
+    (found,) = read_job(job_file(tmp_path, target)).targets
+    assert found.recipe.rules[0].codec.describe() == "int4, group 128, fp8 inputs, mse"
+
+
 def test_all_the_rest_of_a_job_file(tmp_path: Path) -> None:
     rules = '[[target.rule]]\nrole = "experts"\ncodec = "rtn"\nbits = 4\n[[target.rule]]\nmatch = "mlp"\ncodec = "fp8"\n'
     target = f'[[target]]\nrepo = "hf://me/tiny"\nrevision = "next"\nprivate = false\ntag = true\nkeep_unfit = true\n{rules}'
