@@ -14,6 +14,7 @@ from ernie_quant.names import EXPERT_ROLES, ROLES
 from ernie_quant.planning.choose import Choice, choose
 from ernie_quant.planning.recipe import LAYER, Recipe, RecipeRule, with_method
 from ernie_quant.runtimes import Runtime
+from ernie_quant.weights.claims import refuse_quantized
 from ernie_quant.weights.layouts import LAYOUTS
 from ernie_quant.weights.plain import resolve
 
@@ -91,6 +92,7 @@ class Units:
 def units_of(source: Checkpoint, runtime: str, method: str = "") -> Units:
     """Of a plain checkpoint; `method`: what codecs make of calibration. Raises PlanError or ConfigError."""
     target = runtimes.find(runtime)
+    refuse_quantized(source)
     table = resolve(source)
     if table.problems:
         raise PlanError(f"{source.folder}: {len(table.problems)} problem(s) in the checkpoint", table.problems)

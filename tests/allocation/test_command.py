@@ -162,6 +162,13 @@ def test_what_was_measured_is_of_one_model_and_program(
     assert "broken.json: is not valid JSON" in refusal(command, "allocate", wide, *line, broken)
 
 
+def test_a_quantized_source_is_refused(model: Path, tmp_path: Path, command: Command) -> None:
+    invoke("wint4", model, tmp_path / "out", "--experts-only", "--group-size", 32, "--quiet")
+    err = refusal(command, "allocate", tmp_path / "out", "-o", tmp_path / "r.toml", "--bits", 9, "--quiet")
+    assert "quantized" in err
+    assert not (tmp_path / "r.toml").exists()
+
+
 def test_recipes_name_their_runtime(model: Path, tmp_path: Path, command: Command) -> None:
     rules = '[[rule]]\nrole = "experts"\ncodec = "q4_0"\n'
     (tmp_path / "r.toml").write_text(f'runtime = "llama_cpp"\n{rules}')
