@@ -6,7 +6,11 @@ c: KL divergence in nats per token, as measured for one unit at a time (calibrat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -59,13 +63,34 @@ def solve(units: Units, costs: Costs, budget: int, *, ordered: bool | None = Non
     if units.target.MORE_BITS_FIRST if ordered is None else ordered:
         rows += [LinearConstraint(row, -np.inf, 0) for row in _in_order(units, starts)]
     scale = max(float(cost.max()), 1e-30)
-    found = milp(
-        cost / scale, integrality=np.ones(len(cost)), bounds=Bounds(0, 1), constraints=rows,
-        options={"time_limit": SECONDS, "mip_rel_gap": GAP},
-    )  # fmt: skip
+    with _silent():
+        found = milp(
+            cost / scale, integrality=np.ones(len(cost)), bounds=Bounds(0, 1), constraints=rows,
+            options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+        )  # fmt: skip
     assert found.x is not None, found.message  # the smallest options everywhere are one solution
     chosen = [int(np.argmax(found.x[a:b])) for a, b in pairwise(starts)]
     return allocation(units, costs, chosen)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS now and then prints a line of its own on the process's stdout, whatever `disp` says; that is the place of results."""
+    sys.stdout.flush()
+    try:
+        before = os.dup(1)
+    except OSError:  # closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what it has printed may wait in the C library
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _one_each(sizes: Sequence[int]) -> Any:

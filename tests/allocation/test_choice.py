@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 import random
 import tomllib
 from pathlib import Path
 
 import pytest
+import scipy.optimize
 
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.rtn import RoundToNearest
@@ -54,6 +57,23 @@ def test_no_choice_is_better(runtime: str, seed: int) -> None:
         assert found.kl == pytest.approx(best_of_all(units, costs, budget, ordered=runtime == "fastdeploy"), rel=1e-3)
         free = solve(units, costs, budget, ordered=False)
         assert free.kl <= found.kl * (1 + 1e-3)
+
+
+def test_what_the_solver_prints_is_not_on_stdout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS prints a debugging line in some solves; written at once, or left in the C library's buffer."""
+    original = scipy.optimize.milp
+
+    def chatty(*args: object, **options: object) -> object:
+        os.write(1, b"at once\n")
+        ctypes.CDLL(None).printf(b"later\n")
+        return original(*args, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", chatty)
+    units, costs = some_units(random.Random(0), "vllm")
+    solve(units, costs, units.most)
+    print("result")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "result\n"
 
 
 def test_less_than_the_least_is_refused() -> None:
