@@ -72,7 +72,7 @@ def command(
     from ernie_quant.planning.command import full
     from ernie_quant.planning.gpus import Limits
     from ernie_quant.planning.recipe import KEEP_ALL
-    from ernie_quant.reporting import allocation
+    from ernie_quant.reporting import allocation, curve_page
     from ernie_quant.run import allocate
     from ernie_quant.run.memory import return_freed_memory
     from ernie_quant.sources import open_source
@@ -91,6 +91,7 @@ def command(
     wish = allocate.Wish(
         RUNTIMES.get(runtime, runtime), Budget(size, bits, gpus, Limits(max_model_len=max_model_len)), text, tokens, asked
     )
+    points = [curve_page.achieved_by(file) for file in achieved]
     return_freed_memory()
     source = open_source(src, links=follow_links)
     units = allocate.begin(source, wish, recipe)
@@ -99,9 +100,7 @@ def command(
     drawn = as_json or page is not None
     value = allocate.as_json(allocate.choose(source, units, found, wish, recipe, curve=drawn))
     if page is not None:
-        from ernie_quant.reporting import curve_page
-
-        curve_page.write(value, page, achieved)
+        curve_page.write(value, page, points)
     if as_json:
         print_json(value)
     else:

@@ -16,12 +16,12 @@ SCRIPTS = ("base.js", "table.js", "allocation.js")
 PART = 0.01  # of the residual's energy
 
 
-def write(value: Mapping[str, Any], path: Path, achieved: Sequence[Path] = ()) -> Written:
-    """`value`: JSON of `allocate`; `achieved`: what `eval --save` has kept of results. Raises OutputError or CheckpointError."""
+def write(value: Mapping[str, Any], path: Path, achieved: Sequence[Mapping[str, Any]] = ()) -> Written:
+    """`value`: JSON of `allocate`; `achieved`: points of results. Raises OutputError."""
     return put(path, filled("allocation.html", SCRIPTS, _data(value, achieved)))
 
 
-def _data(value: Mapping[str, Any], achieved: Sequence[Path]) -> dict[str, Any]:
+def _data(value: Mapping[str, Any], achieved: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = [
         {"name": name, "kind": "chosen" if name == allocation.CHOSEN else "uniform", **_point(one)}
         for name, one in allocation.results(value).items()
@@ -33,7 +33,7 @@ def _data(value: Mapping[str, Any], achieved: Sequence[Path]) -> dict[str, Any]:
                 f" {text['tokens']} tokens",
         "notes": value["notes"], "codecs": [], "of_codecs": [],
         "curve": [_point(one) for one in value["curve"]],
-        "rows": [*rows, *map(_achieved, achieved)],
+        "rows": [*rows, *achieved],
         "gains": [
             {"layer": one["layer"], "place": one["place"], "kl": shown(one["kl"] * PART / one["error"])}
             for one in value["gains"]
@@ -51,7 +51,8 @@ def _point(one: Mapping[str, Any]) -> dict[str, Any]:
     return {"bytes": one["bytes"], "kl": shown(one["predicted_kl"])}
 
 
-def _achieved(file: Path) -> dict[str, Any]:
+def achieved_by(file: Path) -> dict[str, Any]:
+    """The point of a result, of what `eval --save` has kept. Raises OutputError or CheckpointError."""
     value = evaluation.read(file)
     kl, nbytes = value["together"]["kl"], value.get("bytes")
     if kl is None or not isinstance(nbytes, int):

@@ -129,6 +129,13 @@ def test_one_line_for_what_cannot_be_done(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_evaluated_is_read_before_anything_long(model: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "e.json").write_text("{}")
+    line = ("allocate", model, "-o", tmp_path / "r.toml", "--bits", 9, "--page", tmp_path / "p.html", "--achieved")
+    assert "is no result of eval" in refusal(command, *line, tmp_path / "e.json", "--quiet")
+    assert not (tmp_path / "r.toml").exists()
+
+
 @pytest.mark.parametrize(
     "line",
     [
