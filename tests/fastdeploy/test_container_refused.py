@@ -76,7 +76,10 @@ def test_a_vl_model_is_refused_and_written_only_with_unsupported(
     source = random_model(tmp_path / "src", layouts.PADDLE, "vl", **VL)
     lines = refusal(command, arguments[0], source, tmp_path / "out", *arguments[1:])
     assert len(lines) == 2
-    assert "has no loader for a WINT2 or WINT4 VL checkpoint: fp8, and wint2 or wint4 with --runtime vllm, make ones that load" in lines[1]
+    assert (
+        "has no loader for a WINT2 or WINT4 VL checkpoint: fp8, and wint2 or wint4 with --runtime vllm, make ones that load"
+        in lines[1]
+    )
     code, out, _ = command(arguments[0], source, tmp_path / "out", *arguments[1:], "--unsupported")
     assert code == 0
     assert "note: FastDeploy has no loader for a WINT2 or WINT4 VL checkpoint" in out
