@@ -66,7 +66,7 @@ ORDER = (
     ("names", "reporting"),
     ("archs",),
     ("runtimes", "sources"),
-    ("weights",),
+    ("weights", "serving"),
     ("planning",),
     ("result", "runners"),
     ("run", "check", "publish"),

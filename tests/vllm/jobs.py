@@ -28,7 +28,7 @@ NEW_TOKENS = 4
 SECONDS = 300  # for one job, on a busy machine
 ENVIRONMENT = {
     "PLAIN_ARITHMETIC": "1",
-    "VLLM_PLUGINS": "plain_arithmetic",
+    "VLLM_PLUGINS": "plain_arithmetic,ernie_quant",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, so that its workers can be asked
     "TORCH_COMPILE_DISABLE": "1",  # vLLM compiles a helper of its logprobs, for seconds in every process
