@@ -66,6 +66,7 @@ def all_offers(wint4_layers: int) -> list[Offer]:
     offers += [_of("wint4", vllm, group_size=group) for group in GROUPS]
     offers += [_of("wint4", vllm, experts_only=True, group_size=group) for group in GROUPS]
     offers += [_of("mxfp4", vllm), _of("mxfp4", vllm, experts_only=True)]
+    offers += [_of("wint2", vllm, wint4_layers=wint4_layers), _of("wint2", vllm, wint4_layers=wint4_layers, experts_only=True)]
     offers.append(_of("paddle", fastdeploy))
     at_load = {"wint8": built_in.all_wint8(), "wint4": built_in.fastdeploy_container("wint4", None)}
     offers += [Offer(words, fastdeploy, at_load[k], at_load=True) for k, words in runtimes.find(fastdeploy).AT_LOAD.items()]

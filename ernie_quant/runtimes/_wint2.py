@@ -28,6 +28,7 @@ METHOD, VERSION = "ernie-wint2", 1  # quant_method, and the version of what this
 KEY = "wint2"  # its entry, beside those of compressed-tensors
 INPUT_ORDER = "cutlass64"  # of the inputs of a group: kernels/ccq_reference.stored_order
 PACKED, LOCAL, CHANNEL = "weight_packed", "weight_scale", "weight_channel_scale"
+PARTS = (PACKED, LOCAL, CHANNEL)
 
 
 def parts(module: str, spec: TensorSpec) -> dict[str, Part]:
@@ -55,7 +56,7 @@ def pack(module: str, encoded: Encoded) -> dict[str, torch.Tensor]:
 
 def unpack(module: str, stored: Mapping[str, torch.Tensor]) -> Encoded:
     """The fields, of the stored tensors of a slab of rows."""
-    return fields(*(stored[f"{module}.{part}"] for part in (PACKED, LOCAL, CHANNEL)))
+    return fields(*(stored[f"{module}.{part}"] for part in PARTS))
 
 
 def fields(packed: torch.Tensor, local: torch.Tensor, channel: torch.Tensor) -> Encoded:
