@@ -49,7 +49,10 @@ class Wint2Experts(FusedMoEMethodBase):  # type: ignore[misc]
                 shared.dp_size > 1 or shared.is_sequence_parallel,
                 "WINT2 experts were not tried with data or sequence parallelism: use --tensor-parallel-size alone",
             ),
-            (moe.activation.value != "silu" or moe.has_bias, f"activation {moe.activation.value}, biases: {moe.has_bias}; not ERNIE's"),
+            (
+                moe.activation.value != "silu" or moe.has_bias,
+                f"activation {moe.activation.value}, biases: {moe.has_bias}; not ERNIE's",
+            ),
         ]
 
     def create_weights(

@@ -30,9 +30,7 @@ def weight(stored: Stored, expert: int) -> torch.Tensor:
     return ccq_reference.decode(fields)
 
 
-def products(
-    x: torch.Tensor, gate_up: Stored, down: Stored, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> torch.Tensor:
+def products(x: torch.Tensor, gate_up: Stored, down: Stored, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)) of each token's experts, weighted and added in float32: bf16 [T, H] of bf16 [T, H].
 
     topk_weights float32 [T, n], topk_ids [T, n]: places in the stored tensors, -1 for an expert that lies on another rank.

@@ -16,7 +16,7 @@ def refuse_unknown(version: str) -> None:
         return
     (low, *_), (*_, high) = sorted(RUN + READ), sorted(RUN + READ)
     raise NeedsError(
-        f"vLLM {version} was not tried with WINT2 experts; this ernie-quant serves them in vLLM {_dotted(low)} to {_dotted(high)}:"
+        f"vLLM {version} was not tried with WINT2 experts; this ernie-quant serves them in {_dotted(low)} to {_dotted(high)}:"
         f" pip install 'vllm>={_dotted(low)},<{high[0]}.{high[1] + 1}', or a newer ernie-quant"
     )
 

@@ -3,7 +3,7 @@
 Started once by matrix.py, for importing vLLM takes longer than loading a small model: reads one job per line from stdin as JSON,
 runs it in a forked process, and answers each with a line. What vLLM prints goes to `job["out"]/log`.
 
-{"folder": "wint4", "out": "wint4-tp2", "tp": 2, "speculate": false, "vocabulary": 1024}
+{"folder": "wint4", "out": "wint4-tp2", "tp": 2, "ep": false, "speculate": false, "vocabulary": 1024}
 -> {"error": "", "seconds": 8.1}; out/logprobs.safetensors, out/target-0.safetensors, out/target-1.safetensors
 """
 
@@ -49,6 +49,8 @@ def run(job: dict[str, Any]) -> None:
     extra: dict[str, Any] = {}
     if job["tp"] > 1:
         extra |= {"tensor_parallel_size": job["tp"], "distributed_executor_backend": "mp"}
+    if job["ep"]:
+        extra["enable_expert_parallel"] = True
     if job["speculate"]:
         extra["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 1}
     if "vision_config" in json.loads(Path(job["folder"], "config.json").read_text()):

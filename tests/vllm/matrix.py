@@ -30,7 +30,7 @@ import models  # noqa: E402
 from cases import CASES, RECIPES, Case, Run  # noqa: E402
 from helpers.models import invoke, tensors  # noqa: E402
 from runtime import Runtime  # noqa: E402
-from table import EXACT, FAILS, WRONG, Result, Verdict, line, markdown, some  # noqa: E402
+from table import EXACT, FAILS, REFUSED, WRONG, Result, Verdict, line, markdown, some  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def judged(made: Made, run: Run, runtime: Runtime, folder: Path) -> Verdict:
     """Load both, and compare."""
     loaded, reference = folder / "of-quantized", folder / "of-plain"
     if error := runtime.load(made.quantized, loaded, run):
-        return Verdict(FAILS, error)
+        return Verdict(REFUSED if run.refused and run.refused in error else FAILS, error)
+    if run.refused:
+        return Verdict("not refused", run.refused)
     if error := runtime.load(made.plain, reference, run):
         return Verdict("no reference", error)
     plain = tensors(made.plain)
@@ -84,8 +86,9 @@ def results(case: Case, runtime: Runtime, work: Path) -> Iterator[Result]:
         return
     for run in case.runs:
         started = time.monotonic()
-        verdict = judged(made, run, runtime, folder / f"tp{run.tp}{'-speculation' * run.speculate}")
-        yield Result(case.name, str(run), verdict, time.monotonic() - started, WRONG if case.damage else EXACT)
+        verdict = judged(made, run, runtime, folder / run.folder)
+        wanted = REFUSED if run.refused else WRONG if case.damage else EXACT
+        yield Result(case.name, str(run), verdict, time.monotonic() - started, wanted)
 
 
 def run_all(cases: Sequence[Case], python: str, keep: Path | None) -> tuple[list[Result], dict[str, str]]:

@@ -31,7 +31,7 @@ class Runtime:
 
     def load(self, folder: Path, out: Path, run: Run) -> str:
         """Load, dump and compute; why that could not be, or ""."""
-        job = {"folder": str(folder), "out": str(out), "tp": run.tp, "speculate": run.speculate}
+        job = {"folder": str(folder), "out": str(out), "tp": run.tp, "speculate": run.speculate, "ep": run.ep}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(job | {"vocabulary": models.SIZES["vocab_size"]}), file=self._process.stdin, flush=True)
