@@ -20,11 +20,11 @@ class Door(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """Of quantization_config in config.json. Raises NeedsError in a vLLM that is not known, ConfigError."""
-        import vllm
+        from vllm.version import __version__
 
         from ernie_quant.serving.versions import refuse_unknown
 
-        refuse_unknown(vllm.__version__)
+        refuse_unknown(__version__)
         from ernie_quant.serving._config import Wint2Config
 
         return Wint2Config.from_config(config)

@@ -5,6 +5,7 @@ vllm-project/vllm, model_executor/layers/fused_moe/fused_moe_method_base.py and 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ernie_quant.serving._loading import Loading
 # how vLLM's loader cuts a tensor for a rank: as the weight, or rows alone
 CUT = {_wint2.PACKED: "group", _wint2.LOCAL: "group", _wint2.CHANNEL: "channel"}
 GATE_UP, DOWN = "w13", "w2"
+TRITON = find_spec("triton") is not None
 
 
 class Wint2Experts(FusedMoEMethodBase):  # type: ignore[misc]
@@ -96,10 +98,30 @@ class Wint2Experts(FusedMoEMethodBase):  # type: ignore[misc]
             raise ErnieQuantError(f"{self.layer_name}: WINT2 experts take no LoRA")
 
     def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_: Any, **__: Any
+        self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_: Any, **__: Any
     ) -> torch.Tensor:
         """[T, H] of [T, H]: what this rank's experts and share of their widths add."""
-        stored = [experts.Stored(*(getattr(layer, f"{prefix}_{kind}") for kind in CUT)) for prefix in (GATE_UP, DOWN)]
+        gate_up, down = (experts.Stored(*(getattr(layer, f"{prefix}_{kind}") for kind in CUT)) for prefix in (GATE_UP, DOWN))
+        if x.device.type == "cuda" and TRITON:
+            return _on_gpu(layer, x, gate_up, down, topk_weights, topk_ids)
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        return experts.products(x, *stored, topk_weights, topk_ids)
+        return experts.products(x, gate_up, down, topk_weights, topk_ids)
+
+
+def _on_gpu(
+    layer: Any,
+    x: torch.Tensor,
+    gate_up: experts.Stored,
+    down: experts.Stored,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> torch.Tensor:
+    from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+
+    from ernie_quant.serving import experts_triton
+
+    def align(ids: torch.Tensor, block: int) -> Any:
+        return moe_align_block_size(ids, block, layer.global_num_experts, layer.expert_map)
+
+    return experts_triton.products(x, gate_up, down, topk_weights, topk_ids, align, layer.expert_map)

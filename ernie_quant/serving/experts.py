@@ -36,10 +36,8 @@ def products(x: torch.Tensor, gate_up: Stored, down: Stored, topk_weights: torch
     topk_weights float32 [T, n], topk_ids [T, n]: places in the stored tensors, -1 for an expert that lies on another rank.
     Reads the ids: no CUDA graph holds it.
     """
-    total = torch.zeros_like(x, dtype=torch.float32)
-    for expert in topk_ids.unique().tolist():
-        if expert < 0:
-            continue
+    total, chosen = torch.zeros_like(x, dtype=torch.float32), set(topk_ids.flatten().tolist())
+    for expert in (place for place in range(len(gate_up.packed)) if place in chosen):
         token, choice = (topk_ids == expert).nonzero(as_tuple=True)
         gate, up = F.linear(x[token], weight(gate_up, expert)).float().chunk(2, -1)
         out = F.linear((F.silu(gate) * up).to(x.dtype), weight(down, expert))

@@ -13,17 +13,17 @@ one sum (contraction is off for the rest), products are rounded to bf16, half to
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ernie_quant.kernels._triton import OPTIONS, cdiv, jit, launch, round_bf16
+from ernie_quant.kernels._triton import cdiv, jit, launch, round_bf16
 from ernie_quant.serving.experts import Stored
 
 BYTES, INPUTS = 32, 128  # of a column, at a time
-MAGIC = tl.constexpr(0x4B000000)  # float32 2^23: or'ed with a small integer it is 2^23 + the integer
+MAGIC = tl.constexpr(0x4B000000)  # float32 2^23: or'ed with a small integer it is 2^23 + the integer, without a conversion
 LANES = 256  # of an elementwise program
 
 Align = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -70,7 +70,7 @@ def products(
 def planes(x: torch.Tensor) -> torch.Tensor:
     """[T, K] with inputs in the order of `_product`: of 128 the 32 that meet values 0, then those of values 1, 2 and 3."""
     # an input is 128 a + 64 group + 16 low + 8 second + 2 high + first; j = 4 high + low, i = 2 second + first
-    return x.view(len(x), -1, 2, 4, 2, 4, 2).permute(0, 1, 4, 6, 2, 5, 3).reshape(x.shape)
+    return x.reshape(len(x), -1, 2, 4, 2, 4, 2).permute(0, 1, 4, 6, 2, 5, 3).reshape(x.shape)
 
 
 def multiplied(
@@ -85,10 +85,8 @@ def multiplied(
     out = torch.empty((choices, columns), dtype=torch.bfloat16, device=x.device)
     grid = (cdiv(columns, tile.columns), len(expert_ids))
     interpreted = x.device.type == "cpu"
-    launch(
-        _product, grid, x, *stored, sorted_ids, expert_ids, used, out, choices, columns, 4 * quarter, top, tile.tokens, tile.columns,
-        interpreted, num_warps=tile.warps,
-    )  # fmt: skip
+    sizes = (choices, columns, 4 * quarter, top, tile.tokens, tile.columns)
+    launch(_product, grid, x, *stored, sorted_ids, expert_ids, used, out, *sizes, interpreted, num_warps=tile.warps)
     return out
 
 
@@ -124,7 +122,7 @@ def _codes(byte, code_scale, code_zero, INTERPRETED: tl.constexpr):  # type: ign
     if INTERPRETED:
         code = (byte.to(tl.float64) * code_scale.to(tl.float64) + code_zero.to(tl.float64)).to(tl.float32)
     else:
-        code = tl.fma(byte.to(tl.float32), code_scale, code_zero)
+        code = tl.fma((byte.to(tl.int32) | MAGIC).to(tl.float32, bitcast=True) - 8388608.0, code_scale, code_zero)
     return tl.floor(code + 0.5).to(tl.int32)
 
 
@@ -147,7 +145,11 @@ def _product(  # type: ignore[no-untyped-def]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < columns
     row = expert * columns + tl.where(there, column, 0)
-    super_scale, code_scale, code_zero = tl.load(channel + 3 * row), tl.load(channel + 3 * row + 1), tl.load(channel + 3 * row + 2)
+    super_scale, code_scale, code_zero = (
+        tl.load(channel + 3 * row),
+        tl.load(channel + 3 * row + 1),
+        tl.load(channel + 3 * row + 2),
+    )
     bytes_ = packed + row[None, :] * (width // 4) + j[:, None]
     scales = local + row * (width // 128)
 
@@ -158,10 +160,12 @@ def _product(  # type: ignore[no-untyped-def]
         scale = tl.where(j[:, None] < 16, round_bf16(even)[None, :], round_bf16(odd)[None, :])
         code = _codes(tl.load(bytes_ + 32 * step), code_scale[None, :], code_zero[None, :], INTERPRETED)
         for i in tl.static_range(4):
-            value = ((code >> (9 - 3 * i)) & 63 | MAGIC).to(tl.float32, bitcast=True) - 8388640.0  # 2^23 + 32
+            # the window stays where it is, and the scale pays for it: both are exact
+            power = 512 >> 3 * i
+            value = (code & 63 * power | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + 32 * power)
             a = tl.load(inputs + 128 * step + 32 * i, mask=taken[:, None], other=0.0)
-            weight = _bf16(value * scale, INTERPRETED)
-            if INTERPRETED:  # whose product takes a bf16 for the integer that its bits are
+            weight = _bf16(value * (scale * (1.0 / power)), INTERPRETED)
+            if INTERPRETED:  # noqa: SIM108 - one of two is compiled; the interpreter takes the bits of a bf16 for an integer
                 total = tl.dot(a.to(tl.float32), weight.to(tl.float32), total)
             else:
                 total = tl.dot(a, weight, total)

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.gpu import kernels_of_the_cpu
 from helpers.paths import ROOT
 
-from ernie_quant import kernels
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.runtimes import _wint2
 from ernie_quant.serving import experts, grouping
@@ -40,6 +41,18 @@ def inputs(tokens: int, hidden: int, top: int, ids: list[int], device: str) -> t
     return x.to(device), torch.rand((tokens, top), generator=random).to(device), chosen.to(device)
 
 
+def weight(weights: Stored, expert: int) -> torch.Tensor:
+    """By the decoder of the CPU, which is compiled."""
+    with kernels_of_the_cpu():
+        return experts.weight(Stored(*(part.cpu() for part in weights)), expert).to(weights.packed.device)
+
+
+def layer(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """`experts.products`."""
+    with kernels_of_the_cpu():
+        return experts.products(x, *rest)
+
+
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     """A step of bf16, which is 2^-8, of the largest in a row; sums have another order."""
     step = wanted.float().abs().amax(-1, keepdim=True) / 256
@@ -60,7 +73,7 @@ def test_a_product(tokens: int, rows: int, width: int, ids: list[int], tile: str
     taken = getattr(experts_triton, tile)
     blocks = grouping.aligned(chosen, taken.tokens, 5)
     found = experts_triton.multiplied(experts_triton.planes(x), weights, blocks, tokens, 1, taken)
-    wanted = torch.stack([F.linear(x[t].float(), experts.weight(weights, int(chosen[t])).float()) for t in range(tokens)])
+    wanted = torch.stack([F.linear(x[t].float(), weight(weights, int(chosen[t])).float()) for t in range(tokens)])
     assert (found.float() - wanted).abs().max() <= wanted.abs().max() / 256
     assert close(found, wanted.bfloat16())
 
@@ -74,7 +87,7 @@ def test_the_weights_are_those_of_the_decoder_to_the_bit(device: str) -> None:
     chosen = torch.ones((384, 1), dtype=torch.int32, device=device)
     blocks = grouping.aligned(chosen, experts_triton.MANY.tokens, 2)
     found = experts_triton.multiplied(experts_triton.planes(x), weights, blocks, 384, 1, experts_triton.MANY)
-    assert torch.equal(found.T, experts.weight(weights, 1))
+    assert torch.equal(found.T, weight(weights, 1))
     assert len(found.unique()) > 1000
 
 
@@ -88,7 +101,7 @@ def test_a_layer(tokens: int, hidden: int, width: int, top: int, count: int, dev
     gate_up, down = stored(count, 2 * width, hidden, 2, device), stored(count, hidden, width, 3, device)
     x, weights, chosen = inputs(tokens, hidden, top, list(range(count - 1)), device)
     found = experts_triton.products(x, gate_up, down, weights, chosen, lambda ids, block: grouping.aligned(ids, block, count))
-    assert close(found, experts.products(x, gate_up, down, weights, chosen))
+    assert close(found, layer(x, gate_up, down, weights, chosen))
     assert found.abs().min() > 0 or found.abs().max() > 0.1
 
 
@@ -104,22 +117,23 @@ def test_experts_of_other_ranks_add_nothing(device: str) -> None:
         return sorted_ids, here[blocks.long()], used
 
     found = experts_triton.products(x, gate_up, down, weights, chosen, align, here)
-    assert close(found, experts.products(x, gate_up, down, weights, here[chosen.long()]))
+    assert close(found, layer(x, gate_up, down, weights, here[chosen.long()]))
 
 
 def test_what_the_codec_writes(device: str) -> None:
     """Not random bytes: a weight, its bytes as they lie in a file, and the product with what they decode to."""
     from ernie_quant.serving import experts_triton
 
-    codec = ConvolutionalCode(1)
-    weight = torch.randn((64, 128), generator=torch.Generator().manual_seed(4)).mul(0.02).bfloat16()
-    encoded = codec.encode(weight)
+    codec, gaussian = ConvolutionalCode(1), torch.randn((64, 128), generator=torch.Generator().manual_seed(4))
+    with kernels_of_the_cpu():
+        encoded = codec.encode(gaussian.mul(0.02).bfloat16())
+        decoded = codec.decode(encoded)
     parts = _wint2.pack("w", encoded)
-    layer = Stored(*(parts[f"w.{kind}"][None].to(device) for kind in ("weight_packed", "weight_scale", "weight_channel_scale")))
+    weights = Stored(*(parts[f"w.{kind}"][None].to(device) for kind in ("weight_packed", "weight_scale", "weight_channel_scale")))
     x, _, chosen = inputs(3, 128, 1, [0], device)
     blocks = grouping.aligned(chosen, 16, 1)
-    found = experts_triton.multiplied(experts_triton.planes(x), layer, blocks, 3, 1, experts_triton.FEW)
-    assert close(found, F.linear(x, codec.decode(encoded).to(device)))
+    found = experts_triton.multiplied(experts_triton.planes(x), weights, blocks, 3, 1, experts_triton.FEW)
+    assert close(found, F.linear(x, decoded.to(device)))
 
 
 def test_tokens_are_grouped_by_their_experts() -> None:
@@ -142,13 +156,6 @@ def test_blocks_are_enough_whatever_the_experts(choices: int) -> None:
         for block, expert in zip(found, expert_ids, strict=False):
             assert {int(ids[c]) for c in block[block < choices]} == {int(expert)}
         assert (sorted_ids[int(used) :] == choices).all()
-
-
-def test_the_decoders_of_the_two_devices_are_one(device: str) -> None:
-    """`experts.weight` asks `kernels.of`, as the codec does."""
-    weights = stored(1, 8, 128, 9, device)
-    fields = _wint2.fields(*(part[0] for part in weights))
-    assert torch.equal(experts.weight(weights, 0), kernels.of("ccq", fields["codes"]).decode(fields))
 
 
 @pytest.mark.slow
