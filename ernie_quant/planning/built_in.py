@@ -150,9 +150,9 @@ def _wint(bits: int, scale: str) -> Codec:
 
 
 def _kept(name: str) -> Recipe:
-    from ernie_quant.planning.recipe import KEEP_ALL
+    from ernie_quant.planning.recipe import CONVERT
 
-    return KEEP_ALL
+    return CONVERT
 
 
 def _wint4_container(name: str, *, scale: str) -> Recipe:

@@ -68,14 +68,18 @@ def wint2(
     name: str, *, wint4_layers: int, effort: int, group_size: int | str, scale: str, experts_only: bool, mtp: bool,
     keep_unfit: bool,
 ) -> Recipe:  # fmt: skip
-    """WINT2 experts, int4 in groups for those of the first layers, int8 per channel for every other linear."""
+    """WINT2 experts, int4 in groups for those of the first layers, int8 per channel for every other linear.
+
+    Per channel, without the lowest code: FastDeploy's container holds that too.
+    """
     from ernie_quant import codecs
     from ernie_quant.codecs.rtn import CHANNEL
     from ernie_quant.names import EXPERT_ROLES, MTP, QUANTIZABLE, ROLES
     from ernie_quant.planning.recipe import Recipe, RecipeRule
 
-    int4 = codecs.make("rtn", {"bits": 4, "group_size": group_size, "scale": scale})
-    int8 = codecs.make("rtn", {"bits": 8, "group_size": CHANNEL, "scale": scale})
+    channel = {"group_size": CHANNEL, "scale": scale, "full_range": False}
+    int4 = codecs.make("rtn", {"bits": 4, **(channel if group_size == CHANNEL else {"group_size": group_size, "scale": scale})})
+    int8 = codecs.make("rtn", {"bits": 8, **channel})
     hint = "this model has no experts; wint2 is for those that have"
     rules = two_forms(int4, wint4_layers, effort=effort, if_unused=hint, if_taken=none_left(wint4_layers, "wint4 --runtime vllm"))
     roles = () if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and r not in (*EXPERT_ROLES, MTP))

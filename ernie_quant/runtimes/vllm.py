@@ -86,7 +86,7 @@ def problems(linears: Sequence[Linear]) -> list[str]:
         if isinstance(li.codec, RoundToNearest) and (li.codec.bits not in BITS or li.codec.group_size not in GROUPS)
     ]
     misfits += [
-        f"{li.name}: WINT2 is for routed experts, which the plug-in for vLLM decodes; another codec, or keep it"
+        f"{li.name}: {li.codec.describe()} is for routed experts, which the plug-in for vLLM decodes; another codec, or keep it"
         for li in linears
         if isinstance(li.codec, ConvolutionalCode) and li.role not in EXPERT_ROLES
     ]
