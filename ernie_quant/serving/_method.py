@@ -106,7 +106,20 @@ class Wint2Experts(FusedMoEMethodBase):  # type: ignore[misc]
             return _on_gpu(layer, x, gate_up, down, topk_weights, topk_ids)
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        return experts.products(x, gate_up, down, topk_weights, topk_ids)
+        found: torch.Tensor = _one_by_one(x, list(gate_up), list(down), topk_weights, topk_ids)
+        return found
+
+
+def _products(
+    x: torch.Tensor, gate_up: list[torch.Tensor], down: list[torch.Tensor], topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    return experts.products(x, experts.Stored(*gate_up), experts.Stored(*down), topk_weights, topk_ids)
+
+
+# On a CPU vLLM compiles what it calls here (runner/moe_runner.py, _select_forward); this is nothing that torch could compile
+_SCHEMA = "(Tensor x, Tensor[] gate_up, Tensor[] down, Tensor topk_weights, Tensor topk_ids) -> Tensor"
+_one_by_one: Any = torch.library.custom_op("ernie_quant::wint2_experts", _products, mutates_args=(), schema=_SCHEMA)
+_one_by_one.register_fake(lambda x, gate_up, down, topk_weights, topk_ids: torch.empty_like(x))
 
 
 def _on_gpu(

@@ -167,3 +167,16 @@ def test_it_is_built_without_spills(tmp_path: Path) -> None:
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 12
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    """A small layer, in the interpreter, to the table."""
+    pytest.importorskip("triton", reason="Triton is not installed; there is none for this system")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, ROOT / "benchmarks/wint2_moe.py", "--tiny", "--tokens", "1", "33", "--table", tmp_path / "table.md"]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    cells = [row.split(" | ") for row in (tmp_path / "table.md").read_text().splitlines()[4:]]
+    assert [row[:2] for row in cells] == [["| tiny", "1"], ["| tiny", "33"]]
+    assert all("eager" in cell for row in cells for cell in row[3:])
