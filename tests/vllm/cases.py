@@ -13,14 +13,15 @@ class Run:
     speculate: bool = False
     ep: bool = False  # ranks have whole experts, not shares of each
     refused: str = ""  # vLLM must not start, and say this
+    stock: bool = False  # as users start it: nothing replaced, compiled, workers spawned
 
     def __str__(self) -> str:
-        return f"TP {self.tp}{', speculation' * self.speculate}{', whole experts' * self.ep}"
+        return f"TP {self.tp}{', speculation' * self.speculate}{', whole experts' * self.ep}{', as users do' * self.stock}"
 
     @property
     def folder(self) -> str:
         """A name for what it leaves."""
-        return f"tp{self.tp}{'-speculation' * self.speculate}{'-ep' * self.ep}"
+        return f"tp{self.tp}{'-speculation' * self.speculate}{'-ep' * self.ep}{'-stock' * self.stock}"
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ CASES = [
     *_cases("vl", TEXT, "mxfp4 --experts-only", "mxfp4"),
     *_cases("wide", TEXT, "wint4 --activations fp8 --experts-only", "wint4 --activations fp8"),
     *_cases("vl", (Run(1),), "wint4 --activations fp8"),
-    *_cases("moe", EXPERTS, f"{WINT2} --wint4-layers 0 --experts-only", f"{WINT2} --wint4-layers 2"),
+    *_cases("moe", EXPERTS, ALL_WINT2, f"{WINT2} --wint4-layers 2"),
+    *_cases("mtp", (Run(2, stock=True),), ALL_WINT2),  # minutes: vLLM compiles
     _recipe("moe", TEXT, "wint2-first"),
     *_cases("mtp", MTP, f"{WINT2} --wint4-layers 0 --mtp"),
     *_cases("vl", EXPERTS, f"{WINT2} --wint4-layers 2"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-EXACT, WRONG, FAILS, REFUSED = "exact", "wrong values", "fails", "refused"
+EXACT, WRONG, FAILS, REFUSED, CLOSE = "exact", "wrong values", "fails", "refused", "close"
 CPUINFO = Path("/proc/cpuinfo")
 
 
