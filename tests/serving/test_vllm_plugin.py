@@ -19,8 +19,8 @@ from ernie_quant import serving
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.errors import CheckpointError, NeedsError
 from ernie_quant.runtimes import _wint2
-from ernie_quant.serving import versions
-from ernie_quant.serving._loading import Loading
+from ernie_quant.serving import vllm_versions as versions
+from ernie_quant.serving.vllm_loading import Loading
 
 # --- registering ---------------------------------------------------------------------------------------------------------
 
@@ -55,8 +55,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for parent in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
         monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
     monkeypatch.setitem(sys.modules, "vllm.version", version)
-    monkeypatch.delitem(sys.modules, "ernie_quant.serving._door", raising=False)
-    monkeypatch.delattr(serving, "_door", raising=False)
+    monkeypatch.delitem(sys.modules, "ernie_quant.serving.vllm_door", raising=False)
+    monkeypatch.delattr(serving, "vllm_door", raising=False)
     return known
 
 

@@ -31,13 +31,13 @@ def blocks(codes: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor
     return _times(codes.float(), rows, block)
 
 
-FLOAT4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def float4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def mxfp4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """w = code * 2^(v - 127), [..., out, in], of uint8 [..., out, in/2], the even input in the low nibble, and v of 32."""
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
-    values = FLOAT4[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    values = E2M1[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
     return _times(values, torch.exp2(scale.float() - 127), 32)
 
 

@@ -1,4 +1,4 @@
-"""Routed experts: integers, float4, both forms of float8 blocks, and those that are not quantized; WINT2 has its own plug-in."""
+"""Routed experts: integers, MXFP4, both forms of float8 blocks, and those that are not quantized; WINT2 has its own plug-in."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def replace() -> None:
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as plain
     from vllm.model_executor.layers.quantization import fp8
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-        compressed_tensors_moe_w4a4_mxfp4 as ct_float4,
+        compressed_tensors_moe_w4a4_mxfp4 as ct_mxfp4,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w4a8_fp8 as ct_integers_float8,
@@ -53,7 +53,7 @@ def replace() -> None:
     ct_integers_float8.select_w4a8_moe_backend = lambda **kwargs: (None, None)
     _compute_plainly(ct_integers.CompressedTensorsWNA16MoEMethod, _decode_integers)
     _compute_plainly(ct_integers_float8.CompressedTensorsW4A8Fp8MoEMethod, _decode_integers)
-    _compute_plainly(ct_float4.CompressedTensorsW4A4Mxfp4MoEMethod, _decode_float4)
+    _compute_plainly(ct_mxfp4.CompressedTensorsW4A4Mxfp4MoEMethod, _decode_mxfp4)
     _compute_plainly(ct_float8.CompressedTensorsW8A8Fp8MoEMethod, _decode_float8)
     _compute_plainly(fp8.Fp8MoEMethod, _decode_float8)
     _compute_plainly(plain.UnquantizedFusedMoEMethod, lambda self, layer: None)
@@ -78,10 +78,10 @@ def _decode_integers(self: Any, layer: nn.Module) -> None:
     become_plain(layer, decoded, tuple(f"{w}_weight_{part}" for w in (W13, W2) for part in ("packed", "scale", "shape")))
 
 
-def _decode_float4(self: Any, layer: nn.Module) -> None:
+def _decode_mxfp4(self: Any, layer: nn.Module) -> None:
     """`wN_weight_packed` and `wN_weight_scale` to `wN_weight`."""
     decoded = {
-        f"{w}_weight": decode.float4(getattr(layer, f"{w}_weight_packed"), getattr(layer, f"{w}_weight_scale")) for w in (W13, W2)
+        f"{w}_weight": decode.mxfp4(getattr(layer, f"{w}_weight_packed"), getattr(layer, f"{w}_weight_scale")) for w in (W13, W2)
     }
     become_plain(layer, decoded, tuple(f"{w}_weight_{part}" for w in (W13, W2) for part in ("packed", "scale")))
 

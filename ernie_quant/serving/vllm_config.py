@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 
 from ernie_quant.errors import ConfigError
 from ernie_quant.runtimes import _wint2
-from ernie_quant.serving._method import Wint2Experts
+from ernie_quant.serving.vllm_method import Wint2Experts
 
 MIN_CAPABILITY = 80  # bf16 in tensor cores
 

@@ -15,17 +15,17 @@ METHOD = "ernie-wint2"  # runtimes/_wint2.METHOD, which would bring codecs along
 
 
 class Door(QuantizationConfig):  # type: ignore[misc]
-    """Never made; its one method makes a `_config.Wint2Config`."""
+    """Never made; its one method makes a `vllm_config.Wint2Config`."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """Of quantization_config in config.json. Raises NeedsError in a vLLM that is not known, ConfigError."""
         from vllm.version import __version__
 
-        from ernie_quant.serving.versions import refuse_unknown
+        from ernie_quant.serving.vllm_versions import refuse_unknown
 
         refuse_unknown(__version__)
-        from ernie_quant.serving._config import Wint2Config
+        from ernie_quant.serving.vllm_config import Wint2Config
 
         return Wint2Config.from_config(config)
 

@@ -19,7 +19,7 @@ from ernie_quant.dtypes import torch_dtype
 from ernie_quant.errors import ConfigError, ErnieQuantError
 from ernie_quant.runtimes import _wint2
 from ernie_quant.serving import experts
-from ernie_quant.serving._loading import Loading
+from ernie_quant.serving.vllm_loading import Loading
 
 # how vLLM's loader cuts a tensor for a rank: as the weight, or rows alone
 CUT = {_wint2.PACKED: "group", _wint2.LOCAL: "group", _wint2.CHANNEL: "channel"}
