@@ -3,8 +3,9 @@
 python tests/gpu/build_wint2_experts.py     # TRITON_INTERPRET must not be 1
 
 As a launch would: pointers and widths are multiples of 16. Prints a line for each: registers of a thread, bytes that it
-spills, what multiplies. Ends with code 1 where one spills, where a product is not one of tensor cores, or where arithmetic is
-rounded otherwise than it must be: only codes are fused multiply-adds, and bf16 is rounded to the nearest.
+spills, what multiplies, instructions of the inner loop. Ends with code 1 where one spills, where a product is not one of tensor
+cores, or where arithmetic is rounded otherwise than it must be: only codes are fused multiply-adds, and bf16 is rounded to the
+nearest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from triton.compiler import ASTSource
 
 from ernie_quant.kernels import _triton
 from ernie_quant.serving import experts_triton
-from ernie_quant.serving.experts_triton import FEW, LANES, MANY
+from ernie_quant.serving.experts_triton import FEW, INPUTS, LANES, MANY
 
 TYPES = {
     "x": "*bf16", "packed": "*u8", "local": "*u8", "channel": "*fp32", "sorted_ids": "*i32", "expert_ids": "*i32", "used": "*i32",
@@ -54,6 +55,25 @@ def resources(built: Any) -> tuple[int, int]:
     assert stack, said
     assert local, said
     return int(registers[1]), int(stack[1]) + int(local[1])
+
+
+def instructions(built: Any) -> int:
+    """Of the loop over inputs, for a thread: from a label to the branch that leads back to it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP.with_name("nvdisasm"), "-c", file.name]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    labels: dict[str, int] = {}
+    count, loops = 0, [0]
+    for line in lines:
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.search(r"/\*[0-9a-f]{4,}\*/\s+[@A-Z]", line):
+            count += 1
+            if (back := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and back[1] in labels:
+                loops.append(count - labels[back[1]])
+    return max(loops[:-1])  # the last is where a program stands still
 
 
 def wrong(ptx: str, product: bool) -> str:
@@ -89,6 +109,11 @@ def main() -> int:
             registers, spilled = resources(built)
             product = kernel is experts_triton._product
             by = sorted({found.split(".")[0] for found in PRODUCT.findall(ptx)})
+            if product:
+                tile = FEW if warps == FEW.warps else MANY
+                by.append(
+                    f"{instructions(built) / (INPUTS * tile.columns / (32 * warps)):.1f} instructions of a thread for a weight,"
+                )
             problem = "spills" if spilled else wrong(ptx, product)
             print(
                 f"sm{capability} {kernel.__name__} {what}: {registers} registers, {spilled} B spilled {' '.join(by)} {problem}",
