@@ -23,7 +23,7 @@ VLLM = "vLLM >= 0.13"
 # forms of newer versions: the oldest whose loader was read
 NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32"}
 FLOAT8_INPUTS = "vLLM >= 0.33, on Hopper"
-WINT2 = "vLLM 0.32 or 0.33, with ernie-quant in the same environment"
+WINT2 = f"vLLM {wint2.vllm_versions()}, with ernie-quant in the same environment"
 LLAMA_CPP = "llama.cpp (tried: b11549)"
 FD_SOURCES = {"hf": "HUGGINGFACE", "modelscope": "MODELSCOPE", "aistudio": "AISTUDIO"}  # FD_MODEL_SOURCE (FastDeploy, envs.py)
 

@@ -29,6 +29,7 @@ KEY = "wint2"  # its entry, beside those of compressed-tensors
 INPUT_ORDER = "cutlass64"  # of the inputs of a group: kernels/ccq_reference.stored_order
 PACKED, LOCAL, CHANNEL = "weight_packed", "weight_scale", "weight_channel_scale"
 PARTS = (PACKED, LOCAL, CHANNEL)
+VLLM_RUN, VLLM_READ = ((0, 32),), ((0, 33),)  # versions that our plug-in was run in, and whose sources have what it calls
 
 
 def parts(module: str, spec: TensorSpec) -> dict[str, Part]:
@@ -71,6 +72,12 @@ def fields(packed: torch.Tensor, local: torch.Tensor, channel: torch.Tensor) -> 
         "code_scale": code_scale.contiguous(),
         "code_zp": code_zp.contiguous(),
     }
+
+
+def vllm_versions() -> str:
+    """`0.32 to 0.33`."""
+    known = sorted(VLLM_RUN + VLLM_READ)
+    return " to ".join(".".join(map(str, version)) for version in dict.fromkeys((known[0], known[-1])))
 
 
 def entry(targets: Sequence[str]) -> dict[str, Any]:

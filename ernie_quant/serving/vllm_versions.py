@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from ernie_quant.errors import NeedsError
-
-RUN, READ = ((0, 32),), ((0, 33),)  # RUN: `make test-vllm`; READ: the same calls in its sources
+from ernie_quant.runtimes._wint2 import VLLM_READ as READ
+from ernie_quant.runtimes._wint2 import VLLM_RUN as RUN
+from ernie_quant.runtimes._wint2 import vllm_versions
 
 
 def refuse_unknown(version: str) -> None:
@@ -16,10 +17,6 @@ def refuse_unknown(version: str) -> None:
         return
     (low, *_), (*_, high) = sorted(RUN + READ), sorted(RUN + READ)
     raise NeedsError(
-        f"vLLM {version} was not tried with WINT2 experts; this ernie-quant serves them in {_dotted(low)} to {_dotted(high)}:"
-        f" pip install 'vllm>={_dotted(low)},<{high[0]}.{high[1] + 1}', or a newer ernie-quant"
+        f"vLLM {version} was not tried with WINT2 experts; this ernie-quant serves them in {vllm_versions()}:"
+        f" pip install 'vllm>={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}', or a newer ernie-quant"
     )
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
