@@ -65,12 +65,15 @@ def all_offers(wint4_layers: int) -> list[Offer]:
         offers += [_of(name, vllm), _of(name, vllm, experts_only=True)]
     offers += [_of("wint4", vllm, group_size=group) for group in GROUPS]
     offers += [_of("wint4", vllm, experts_only=True, group_size=group) for group in GROUPS]
-    offers += [_of("mxfp4", vllm), _of("mxfp4", vllm, experts_only=True)]
+    for name, options in (("wint4", {"activations": "fp8"}), ("mxfp4", {}), ("nvfp4", {})):
+        offers += [_of(name, vllm, **options), _of(name, vllm, experts_only=True, **options)]
+    with_text = [_of("nvfp4", vllm, activations="fp4"), _of("nvfp4", vllm, activations="fp4", experts_only=True)]
+    offers += [replace(offer, words=f"{offer.words} --calibration auto") for offer in with_text]  # it is nothing without
     offers.append(_of("paddle", fastdeploy))
     at_load = {"wint8": built_in.all_wint8(), "wint4": built_in.fastdeploy_container("wint4", None)}
     offers += [Offer(words, fastdeploy, at_load[k], at_load=True) for k, words in runtimes.find(fastdeploy).AT_LOAD.items()]
     offers.append(_of("wint4", fastdeploy))
-    offers.append(replace(_of("w4a8", fastdeploy), words="w4a8 --calibration auto"))  # it is nothing without
+    offers.append(replace(_of("w4a8", fastdeploy), words="w4a8 --calibration auto"))
     offers.append(_of("wint2", fastdeploy, wint4_layers=wint4_layers))
     return offers + [_of("gguf", llama_cpp, type=kind) for kind in GGUF]
 

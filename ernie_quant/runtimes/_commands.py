@@ -20,7 +20,8 @@ SPECIAL = set('"$`\\!')  # to a shell, in double quotes
 # vLLM 0.12 looks for experts under "Linear" (compressed_tensors_moe.py), which no config.json of this tool has
 VLLM = "vLLM >= 0.13"
 # forms of newer versions: the oldest whose loader was read
-NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32"}
+NVFP4 = "nvfp4-pack-quantized"
+NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32", NVFP4: "vLLM >= 0.32"}
 FLOAT8_INPUTS = "vLLM >= 0.33, on Hopper"
 # up to 5.12 experts in integers are left random without a word; fp8 fails in 5.8 and in 5.16.0 (each tried)
 TRANSFORMERS = "transformers >= 5.17"
@@ -110,11 +111,12 @@ def is_vl(config: Mapping[str, Any]) -> bool:
 
 
 def _one_form_of_experts(config: Mapping[str, Any]) -> bool:
-    """Does one group of config.json speak of the routed experts of all layers, none of inputs? See `transformers.problems`."""
+    """Does one group of config.json speak of the routed experts of all layers, none of inputs or NVFP4? See
+    `transformers.problems`."""
     entry = config.get("quantization_config", {})
     if entry.get("quant_method") != COMPRESSED_TENSORS:
         return True
-    if any(map(_for_float8_inputs, entry["config_groups"].values())):
+    if any(_for_float8_inputs(group) or group["format"] == NVFP4 for group in entry["config_groups"].values()):
         return False
     if "moe_num_experts" not in config:
         return True

@@ -14,12 +14,11 @@ from typing import Any
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, Float8Block
 from ernie_quant.codecs.keep import KEEP
-from ernie_quant.codecs.mxfp4 import GROUP, Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import EXPERT_ROLES
-from ernie_quant.runtimes import Linear, _modules, _w4afp8
+from ernie_quant.runtimes import Linear, _float4, _modules, _w4afp8
 from ernie_quant.runtimes._patterns import covers
 
 # blocks of weights, and what kernels do to the activations that they meet (vllm, compressed_tensors_w8a8_fp8.py)
@@ -40,16 +39,6 @@ FLOAT8 = {
         "group_size": BLOCK,
         "dynamic": True,
     },
-}
-# powers of two per group; the scale's dtype is what tells it from plain float4 (compressed-tensors, mxfp4)
-FLOAT4 = {
-    "num_bits": 4,
-    "type": "float",
-    "symmetric": True,
-    "strategy": "group",
-    "group_size": GROUP,
-    "dynamic": False,
-    "scale_dtype": "torch.uint8",
 }
 
 
@@ -91,8 +80,8 @@ def _scheme(codec: Codec) -> dict[str, Any]:
     """A group without its targets. `format` stands in each: vLLM has no fallback to the global one."""
     if isinstance(codec, Float8Block):
         return {"format": "float-quantized", **FLOAT8}
-    if isinstance(codec, Float4Group):
-        return {"format": "mxfp4-pack-quantized", "weights": FLOAT4}
+    if isinstance(codec, _float4.FORMS):
+        return _float4.scheme(codec)
     assert isinstance(codec, RoundToNearest), codec
     per_channel = codec.group_size == CHANNEL
     weights = {
@@ -136,8 +125,8 @@ def _compiled(patterns: Sequence[str]) -> re.Pattern[str]:
 def _codec(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Codec:
     if weights == FLOAT8["weights"]:
         return Float8Block(COMPRESSED_TENSORS)
-    if weights == FLOAT4:
-        return Float4Group()
+    if (found := _float4.codec_of(weights, inputs)) is not None:
+        return found
     if weights["type"] != "int":
         raise ValueError(f"weights of type {weights['type']}, {weights['strategy']}")
     if inputs is not None:

@@ -13,6 +13,7 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
+from ernie_quant.codecs.nvfp4 import NvFloat4
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import ConfigError
@@ -30,7 +31,7 @@ def _stored(codec: Codec) -> tuple[str, Any, Any]:
     match codec:
         case Float8Block(quant_method=method):
             return method, 8, BLOCK
-        case Float4Group() | Weight4Float8():
+        case Float4Group() | NvFloat4() | Weight4Float8():
             return COMPRESSED_TENSORS, codec.form, None
         case RoundToNearest(bits=bits, group_size=group):
             return COMPRESSED_TENSORS, bits, group

@@ -3,7 +3,7 @@
 Float8 blocks of VL models are compressed-tensors `float-quantized`: vLLM's reader of `fp8` skips a layer whose name begins the
 name of a kept one, and `text_experts` begins that of its router, `text_experts_gate` (quant_utils.py, is_layer_skipped).
 
-Formats: vllm-project/compressed-tensors (compressors/pack_quantized, mxfp4), vllm-project/vllm
+Formats: vllm-project/compressed-tensors (compressors/pack_quantized), _float4.py, vllm-project/vllm
 (model_executor/layers/quantization/compressed_tensors, .../fp8.py), huggingface/transformers (integrations/finegrained_fp8.py).
 """
 
@@ -22,10 +22,13 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
+from ernie_quant.codecs.nvfp4 import NvFloat4
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
+from ernie_quant.codecs.w4a4 import NvFloat4Inputs
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.names import EXPERT_ROLES, IN, MTP, QUANTIZABLE, VISION_EXPERT
 from ernie_quant.runtimes import About, Linear, Part, Place, Spread, _advice, _commands, _modules, kept
+from ernie_quant.runtimes import _float4 as float4
 from ernie_quant.runtimes import _promise as promise
 from ernie_quant.runtimes import _usual as usual
 from ernie_quant.runtimes import _w4afp8 as w4afp8
@@ -39,19 +42,19 @@ if TYPE_CHECKING:
 LAYOUT, FORMAT = "pt", "safetensors"
 ROWS = 1
 CONFIG: dict[str, Any] = {}
-RECIPES = ("pt", "wint4", "wint8", "fp8", "mxfp4")
+RECIPES = ("pt", "wint4", "wint8", "fp8", "mxfp4", "nvfp4")
 VERSION = 1
 TAGS = ("vllm",)
 PROGRAM, PARALLEL, AT_LOAD = "vLLM", (TENSOR, EXPERTS, STAGES), {"fp8": "--quantization fp8"}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 MORE_BITS_FIRST = False
-CODECS = (Keep, RoundToNearest, Float8Block, Float4Group, Weight4Float8)
+CODECS = (Keep, RoundToNearest, Float8Block, Float4Group, NvFloat4, NvFloat4Inputs, Weight4Float8)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
 model_problems, stem, fallback, notes = usual.model_problems, usual.stem, usual.fallback, _advice.notes
 quantization_config, codecs_of, misread = promise.quantization_config, promise.codecs_of, promise.misread
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", "weight")
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", *float4.GLOBAL, "weight")
 
 
 def folder(role: str) -> str:
@@ -90,10 +93,8 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
                 f"{module}.weight_scale": Part(codec.specs(spec)["scale"], 0, None if group == CHANNEL else 1),
                 f"{module}.weight_shape": Part(TensorSpec((2,), "I64"), None, None),
             }
-        case Float4Group():
-            out, width = spec.shape
-            packed = Part(TensorSpec((out, width // 2), "U8"), 0, 1)
-            return {f"{module}.weight_packed": packed, f"{module}.weight_scale": Part(codec.specs(spec)["scale"], 0, 1)}
+        case Float4Group() | NvFloat4():
+            return float4.parts(module, codec, spec)
         case Float8Block():
             fields = codec.specs(spec)
             return {f"{module}.weight": Part(fields["codes"], 0, 1), f"{module}.{_scale(codec)}": Part(fields["scale"], 0, 1)}
@@ -102,13 +103,13 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
 
 
 def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[str, torch.Tensor]:
-    """`weight_shape`: the [out, in] that packing hides."""
+    """`weight_shape`: the [out, in] that packing hides; numbers for a whole weight."""
     import torch
 
     module = name.removesuffix(".weight")
     if isinstance(codec, RoundToNearest):
         return {f"{module}.weight_shape": torch.tensor(spec.shape, dtype=torch.int64)}
-    return {}
+    return float4.constants(module, codec, once) if isinstance(codec, float4.FORMS) else {}
 
 
 def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
@@ -120,9 +121,8 @@ def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
                 f"{module}.weight_packed": kernels.of("packing", encoded["codes"]).pack(encoded["codes"], bits),
                 f"{module}.weight_scale": encoded["scale"],
             }
-        case Float4Group():
-            packed = kernels.of("packing", encoded["codes"]).pack_nibbles(encoded["codes"])
-            return {f"{module}.weight_packed": packed, f"{module}.weight_scale": encoded["scale"]}
+        case Float4Group() | NvFloat4():
+            return float4.pack(module, codec, encoded)
         case Float8Block():
             return {f"{module}.weight": encoded["codes"], f"{module}.{_scale(codec)}": encoded["scale"]}
     return {name: encoded["weight"]}
@@ -137,10 +137,8 @@ def unpack(name: str, codec: Codec, stored: Mapping[str, torch.Tensor]) -> Encod
             packed = stored[f"{module}.weight_packed"]
             codes = kernels.of("packing", packed).unpack(packed, bits, columns)
             return {"codes": codes, "scale": stored[f"{module}.weight_scale"]}
-        case Float4Group():
-            packed = stored[f"{module}.weight_packed"]
-            codes = kernels.of("packing", packed).unpack_nibbles(packed)
-            return {"codes": codes, "scale": stored[f"{module}.weight_scale"]}
+        case Float4Group() | NvFloat4():
+            return float4.unpack(module, stored)
         case Float8Block():
             return {"codes": stored[f"{module}.weight"], "scale": stored[f"{module}.{_scale(codec)}"]}
     return {"weight": stored[name]}
@@ -164,7 +162,7 @@ def problems(linears: Sequence[Linear]) -> list[str]:
         for li in linears
         if isinstance(li.codec, RoundToNearest) and (li.codec.bits not in BITS or li.codec.group_size not in GROUPS)
     ]
-    return misfits + w4afp8.problems(linears) + unknown(linears) + mixed(linears)
+    return misfits + w4afp8.problems(linears) + float4.problems(linears) + unknown(linears) + mixed(linears)
 
 
 def unknown(linears: Sequence[Linear]) -> list[str]:
@@ -180,6 +178,14 @@ def layer_of(name: str, role: str) -> str:
     """qkv_proj, gate_up_proj, or all experts of a layer."""
     module = name.removesuffix(".weight")
     return re.sub(r"experts\.\d+\.\w+$", role, module) if role in EXPERT_ROLES else _modules.fused(module)
+
+
+def one_scale(name: str) -> str:
+    """qkv_proj, or the gate_up_proj of one expert: vLLM takes the global scale of one part for all.
+
+    (compressed_tensors_moe_w4a4_nvfp4.py, schemes/compressed_tensors_w4a4_nvfp4.py, process_weights_after_loading.)
+    """
+    return _modules.fused(name.removesuffix(".weight"))
 
 
 alike = layer_of
@@ -221,9 +227,9 @@ def share_multiple(linear: Linear) -> int:
         case RoundToNearest(group_size=group) if linear.ranks == IN:
             tile = TILE if linear.role in EXPERT_ROLES else DENSE_TILE
             return math.lcm(tile, 1 if group == CHANNEL else int(group))
-        case Float4Group() if linear.ranks == IN:
+        case Float4Group() | NvFloat4() if linear.ranks == IN:
             return TILE if linear.role in EXPERT_ROLES else DENSE_TILE
-        case RoundToNearest() | Float4Group():
+        case RoundToNearest() | Float4Group() | NvFloat4():
             return TILE
         case Float8Block():
             return BLOCK
