@@ -19,7 +19,7 @@ from ernie_quant.planning import packed
     "--activations", type=click.Choice(packed.FLOAT4_ACTIVATIONS), default=packed.FLOAT4_ACTIVATIONS[0], show_default=True,
     help="Inputs of the weights: as they are, or float4 too, for Blackwell (W4A4; with --calibration).",
 )  # fmt: skip
-@_options.runtime("nvfp4")
+@_options.runtime("nvfp4", "; transformers would decode it wrongly")
 @_options.mtp
 @_options.keep_unfit
 @_options.calibration

@@ -191,7 +191,7 @@ def test_zeros() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
 def test_a_largest_weight_that_is_none_is_refused(bad: float) -> None:
-    with pytest.raises(ErnieQuantError, match="nvfp4: the largest weight is .*, not one finite number"):
+    with pytest.raises(ErnieQuantError, match="not one finite number"):
         prepared(gaussian(64, 256), bad)
 
 
@@ -210,7 +210,10 @@ def test_compressed_tensors_reads_a_weight_the_same() -> None:
     }
     found = NVFP4PackedCompressor.decompress(state, scheme)["weight"]
     assert torch.equal(found.bfloat16(), NvFloat4().decode(encoded))
-    known = {*NVFP4PackedCompressor.compression_param_names(scheme), "input_global_scale"}  # 0.17 says the latter, 0.20 leaves it out
+    known = {
+        *NVFP4PackedCompressor.compression_param_names(scheme),
+        "input_global_scale",
+    }  # 0.17 says the latter, 0.20 leaves it out
     inputs = vllm.parts("m.weight", NvFloat4Inputs(), SPEC)
     assert {name.removeprefix("m.") for name in inputs} == known
     both = QuantizationScheme(targets=["Linear"], **_float4.scheme(NvFloat4Inputs()))
@@ -229,7 +232,11 @@ def test_the_files_hold_what_the_specification_says(layout: str, tmp_path: Path)
     invoke("nvfp4", source, tmp_path / "out", "-q")
     invoke("verify", tmp_path / "out", "--against", source, "--full")
     invoke("convert", source, tmp_path / "plain", "--to", "pt", "-q")
-    found, plain, originals = stored(tmp_path / "out"), tensors(dequantized(tmp_path / "out", tmp_path / "d")), tensors(tmp_path / "plain")
+    found, plain, originals = (
+        stored(tmp_path / "out"),
+        tensors(dequantized(tmp_path / "out", tmp_path / "d")),
+        tensors(tmp_path / "plain"),
+    )
     modules = sorted({name.rpartition(".")[0] for name in found})
     assert any("self_attn" in module for module in modules)
     assert {name.rpartition(".")[2] for name in found} == {"weight_packed", "weight_scale", "weight_global_scale"}
@@ -273,13 +280,13 @@ def layers_of(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def uneven(folder: Path, layout: str, family: str = "moe_mtp") -> Path:
-    """A model whose up_proj and k_proj are larger than what stands beside them by factors of up to 1000, in files of a few tensors."""
+    """A model whose up_proj and k_proj are larger than what stands beside them by factors of up to 1000."""
     from safetensors.torch import save_file
 
     random_model(folder, layout, family, **WIDTHS[family], moe_num_shared_experts=1)
     table = tensors(folder)
     for number, name in enumerate(sorted(table)):
-        if "up_proj" in name and "gate" not in name or "k_proj" in name:
+        if ("up_proj" in name and "gate" not in name) or "k_proj" in name:
             table[name] = (table[name].float() * (3.7, 100.0, 1000.0)[number % 3]).to(table[name].dtype)
         elif "up_gate_proj" in name or "qkv_proj" in name:
             half = table[name].shape[1] // 2
@@ -290,7 +297,7 @@ def uneven(folder: Path, layout: str, family: str = "moe_mtp") -> Path:
 
 @pytest.mark.parametrize("layout", [layouts.PT, layouts.PADDLE])
 def test_what_is_one_layer_in_memory_has_one_number_for_all_scales(layout: str, tmp_path: Path) -> None:
-    """Every pair of the result, the experts', the shared ones', those of a dense layer and of the MTP block: vLLM takes one for all."""
+    """Every pair of the result, of experts, shared ones, a dense layer and the MTP block: vLLM takes one for all."""
     source = uneven(tmp_path / "source", layout)
     invoke("convert", source, tmp_path / "plain", "--to", "pt", "-q")
     invoke("nvfp4", source, tmp_path / "out", "--mtp", "--max-shard-size", "100KB", "-q")
@@ -329,7 +336,9 @@ def test_a_pair_in_two_files_of_the_source_and_a_run_in_shares_are_the_same(tmp_
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     invoke("nvfp4", source, tmp_path / "two", "-q", "--max-shard-size", "100KB", "--workers", "2")
     for number in range(3):
-        invoke("nvfp4", source, tmp_path / "shares", "-q", "--max-shard-size", "100KB", "--shard-index", number, "--num-shards", 3)
+        invoke(
+            "nvfp4", source, tmp_path / "shares", "-q", "--max-shard-size", "100KB", "--shard-index", number, "--num-shards", 3
+        )
     invoke("merge", tmp_path / "shares", "-q")
     files = sorted(file.name for file in (tmp_path / "whole").glob("*.safetensors"))
     assert len(files) > 5

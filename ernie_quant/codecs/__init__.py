@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from ernie_quant import plugins
 from ernie_quant.checkpoint import TensorSpec
@@ -158,7 +158,7 @@ class CodesAnother(Protocol):
 class Measured(ABC):
     """Base of the codecs whose kernels do not measure what they lose while they encode."""
 
-    needs: tuple[str, ...] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def encode(self, weight: torch.Tensor) -> Encoded:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
@@ -40,7 +40,7 @@ class NvFloat4(Measured):
     rate = 85.0
     version = 1
     decodes_to = "BF16"
-    needs = (LARGEST_WEIGHT,)
+    needs: ClassVar[tuple[str, ...]] = (LARGEST_WEIGHT,)
 
     @property
     def form(self) -> str:
@@ -78,7 +78,7 @@ class NvFloat4(Measured):
         return {"global_scale": largest.new_tensor([global_scale(float(largest))])}
 
     def encode(self, weight: torch.Tensor) -> Encoded:
-        """Codes and scales of a weight [out, in] of any float dtype whose inputs are a multiple of 16, as if its largest were 1."""
+        """Codes and scales of a weight [out, in] of any float dtype, inputs a multiple of 16, as if its largest were 1."""
         return self.measured(weight)[0]
 
     def measured(self, weight: torch.Tensor) -> tuple[Encoded, Difference]:

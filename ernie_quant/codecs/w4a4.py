@@ -7,7 +7,7 @@ activation_scale = 448 x 6 / max|x|, which is measured on text. Larger ones are 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import LARGEST_WEIGHT
@@ -25,7 +25,7 @@ class NvFloat4Inputs(NvFloat4):
     """It has no options."""
 
     version = 1
-    needs = (LARGEST_WEIGHT, LARGEST)
+    needs: ClassVar[tuple[str, ...]] = (LARGEST_WEIGHT, LARGEST)
     ratios = (1.0,)  # groups have scales of their own: to cut off the largest would help no others
     inputs = "float4 activations"
 
@@ -64,12 +64,14 @@ class NvFloat4Inputs(NvFloat4):
 
         from ernie_quant.kernels import float4_reference as float4
 
-        x = self.seen(inputs).unflatten(-1, (-1, GROUP))
+        seen = self.seen(inputs)
+        x = seen.reshape(*seen.shape[:-1], -1, GROUP)
         of_all = activation_scale.float()
         ideal = (x.abs().amax(-1, keepdim=True) * (of_all / float4.LARGEST)).clamp(max=MOST / float4.LARGEST)
         scale = ideal.to(torch.float8_e4m3fn).float()
         ratio = torch.where(scale > 0, x * (of_all / scale), 0.0)
-        return (float4.values(float4.nearest(ratio)) * (scale / of_all)).flatten(-2)
+        values: torch.Tensor = float4.values(float4.nearest(ratio)) * (scale / of_all)
+        return values.reshape(seen.shape)
 
 
 CODEC = NvFloat4Inputs

@@ -11,7 +11,10 @@ VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; bit 3 is t
 
 
 def nearest(ratio: torch.Tensor) -> torch.Tensor:
-    """int32 codes, half to even, 6 for what is larger or no number: below 1 steps of a half, above it one bit of mantissa, as float32 has 23."""
+    """int32 codes, half to even, 6 for what is larger or no number.
+
+    Below 1 there are steps of a half, above it one bit of mantissa, as float32 has 23.
+    """
     bits = ratio.contiguous().view(torch.int32)
     y = ratio.abs()
     y = torch.where(y < LARGEST, y, LARGEST)

@@ -24,7 +24,7 @@ LEAST_NORMAL = 2.0**-6
 
 
 def encode(weight: torch.Tensor, global_scale: float) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float, float]]:
-    """Codes uint8 [out, in] and scales uint8 [out, in / 16] (bits of e4m3) of a weight [out, in]; what they lost, as `rtn.encode`.
+    """Codes uint8 [out, in] and scales uint8 [out, in / 16], the bits of e4m3, of a weight; what they lost, as `rtn.encode`.
 
     `global_scale`: a power of two, by which scales are divided.
     """

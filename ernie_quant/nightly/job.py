@@ -6,8 +6,8 @@ revision = "main"
 
 [[target]]
 repo = "my-org/ERNIE-4.5-21B-A3B-WINT4"
-recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, mxfp4, nvfp4, gguf, wint2, w4a8; a file of rules, as
-                                                # seen from here; or [[target.rule]] tables
+recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, mxfp4, nvfp4, gguf, wint2, w4a8; a file of
+                                                # rules, as seen from here; or [[target.rule]] tables
 experts_only = true
 name = "ERNIE 4.5 21B in 4 bits"                # of the model, in its card
 [target.calibration]                            # as in a recipe file

@@ -73,6 +73,10 @@ def nv_float4(name: str, *, activations: str, experts_only: bool, mtp: bool, kee
         raise ValueError(f"activations is {activations!r}, not {' or '.join(FLOAT4_ACTIVATIONS)}")
     alone, rounds = codecs.make("nvfp4", {}), activations != FLOAT4_ACTIVATIONS[0]
     recipe = one_codec(
-        name, codecs.make("w4a4", {}) if rounds else alone, experts_only=experts_only, mtp=mtp and not rounds, keep_unfit=keep_unfit
+        name,
+        codecs.make("w4a4", {}) if rounds else alone,
+        experts_only=experts_only,
+        mtp=mtp and not rounds,
+        keep_unfit=keep_unfit,
     )
     return replace(recipe, rules=(*recipe.rules, RecipeRule(alone, (MTP,), optional=True))) if rounds and mtp else recipe

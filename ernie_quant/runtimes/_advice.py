@@ -20,12 +20,12 @@ FLOAT4 = (
 
 # read in 0.33 (oracle/nvfp4.py, compressed_tensors_w4a4_nvfp4.py); the error: tests/test_nvfp4.py
 NVFP4 = (
-    "nvfp4 without --activations fp4 gains nothing: vLLM decodes the weights. wint4 --group-size 32 has as many bits (4.5) and the"
-    " same error, and loads in transformers too"
+    "nvfp4 without --activations fp4 gains nothing: vLLM decodes the weights. wint4 --group-size 32 has as many bits (4.5) and"
+    " the same error, and loads in transformers too"
 )
 NVFP4_INPUTS = (
-    "nvfp4 with fp4 inputs is for Blackwell; other GPUs decode the weights and leave the inputs as they are. The errors here are of"
-    " the weights alone; eval rounds the inputs too"
+    "nvfp4 with fp4 inputs is for Blackwell; other GPUs decode the weights and leave the inputs as they are. The errors here are"
+    " of the weights alone; eval rounds the inputs too"
 )
 
 

@@ -1,4 +1,4 @@
-"""NVFP4 as its specification has it, in numpy: what e4m3 and e2m1 stand for, and what becomes of inputs. Nothing is ernie_quant's."""
+"""NVFP4 as its specification has it, in numpy: e4m3, e2m1, and what becomes of inputs. Nothing is ernie_quant's."""
 
 from __future__ import annotations
 
