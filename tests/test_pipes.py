@@ -98,7 +98,7 @@ def shell(script: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_command_is_here() -> None:
     assert LINES.keys() == set(COMMANDS)
-    assert len(WRITING) == 11
+    assert len(WRITING) == 12
 
 
 @pytest.fixture

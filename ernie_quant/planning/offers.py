@@ -67,13 +67,12 @@ def all_offers(wint4_layers: int) -> list[Offer]:
     offers += [_of("wint4", vllm, experts_only=True, group_size=group) for group in GROUPS]
     for name, options in (("wint4", {"activations": "fp8"}), ("mxfp4", {}), ("nvfp4", {})):
         offers += [_of(name, vllm, **options), _of(name, vllm, experts_only=True, **options)]
-    with_text = [_of("nvfp4", vllm, activations="fp4"), _of("nvfp4", vllm, activations="fp4", experts_only=True)]
-    offers += [replace(offer, words=f"{offer.words} --calibration auto") for offer in with_text]  # it is nothing without
+    offers.append(_with_text(_of("nvfp4", vllm, activations="fp4")))
     offers.append(_of("paddle", fastdeploy))
     at_load = {"wint8": built_in.all_wint8(), "wint4": built_in.fastdeploy_container("wint4", None)}
     offers += [Offer(words, fastdeploy, at_load[k], at_load=True) for k, words in runtimes.find(fastdeploy).AT_LOAD.items()]
     offers.append(_of("wint4", fastdeploy))
-    offers.append(replace(_of("w4a8", fastdeploy), words="w4a8 --calibration auto"))
+    offers.append(_with_text(_of("w4a8", fastdeploy)))
     offers.append(_of("wint2", fastdeploy, wint4_layers=wint4_layers))
     return offers + [_of("gguf", llama_cpp, type=kind) for kind in GGUF]
 
@@ -82,6 +81,11 @@ def _of(name: str, runtime: str, **options: object) -> Offer:
     """A short command with options."""
     recipe = built_in.make(name, runtime, **options).recipe
     return Offer(recipe.words, runtime, recipe)
+
+
+def _with_text(offer: Offer) -> Offer:
+    """It is nothing without."""
+    return replace(offer, words=f"{offer.words} --calibration auto")
 
 
 def make(offer: Offer, source: Checkpoint, table: Resolved, weights: Sequence[tuple[Weight, int]]) -> Made | list[str]:

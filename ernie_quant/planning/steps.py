@@ -47,8 +47,8 @@ class Made:
 class Step:
     """One weight of the result: where it comes from, what is done to it, what is stored.
 
-    `statistics`: what is known of its inputs, for codecs that look at it. `weighed`: what is read of it and of the weights with
-    which it shares a scale. `row`: of the table. `made`: it need not be encoded any more.
+    `statistics`: of its inputs, for codecs that look at them. `weighed`: of it and of the weights with which it shares a scale,
+    from the source. `row`: of the table. `made`: it need not be encoded any more.
     """
 
     name: str
@@ -122,11 +122,8 @@ class Shard:
     @property
     def statistics_files(self) -> set[Path]:
         """Files that statistics, or weights that calibration has made, are read from; they lie on this machine."""
-        views = [
-            view
-            for step in self.steps
-            for view in (*step.statistics.values(), *(step.made.stored.parts.values() if step.made else ()))
-        ]
+        made = [view for step in self.steps if step.made for view in step.made.stored.parts.values()]
+        views = [*made, *(view for step in self.steps for view in step.statistics.values())]
         return {ref.file for view in views for ref in build.refs(view)}
 
     @property
