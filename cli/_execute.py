@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from ernie_quant.cli import _shares
 from ernie_quant.cli._progress import layers_bar, progress_bar
 from ernie_quant.cli._show import show_plan, show_result
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ernie_quant.planning.recipe import Recipe
     from ernie_quant.planning.steps import Plan
 
+CONTAINER_ONLY = ("unsupported", "tp")
+
 
 def built_in(
     name: str, src: Path | str, out: Path, *, runtime: str = "", settings: dict[str, Any] | None = None, **options: Any
@@ -29,12 +32,27 @@ def built_in(
     execute(src, out, made.recipe, made.runtime, **options)
 
 
-def refuse_experts_only(options: dict[str, Any]) -> None:
-    """FastDeploy's container has one form for each kind of layer. Raises PlanError."""
-    from ernie_quant.errors import PlanError
+def drop_unfit(ctx: click.Context, recipe: str, options: dict[str, Any]) -> None:
+    """Takes from `options` those that the runtime has no use for.
 
-    if options.pop("experts_only"):
-        raise PlanError("--experts-only: FastDeploy's container needs its other linears as WINT8; leave it out", [])
+    Raises UsageError for one of them that was given, PlanError for --experts-only of a container.
+    """
+    from ernie_quant import runtimes
+    from ernie_quant.errors import PlanError
+    from ernie_quant.planning.built_in import KINDS
+    from ernie_quant.planning.built_in import options as takes_of
+
+    runtime = options["runtime"]
+    container = runtimes.find(runtime).PER_RANK
+    takes = {*takes_of(recipe, runtime), *(CONTAINER_ONLY if container else ())}
+    for name in dict.fromkeys((*(name for form in KINDS[recipe].forms.values() for name in form.options), *CONTAINER_ONLY)):
+        if name in takes:
+            continue
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            if container and name == "experts_only":  # which has a reason
+                raise PlanError("--experts-only: FastDeploy's container needs its other linears as WINT8; leave it out", [])
+            raise click.UsageError(f"--{name.replace('_', '-')} does not go with --runtime {runtime}")
+        del options[name]
 
 
 def execute(

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from ernie_quant.cli import _execute, _options
 
-from ernie_quant.planning import built_in, packed
-
-CONTAINER_ONLY = ("unsupported", "tp")
+from ernie_quant.planning import packed
 
 
 @click.command()
@@ -45,17 +42,5 @@ def command(ctx: click.Context, /, src: Path | str, out: Path, **options: Any) -
     ernie-quant wint4 ERNIE-4.5-21B-A3B-Paddle out --activations fp8
     ernie-quant wint4 ERNIE-4.5-21B-A3B-Paddle out --runtime fastdeploy
     """
-    from ernie_quant import runtimes
-
-    runtime = options["runtime"]
-    container = runtimes.find(runtime).PER_RANK
-    takes = {*built_in.options("wint4", runtime), "experts_only", *(CONTAINER_ONLY if container else ())}
-    for name in (*built_in.WINT4, *CONTAINER_ONLY):
-        if name in takes:
-            continue
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} does not go with --runtime {runtime}")
-        del options[name]
-    if container:
-        _execute.refuse_experts_only(options)
+    _execute.drop_unfit(ctx, "wint4", options)
     _execute.built_in("wint4", src, out, settings=_options.settings("wint4", options), **options)

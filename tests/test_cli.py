@@ -291,7 +291,7 @@ def test_a_quantized_source_is_refused(command: Command, tmp_path: Path) -> None
         ("wint4", SOURCE, "out", "--workers", "0"),
         ("wint2", SOURCE, "out", "--wint4-layers", "-1"),
         ("wint2", SOURCE, "out", "--tp", "17"),
-        ("wint2", SOURCE, "out", "--runtime", "vllm"),
+        ("wint2", SOURCE, "out", "--runtime", "vllm", "--tp", "2"),
         ("wint4", SOURCE, "out", "--tp", "2"),
         ("wint4", SOURCE, "out", "--runtime", "fastdeploy", "--group-size", "128"),
         ("reshard", SOURCE, "out"),

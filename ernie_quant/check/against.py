@@ -17,16 +17,18 @@ from ernie_quant.dtypes import TORCH_NAMES
 from ernie_quant.errors import ErnieQuantError, VerifyError
 from ernie_quant.measure import Difference, Values, compare, values_of
 from ernie_quant.names import Weight, natural
+from ernie_quant.planning.as_stored import fits
 from ernie_quant.planning.choose import oriented
 from ernie_quant.reporting.rows import TensorReport
 from ernie_quant.runtimes import Runtime
 from ernie_quant.views import build
 from ernie_quant.views.files import Files
-from ernie_quant.views.kinds import Decoded, View, spec_of
-from ernie_quant.views.read import read
+from ernie_quant.views.kinds import View, spec_of
+from ernie_quant.views.read import read, slabs
 from ernie_quant.weights import plain
 from ernie_quant.weights.claims import evidence
 from ernie_quant.weights.layouts import LAYOUTS
+from ernie_quant.weights.pieces import between, encoded_of, pieces_of
 from ernie_quant.weights.plain import resolve
 from ernie_quant.weights.stored import Stored, resolve_quantized
 
@@ -168,22 +170,21 @@ def _fitted(pair: Pair, row: TensorReport, files: Files, originals: Files) -> Ou
 
 
 def _stored_problem(pair: Pair, files: Files, originals: Files) -> str:
-    """Resharding changes no bit: codes and scales are those of the source, field by field."""
-    entry = pair.entry
-    like = pair.view.source if isinstance(pair.view, Decoded) else None
-    if not isinstance(like, Stored) or like.codec.form != entry.codec.form:
-        is_ = (
-            "kept"
-            if not build.decodes(pair.view)
-            else like.codec.form
-            if isinstance(like, Stored)
-            else "quantized in other pieces"
-        )
+    """What moves quantized weights changes no bit: codes and scales are those of the source, field by field."""
+    entry, pieces = pair.entry, pieces_of(pair.view)
+    if not fits(entry.codec, pieces):
+        is_ = " and ".join(dict.fromkeys(piece.stored.codec.form for piece in pieces))
+        is_ = is_ or ("quantized in other pieces" if build.decodes(pair.view) else "kept")
         return f"{entry.name}: is {entry.codec.form}, in the source {is_}; compare it with what it was made from"
-    for rows in entry.slabs():
-        ours, theirs = entry.encoded(files, rows), like.encoded(originals, rows)
+    if odd_piece := next((piece for piece in pieces if not piece.whole_bytes), None):
+        return f"{entry.name}: begins amid bytes of {odd_piece.stored.name}; compare it with what it was made from"
+    multiple = math.lcm(entry.codec.rows, entry.target.ROWS, *(piece.stored.target.ROWS for piece in pieces))
+    for rows in slabs(entry.spec, multiple):
+        ours, theirs = entry.encoded(files, rows), encoded_of(between(pieces, *rows), originals)
         if odd := [field for field in ours if not same_bits(theirs[field], ours[field])]:
-            return f"{entry.name}: rows {rows[0]} to {rows[1]} have not the source's {' and '.join(odd)}; resharding changes none"
+            return (
+                f"{entry.name}: rows {rows[0]} to {rows[1]} have not the source's {' and '.join(odd)}; nothing should change any"
+            )
     return ""
 
 

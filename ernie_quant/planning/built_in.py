@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ernie_quant.errors import PlanError
 from ernie_quant.planning import packed
+from ernie_quant.planning.packed import MOST_LAYERS as MOST_LAYERS
 from ernie_quant.planning.packed import one_codec as one_codec
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from ernie_quant.planning.recipe import Recipe, RecipeRule
 
 WINT4_LAYERS = 7  # experts of layers below this one are WINT4 in a 2-bit model, as in the published ones
-MOST_LAYERS = 1000
 GROUP_SIZE, SCALE, EFFORT = 128, "mse", 16
 HADAMARD, HADAMARDS = 128, (128, 256, 512, 1024)  # inputs of down_proj that FastDeploy rotates together
 
@@ -38,6 +38,7 @@ WINT4: Mapping[str, Any] = {"activations": packed.ACTIVATIONS[0], **INTEGERS}
 GGUF: Mapping[str, Any] = {"type": GGUF_TYPE, "pure": False, "experts_only": False, "keep_unfit": False}
 W4A8: Mapping[str, Any] = {"scale": SCALE, "hadamard_block_size": HADAMARD}
 WINT2: Mapping[str, Any] = {"wint4_layers": WINT4_LAYERS, "scale": SCALE, "effort": EFFORT}
+WINT2_PACKED: Mapping[str, Any] = {**WINT2, **INTEGERS}
 
 
 @dataclass(frozen=True)
@@ -124,19 +125,13 @@ def fastdeploy_container(
 
     `if_taken`: what a user is told where no experts are left for WINT2.
     """
-    from ernie_quant import codecs
     from ernie_quant.names import EXPERT_ROLES, QUANTIZABLE, ROLES
     from ernie_quant.planning.recipe import Recipe, RecipeRule
 
-    if wint4_layers is not None and not 0 <= wint4_layers <= MOST_LAYERS:
-        raise ValueError(f"wint4_layers is {wint4_layers}, not a number of layers")
     hint = "this model has no experts; FastDeploy's container is for those that have"
     experts = [RecipeRule(_wint(4, scale), EXPERT_ROLES, if_unused=hint)]
     if wint4_layers is not None:
-        wint2 = RecipeRule(codecs.make("ccq", {"effort": effort}), EXPERT_ROLES, if_unused=hint, if_taken=if_taken)
-        below = rf"\.layers\.(?:{'|'.join(map(str, range(wint4_layers)))})\."
-        wint4 = RecipeRule(_wint(4, scale), EXPERT_ROLES, below, optional=True)
-        experts = [wint4, wint2] if wint4_layers else [wint2]
+        experts = packed.two_forms(_wint(4, scale), wint4_layers, effort=effort, if_unused=hint, if_taken=if_taken)
     others = tuple(r for r in ROLES if r in QUANTIZABLE and r not in EXPERT_ROLES)
     return Recipe(name, (*experts, RecipeRule(_wint(8, scale), others)))
 
@@ -156,9 +151,9 @@ def _wint(bits: int, scale: str) -> Codec:
 
 
 def _kept(name: str) -> Recipe:
-    from ernie_quant.planning.recipe import KEEP_ALL
+    from ernie_quant.planning.recipe import CONVERT
 
-    return KEEP_ALL
+    return CONVERT
 
 
 def _wint4_container(name: str, *, scale: str) -> Recipe:
@@ -166,10 +161,7 @@ def _wint4_container(name: str, *, scale: str) -> Recipe:
 
 
 def _wint2_container(name: str, *, wint4_layers: int, **options: Any) -> Recipe:
-    none_left = (
-        f"wint2: wint4-layers is {wint4_layers}, which leaves no experts for 2 bits: the last of this model's {{layers}} MoE"
-        " layers is layer {last}; give at most {last}, or for all in 4 bits use wint4 --runtime fastdeploy"
-    )
+    none_left = packed.none_left(wint4_layers, "wint4 --runtime fastdeploy")
     return fastdeploy_container(name, wint4_layers, if_taken=none_left, **options)
 
 
@@ -229,6 +221,6 @@ KINDS: Mapping[str, _Kind] = {
     "mxfp4": _Kind(VLLM, {"": _Form(WHICH, packed.float4)}),
     "nvfp4": _Kind(VLLM, {"": _Form(NVFP4, packed.nv_float4)}),
     "gguf": _Kind(LLAMA_CPP, {"": _Form(GGUF, _gguf)}),
-    "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2, _wint2_container)}),
+    "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2_PACKED, packed.wint2), FASTDEPLOY: _Form(WINT2, _wint2_container)}),
     "w4a8": _Kind(FASTDEPLOY, {"": _Form(W4A8, _w4a8)}, by_text=True),
 }

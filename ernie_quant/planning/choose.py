@@ -12,6 +12,7 @@ from ernie_quant.codecs._rounded import Rounded
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.names import Weight
+from ernie_quant.planning.as_stored import codec_of
 from ernie_quant.planning.recipe import Recipe
 from ernie_quant.runtimes import Linear, Runtime
 from ernie_quant.views import build
@@ -37,8 +38,13 @@ class Choices:
     notes: tuple[str, ...]
 
 
-def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime, *, narrow: bool = False) -> Choices:
-    """A codec for every weight of a result for `target`; `narrow`: kept float32 becomes bfloat16, but for routers."""
+def choose(
+    weights: Sequence[Weight], rules: Recipe, target: Runtime, *, narrow: bool = False, as_stored: bool = False
+) -> Choices:  # fmt: skip
+    """A codec for every weight of a result for `target`. Raises PlanError.
+
+    `narrow`: kept float32 becomes bfloat16, but for routers. `as_stored`: that of a quantized source, whatever the rules say.
+    """
     layout = LAYOUTS[target.LAYOUT]
     chosen: list[Choice] = []
     problems: list[str] = []
@@ -47,7 +53,7 @@ def choose(weights: Sequence[Weight], rules: Recipe, target: Runtime, *, narrow:
     unfit_layers: set[str] = set()  # layers in memory of which a part does not fit
     roles = {weight.role for weight in weights}
     for weight in weights:
-        codec = target.suited(rules.codec_for(weight), roles)
+        codec = codec_of(weight, target) if as_stored else target.suited(rules.codec_for(weight), roles)
         spec = spec_of(oriented(weight, codec, layout))
         if codec == Rounded(spec.dtype):
             codec = KEEP

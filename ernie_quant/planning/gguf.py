@@ -67,7 +67,7 @@ def type_for(source: Checkpoint, *, quantized: bool) -> str:
 def _taken(plan: Plan) -> list[str]:
     """Notes on what a quantized source's weights become."""
     quantized = [step for step in plan.steps if step.quantized]
-    same = sum(taken_over(step.view, step.codec) is not None for step in quantized)
+    same = sum(bool(taken_over(step.view, step.codec)) for step in quantized)
     decoded = sum(isinstance(step.view, Decoded) for step in quantized) - same
     notes = [f"{same} weights have the codes of the source, not rounded again where float16 holds their scales"] if same else []
     return notes + (

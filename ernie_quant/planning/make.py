@@ -17,7 +17,7 @@ from ernie_quant.dtypes import FLOATS, TORCH_NAMES
 from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.names import EMBED
 from ernie_quant.paths import FILE
-from ernie_quant.planning import fitting
+from ernie_quant.planning import as_stored, fitting
 from ernie_quant.planning.calibration import Calibration
 from ernie_quant.planning.capacity import gpus_needed, tp_sizes
 from ernie_quant.planning.carried import carried
@@ -61,9 +61,10 @@ def make_plan(
     Raises PlanError with every problem found, or ConfigError.
     """
     target = runtimes.find(runtime)
-    if not dequantize:
+    stored = recipe.as_stored and not dequantize and as_stored.moves(source, target)
+    if not (dequantize or stored):
         refuse_quantized(source)
-    table = resolve_quantized(source) if dequantize else resolve(source, fixes)
+    table = resolve_quantized(source) if dequantize or stored else resolve(source, fixes)
     if table.problems:
         raise PlanError(f"{source.folder}: {len(table.problems)} problem(s) in the checkpoint", table.problems)
     layout = LAYOUTS[target.LAYOUT]
@@ -71,7 +72,8 @@ def make_plan(
     if problem := layout.problem(table.map.dims):
         raise PlanError(f"{source.folder}: {problem}", [])
     weights = layout.join(table.weights)
-    choices = choose(weights, recipe, target, narrow=dequantize and table.layout.text_only and not layout.text_only)
+    narrow = dequantize and table.layout.text_only and not layout.text_only
+    choices = choose(weights, recipe, target, narrow=narrow, as_stored=stored)
     linears = linears_of(choices.chosen, target)
     numel = [(choice.codec, choice.spec.numel) for choice in choices.chosen]
     about = About(source, table.config, table.map, recipe.name, numel)
@@ -81,7 +83,8 @@ def make_plan(
     problems += [] if unsupported else refused
     problems += [] if calibration else fitting.unknown(choices.chosen, recipe.name, statistics or {})
     if problems:
-        raise PlanError(f"{source.folder}: cannot be done as asked", folded_problems(problems))
+        why = as_stored.REFUSED.format(program=target.PROGRAM, layout=layout.name) if stored else "cannot be done as asked"
+        raise PlanError(f"{source.folder}: {why}", folded_problems(problems))
     of_layers = weighed(choices.chosen, target)
     steps = [
         replace(
@@ -98,7 +101,7 @@ def make_plan(
     model = Model.of(table.config, table.map.dims)
     options = {
         "vl_config": vl_config, "fixes": fixes, "copy_code": copy_code, "max_shard_bytes": shard_bytes,
-        "dequantize": dequantize, **({"copy": sorted({*copy})} if copy else {}),
+        "dequantize": dequantize, **({"as_stored": True} if stored else {}), **({"copy": sorted({*copy})} if copy else {}),
         **({"statistics": of_statistics(statistics)} if statistics else {}),
         **({"calibration": calibration.as_dict()} if calibration else {}),
         **({"kept": rounded} if (rounded := _rounded(steps)) else {}),
@@ -111,7 +114,7 @@ def make_plan(
         source, runtime, layout, recipe, shards, table.map.dims, config, along.files, tp_sizes(target, linears, model),
         (
             *notes_of(source), *table.notes, *positions, *layout.left_out(table.weights), *along.notes, *choices.notes, *refused,
-            *target.notes(linears), *said,
+            *target.notes(linears), *said, *([as_stored.NOTE] if stored else []),
         ),
         identity(source, runtime, recipe, options), shard_bytes, gpus_needed(items, target, linears, model),
         calibration=calibration, metadata=metadata,
@@ -134,8 +137,8 @@ def _unscaled(positions: Sequence[str], choices: Choices) -> list[str]:
 def _step(choice: Choice, target: Runtime, statistics: Mapping[str, View]) -> Step:
     weight, codec, spec = choice.weight, choice.codec, choice.spec
     view = oriented(weight, codec, LAYOUTS[target.LAYOUT])
-    source = taken_over(view, codec)
-    multiple = math.lcm(codec.rows, 1 if isinstance(codec, Keep) else target.ROWS, source[0].target.ROWS if source else 1)
+    sources = {piece.stored.target.ROWS for piece in taken_over(view, codec)}
+    multiple = math.lcm(codec.rows, 1 if isinstance(codec, Keep) else target.ROWS, *sources)
     parts = target.parts(weight.name, codec, spec)
     stacked = any(part.index is not None for part in parts.values())
     group = target.layer_of(weight.name, weight.role) if stacked else ""

@@ -68,6 +68,7 @@ def all_offers(wint4_layers: int) -> list[Offer]:
     for name, options in (("wint4", {"activations": "fp8"}), ("mxfp4", {}), ("nvfp4", {})):
         offers += [_of(name, vllm, **options), _of(name, vllm, experts_only=True, **options)]
     offers.append(_with_text(_of("nvfp4", vllm, activations="fp4")))
+    offers += [_of("wint2", vllm, wint4_layers=wint4_layers), _of("wint2", vllm, wint4_layers=wint4_layers, experts_only=True)]
     offers.append(_of("paddle", fastdeploy))
     at_load = {"wint8": built_in.all_wint8(), "wint4": built_in.fastdeploy_container("wint4", None)}
     offers += [Offer(words, fastdeploy, at_load[k], at_load=True) for k, words in runtimes.find(fastdeploy).AT_LOAD.items()]

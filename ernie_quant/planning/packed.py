@@ -1,4 +1,6 @@
-"""The recipes of PT checkpoints for vLLM and transformers: one codec for the experts, or for every linear."""
+"""The recipes of PT checkpoints for vLLM and transformers: one codec for the experts, or for every linear; and for those of
+2-bit models, in both layouts, what of the experts has how many bits.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from ernie_quant.errors import PlanError
 
 if TYPE_CHECKING:
     from ernie_quant.codecs import Codec
-    from ernie_quant.planning.recipe import Recipe
+    from ernie_quant.planning.recipe import Recipe, RecipeRule
 
+MOST_LAYERS = 1000
 ACTIVATIONS = ("bf16", "fp8")  # what vLLM multiplies int4 with: inputs as they are, or rounded
 FLOAT4_ACTIVATIONS = ("bf16", "fp4")  # what it multiplies NVFP4 with
 
@@ -80,3 +83,49 @@ def nv_float4(name: str, *, activations: str, experts_only: bool, mtp: bool, kee
         keep_unfit=keep_unfit,
     )
     return replace(recipe, rules=(*recipe.rules, RecipeRule(alone, (MTP,), optional=True))) if rounds and mtp else recipe
+
+
+def wint2(
+    name: str, *, wint4_layers: int, effort: int, group_size: int | str, scale: str, experts_only: bool, mtp: bool,
+    keep_unfit: bool,
+) -> Recipe:  # fmt: skip
+    """WINT2 experts, int4 in groups for those of the first layers, int8 per channel for every other linear.
+
+    Per channel, without the lowest code: FastDeploy's container holds that too.
+    """
+    from ernie_quant import codecs
+    from ernie_quant.codecs.rtn import CHANNEL
+    from ernie_quant.names import EXPERT_ROLES, MTP, QUANTIZABLE, ROLES
+    from ernie_quant.planning.recipe import Recipe, RecipeRule
+
+    channel = {"group_size": CHANNEL, "scale": scale, "full_range": False}
+    int4 = codecs.make("rtn", {"bits": 4, **(channel if group_size == CHANNEL else {"group_size": group_size, "scale": scale})})
+    int8 = codecs.make("rtn", {"bits": 8, **channel})
+    hint = "this model has no experts; wint2 is for those that have"
+    rules = two_forms(int4, wint4_layers, effort=effort, if_unused=hint, if_taken=none_left(wint4_layers, "wint4 --runtime vllm"))
+    roles = () if experts_only else tuple(r for r in ROLES if r in QUANTIZABLE and r not in (*EXPERT_ROLES, MTP))
+    roles += (MTP,) if mtp else ()
+    return Recipe(name, (*rules, *([RecipeRule(int8, roles, optional=experts_only)] if roles else [])), keep_unfit)
+
+
+def two_forms(
+    wint4: Codec, wint4_layers: int, *, effort: int, if_unused: str, if_taken: str
+) -> list[RecipeRule]:  # fmt: skip
+    """Rules for experts: `wint4` for those of layers below `wint4_layers`, WINT2 for the others. Raises ValueError."""
+    from ernie_quant import codecs
+    from ernie_quant.names import EXPERT_ROLES
+    from ernie_quant.planning.recipe import RecipeRule
+
+    if not 0 <= wint4_layers <= MOST_LAYERS:
+        raise ValueError(f"wint4_layers is {wint4_layers}, not a number of layers")
+    below = rf"\.layers\.(?:{'|'.join(map(str, range(wint4_layers)))})\."
+    first = [RecipeRule(wint4, EXPERT_ROLES, below, optional=True)] if wint4_layers else []
+    return [*first, RecipeRule(codecs.make("ccq", {"effort": effort}), EXPERT_ROLES, if_unused=if_unused, if_taken=if_taken)]
+
+
+def none_left(wint4_layers: int, instead: str) -> str:
+    """What a user is told who asked for more WINT4 layers than there are, to be filled in with these."""
+    return (
+        f"wint2: wint4-layers is {wint4_layers}, which leaves no experts for 2 bits: the last of this model's {{layers}} MoE"
+        f" layers is layer {{last}}; give at most {{last}}, or for all in 4 bits use {instead}"
+    )

@@ -93,6 +93,7 @@ class Recipe:
     rules_of: Callable[[NameMap], Sequence[RecipeRule]] | None = None  # of a model, instead of `rules`
     runtime: str = ""  # that a file of rules names
     words: str = ""  # of the command that has it built in: `wint4 --experts-only`
+    as_stored: bool = False  # does what a quantized source has keep its codes?
 
     def codec_for(self, weight: Weight) -> Codec:
         """The codec for a tensor; only linears of quantizable roles, embeddings and head are ever changed."""
@@ -120,6 +121,7 @@ class Recipe:
 
 
 KEEP_ALL = Recipe("keep")
+CONVERT = Recipe("keep", as_stored=True)
 
 
 def with_method(rules: Recipe, method: str) -> Recipe:

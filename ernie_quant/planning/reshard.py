@@ -88,6 +88,10 @@ def _share_problems(entries: Sequence[Stored], target: Runtime, of: int, dims: r
 
 def check_size(plan: Plan, tp: int) -> None:
     """Can the result of `plan` be shared by `tp` ranks? Raises PlanError with the sizes that can."""
+    if tp > 1 and not (runtimes.find(plan.runtime).PER_RANK and "quantization_config" in plan.config):
+        raise PlanError(
+            f"{plan.source.folder}: only quantized checkpoints for FastDeploy are stored per rank; leave out --tp", []
+        )
     if tp not in plan.tp_sizes:
         fits = ", ".join(map(str, plan.tp_sizes))
         raise PlanError(

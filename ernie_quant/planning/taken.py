@@ -7,32 +7,47 @@ from typing import TYPE_CHECKING
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs._ggml import Blocks
 from ernie_quant.codecs.rtn import RoundToNearest
+from ernie_quant.errors import CheckpointError
+from ernie_quant.planning import as_stored
 from ernie_quant.planning.steps import Step
 from ernie_quant.views.files import Files
-from ernie_quant.views.kinds import Cut, Decoded, View
-from ernie_quant.weights.stored import Stored
+from ernie_quant.views.kinds import View
+from ernie_quant.weights.pieces import Piece, between, encoded_of, pieces_of
 
 if TYPE_CHECKING:
     from ernie_quant.codecs import Encoded
 
 
 def given(step: Step, files: Files, rows: tuple[int, int], device: str) -> Encoded | None:
-    """The codec's fields for rows of a step's weight, if they are there."""
+    """The codec's fields for rows of a step's weight, if they are there. Raises CheckpointError."""
     if step.made is not None:
         return step.made.stored.encoded(files, rows, device)
-    if not isinstance(step.codec, Blocks) or (found := taken_over(step.view, step.codec)) is None:
+    found = between(taken_over(step.view, step.codec), *rows)
+    if not found:
         return None
-    stored, first = found
-    return step.codec.adopted(stored.codec, stored.encoded(files, (rows[0] + first, rows[1] + first), device))
+    encoded = encoded_of(found, files, device)
+    if isinstance(step.codec, Blocks):
+        return step.codec.adopted(found[0].stored.codec, encoded)
+    _check(step, encoded)
+    return encoded
 
 
-def taken_over(view: View, codec: Codec) -> tuple[Stored, int] | None:
-    """The quantized weight of the source whose codes `codec` may hold as they are, and the row of it that `view` begins with."""
-    first = 0
-    if isinstance(view, Cut) and view.axis == 0:
-        first, view = view.start, view.base
-    if not (isinstance(view, Decoded) and isinstance(view.source, Stored) and isinstance(codec, Blocks)):
-        return None
-    stored = view.source
-    like = isinstance(stored.codec, RoundToNearest) and stored.codec.bits == codec.adopts
-    return (stored, first) if like and first % stored.target.ROWS == 0 else None
+def taken_over(view: View, codec: Codec) -> tuple[Piece, ...]:
+    """The rows of quantized weights of the source whose codes `codec` may hold as they are; nothing if it may not."""
+    found = pieces_of(view)
+    if isinstance(codec, Blocks):
+        alike = all(isinstance(p.stored.codec, RoundToNearest) and p.stored.codec.bits == codec.adopts for p in found)
+        return found if len(found) == 1 and alike and found[0].whole_bytes else ()
+    return found if as_stored.fits(codec, found) else ()
+
+
+def _check(step: Step, encoded: Encoded) -> None:
+    """A code that the form of the result does not have."""
+    codec = step.codec
+    if not isinstance(codec, RoundToNearest) or codec.full_range or not encoded["codes"].numel():
+        return
+    lowest, least = int(encoded["codes"].min()), 1 - 2 ** (codec.bits - 1)
+    if lowest < least:
+        raise CheckpointError(
+            f"{step.name}: holds the code {lowest}, {codec.form} begins with {least}; quantize the original for this runtime"
+        )

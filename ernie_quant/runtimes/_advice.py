@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.nvfp4 import NvFloat4
 from ernie_quant.codecs.rtn import RoundToNearest
@@ -16,6 +17,10 @@ from ernie_quant.runtimes import _w4afp8 as w4afp8
 FLOAT4 = (
     "mxfp4 is for Blackwell, where vLLM computes experts with inputs in float4 too; other GPUs decode the weights. At the same"
     " 4.25 bits wint4 --group-size 64 has a third less error"
+)
+WINT2 = (
+    "vLLM and transformers know WINT2 by ernie-quant alone, which must be installed beside them; without it transformers"
+    " warns and goes on with random experts"
 )
 
 # read in 0.33 (oracle/nvfp4.py, compressed_tensors_w4a4_nvfp4.py); the error: tests/test_nvfp4.py
@@ -34,7 +39,8 @@ def notes(linears: Sequence[Linear]) -> list[str]:
     marlin = [li for li in linears if isinstance(li.codec, RoundToNearest | Float4Group | NvFloat4)]
     narrow = {li.spec.shape[1] for li in marlin if li.ranks != IN and li.spec.shape[1] % 128}
     notes = [f"vLLM's Marlin kernels want hidden_size to be a multiple of 128, this one's is {n}" for n in sorted(narrow)]
-    kinds = {type(li.codec) for li in linears}
-    of_float4 = [note for kind, note in ((Float4Group, FLOAT4), (NvFloat4Inputs, NVFP4_INPUTS)) if kind in kinds]
-    of_float4 += [NVFP4] if NvFloat4 in kinds and NvFloat4Inputs not in kinds else []
-    return notes + w4afp8.notes(linears) + of_float4
+    kinds: set[type] = {type(li.codec) for li in linears}
+    forms = {Float4Group: FLOAT4, NvFloat4Inputs: NVFP4_INPUTS, ConvolutionalCode: WINT2}
+    said = [note for form, note in forms.items() if form in kinds]
+    said += [NVFP4] if NvFloat4 in kinds and NvFloat4Inputs not in kinds else []
+    return notes + w4afp8.notes(linears) + said

@@ -12,6 +12,7 @@ from typing import Any
 from ernie_quant import hubs
 from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
 from ernie_quant.paths import FILE, MTP_FOLDER
+from ernie_quant.runtimes import _wint2 as wint2
 from ernie_quant.runtimes._values import Place, Spread
 
 Commands = list[tuple[str, str]]
@@ -23,6 +24,7 @@ VLLM = "vLLM >= 0.13"
 NVFP4 = "nvfp4-pack-quantized"
 NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32", NVFP4: "vLLM >= 0.32"}
 FLOAT8_INPUTS = "vLLM >= 0.33, on Hopper"
+WINT2 = "vLLM 0.32, with the plug-in of ernie-quant"
 # up to 5.12 experts in integers are left random without a word; fp8 fails in 5.8 and in 5.16.0 (each tried)
 TRANSFORMERS = "transformers >= 5.17"
 LLAMA_CPP = "llama.cpp (tried: b11549)"
@@ -36,15 +38,19 @@ def vllm(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
     words += ["--enable-expert-parallel"] if spread.experts_whole else []
     words += ["--trust-remote-code"] if is_vl(config) else []
     title = _version(config)
+    command = "pip install 'ernie-quant[vllm]' && vllm serve" if title == WINT2 else "vllm serve"
     if place.hub not in ("", "hf", "modelscope"):  # of which vLLM knows nothing
-        return [(title, _downloaded(place, f"vllm serve {shlex.quote(place.local)} {' '.join(words)}"))]
+        return [(title, _downloaded(place, f"{command} {shlex.quote(place.local)} {' '.join(words)}"))]
     hub = "VLLM_USE_MODELSCOPE=True " if place.hub == "modelscope" else ""
-    return [(title, f"{hub}vllm serve {shlex.quote(place.name)} {' '.join(words)}")]
+    return [(title, f"{hub}{command} {shlex.quote(place.name)} {' '.join(words)}")]
 
 
 def _version(config: Mapping[str, Any]) -> str:
     """The oldest vLLM that loads every form of config.json."""
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    entry = config.get("quantization_config", {})
+    groups = entry.get("config_groups", {}).values()
+    if entry.get("quant_method") == wint2.METHOD:
+        return WINT2
     if any(map(_for_float8_inputs, groups)):
         return FLOAT8_INPUTS
     return max([VLLM, *(NEWER.get(group["format"], VLLM) for group in groups)])
@@ -114,6 +120,8 @@ def _one_form_of_experts(config: Mapping[str, Any]) -> bool:
     """Does one group of config.json speak of the routed experts of all layers, none of inputs or NVFP4? See
     `transformers.problems`."""
     entry = config.get("quantization_config", {})
+    if entry.get("quant_method") == wint2.METHOD:
+        return False
     if entry.get("quant_method") != COMPRESSED_TENSORS:
         return True
     if any(_for_float8_inputs(group) or group["format"] == NVFP4 for group in entry["config_groups"].values()):

@@ -1,4 +1,5 @@
-"""config.json in compressed-tensors' words: groups of layers by patterns, and the way back.
+"""config.json in compressed-tensors' words: groups of layers by patterns, and the way back. WINT2, which it has no words for,
+stands beside the groups (_wint2.py), under a quant_method that is not compressed-tensors' own.
 
 vllm-project/compressed-tensors (quantization/quant_config.py), vllm-project/vllm
 (model_executor/layers/quantization/compressed_tensors).
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ernie_quant.codecs import Codec
+from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, Float8Block
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
@@ -19,6 +21,7 @@ from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import EXPERT_ROLES
 from ernie_quant.runtimes import Linear, _float4, _modules, _w4afp8
+from ernie_quant.runtimes import _wint2 as wint2
 from ernie_quant.runtimes._patterns import covers
 
 # blocks of weights, and what kernels do to the activations that they meet (vllm, compressed_tensors_w8a8_fp8.py)
@@ -40,24 +43,32 @@ FLOAT8 = {
         "dynamic": True,
     },
 }
+BESIDE = (KEEP.form, ConvolutionalCode.form)  # no groups
 
 
 def config(linears: Sequence[Linear]) -> dict[str, Any]:
-    """quantization_config of a checkpoint of packed codes or float8 blocks, under every name that a program looks up."""
+    """quantization_config of a checkpoint of packed codes, float8 blocks or WINT2, under every name that a program looks up."""
     forms: dict[str, list[Linear]] = defaultdict(list)
     for linear in linears:
         forms[linear.codec.form].append(linear)
     regexes = _regexes(forms, _modules.names(linears))
-    groups = sorted((form for form in forms if form != KEEP.form), key=lambda form: (not _routed(forms[form]), form))
+    groups = sorted((form for form in forms if form not in BESIDE), key=lambda form: (not _routed(forms[form]), form))
     return {
-        "quant_method": "compressed-tensors",
-        "format": _scheme(forms[groups[0]][0].codec)["format"],
+        **_method(regexes.get(ConvolutionalCode.form)),
+        "format": _scheme(forms[groups[0]][0].codec)["format"] if groups else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head", *regexes.get(KEEP.form, [])],
         "config_groups": {
             f"group_{i}": {"targets": regexes[form], **_scheme(forms[form][0].codec)} for i, form in enumerate(groups)
         },
     }
+
+
+def _method(targets: Sequence[str] | None) -> dict[str, Any]:
+    """Whose words these are; with the `targets` of WINT2, if there are any."""
+    if targets is None:
+        return {"quant_method": COMPRESSED_TENSORS}
+    return {"quant_method": wint2.METHOD, "version": wint2.VERSION, wint2.KEY: wint2.entry(targets)}
 
 
 def _routed(linears: Sequence[Linear]) -> bool:
@@ -102,6 +113,8 @@ def codecs_of(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Co
         groups = [
             (_compiled(g["targets"]), _codec(g["weights"], g.get("input_activations"))) for g in config["config_groups"].values()
         ]
+        if config["quant_method"] == wint2.METHOD:
+            groups.append((_compiled(wint2.targets_of(config)), ConvolutionalCode()))
         ignore = _compiled(config["ignore"])
     except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise ConfigError(f"config.json: quantization_config is none that this tool writes ({error!r:.100})") from None

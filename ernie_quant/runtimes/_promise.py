@@ -10,6 +10,7 @@ from typing import Any
 
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
+from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
@@ -19,11 +20,13 @@ from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import ConfigError
 from ernie_quant.runtimes import Linear, _modules
 from ernie_quant.runtimes import _compressed_tensors as compressed_tensors
+from ernie_quant.runtimes import _wint2 as wint2
 
 
 def quant_methods(linears: Sequence[Linear]) -> set[str]:
-    """What config.json would have to say as quant_method: one at most."""
-    return {method for li in linears if (method := _stored(li.codec)[0])}
+    """What config.json would have to say as quant_method: one at most. That of WINT2 has groups of packed codes beside it."""
+    found = {method for li in linears if (method := _stored(li.codec)[0])}
+    return found - {COMPRESSED_TENSORS} if wint2.METHOD in found else found
 
 
 def _stored(codec: Codec) -> tuple[str, Any, Any]:
@@ -31,6 +34,8 @@ def _stored(codec: Codec) -> tuple[str, Any, Any]:
     match codec:
         case Float8Block(quant_method=method):
             return method, 8, BLOCK
+        case ConvolutionalCode():
+            return wint2.METHOD, codec.form, None
         case Float4Group() | NvFloat4() | Weight4Float8():
             return COMPRESSED_TENSORS, codec.form, None
         case RoundToNearest(bits=bits, group_size=group):
@@ -43,7 +48,7 @@ def quantization_config(linears: Sequence[Linear]) -> dict[str, Any] | None:
     methods = quant_methods(linears)
     if not methods:
         return None
-    if methods == {COMPRESSED_TENSORS}:
+    if methods != {FP8}:
         return compressed_tensors.config(linears)
     names = _modules.names(linears)
     return {
@@ -81,6 +86,6 @@ def _promised(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Co
     if config.get("quant_method") == FP8:
         kept = set(config.get("modules_to_not_convert", ()))
         return {module: KEEP if module in kept else Float8Block() for module in modules}
-    if config.get("quant_method") != COMPRESSED_TENSORS:
+    if config.get("quant_method") not in (COMPRESSED_TENSORS, wint2.METHOD):
         raise ConfigError(f"config.json: quant_method {config.get('quant_method')!r} is none that this tool writes")
     return compressed_tensors.codecs_of(config, modules)

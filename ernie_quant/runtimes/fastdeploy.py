@@ -100,8 +100,8 @@ def unsupported(linears: Sequence[Linear]) -> list[str]:
     """What can be written but has no loader."""
     if any(li.role == VISION_EXPERT and not isinstance(li.codec, Keep) for li in linears):
         return [
-            "FastDeploy has no loader for a WINT2 or WINT4 VL checkpoint: wint4 --runtime vllm and fp8 make ones that load;"
-            " --unsupported writes this one all the same"
+            "FastDeploy has no loader for a WINT2 or WINT4 VL checkpoint: fp8, and wint2 or wint4 with --runtime vllm, make ones"
+            " that load; --unsupported writes this one all the same"
         ]
     return []
 

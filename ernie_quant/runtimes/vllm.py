@@ -1,10 +1,11 @@
-"""vLLM: compressed-tensors' packed forms for integers and float4, `quant_method: fp8` for float8 blocks. transformers loads all.
+"""vLLM: compressed-tensors' packed forms for integers and float4, `quant_method: fp8` for float8 blocks, and WINT2 experts,
+beside any of the packed forms, for the plug-in of this package (ernie_quant/serving). Names and bytes: _packed.py.
 
 Float8 blocks of VL models are compressed-tensors `float-quantized`: vLLM's reader of `fp8` skips a layer whose name begins the
 name of a kept one, and `text_experts` begins that of its router, `text_experts_gate` (quant_utils.py, is_layer_skipped).
 
-Formats: vllm-project/compressed-tensors (compressors/pack_quantized), _float4.py, vllm-project/vllm
-(model_executor/layers/quantization/compressed_tensors, .../fp8.py), huggingface/transformers (integrations/finegrained_fp8.py).
+vllm-project/vllm (model_executor/layers/quantization/compressed_tensors, .../fp8.py), huggingface/transformers
+(integrations/finegrained_fp8.py).
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Codec
-from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
+from ernie_quant.codecs.ccq import IN_MULTIPLE, ConvolutionalCode
+from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.nvfp4 import NvFloat4
@@ -27,34 +28,31 @@ from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.codecs.w4a4 import NvFloat4Inputs
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.names import EXPERT_ROLES, IN, MTP, QUANTIZABLE, VISION_EXPERT
-from ernie_quant.runtimes import About, Linear, Part, Place, Spread, _advice, _commands, _modules, kept
+from ernie_quant.runtimes import About, Linear, Place, Spread, _advice, _commands, _modules
 from ernie_quant.runtimes import _float4 as float4
+from ernie_quant.runtimes import _packed as packed
 from ernie_quant.runtimes import _promise as promise
 from ernie_quant.runtimes import _usual as usual
 from ernie_quant.runtimes import _w4afp8 as w4afp8
+from ernie_quant.runtimes import _wint2 as wint2
 from ernie_quant.runtimes._values import EXPERTS, STAGES, TENSOR
-
-if TYPE_CHECKING:
-    import torch
-
-    from ernie_quant.codecs import Encoded
 
 LAYOUT, FORMAT = "pt", "safetensors"
 ROWS = 1
 CONFIG: dict[str, Any] = {}
-RECIPES = ("pt", "wint4", "wint8", "fp8", "mxfp4", "nvfp4")
+RECIPES = ("pt", "wint4", "wint8", "fp8", "mxfp4", "nvfp4", "wint2")
 VERSION = 1
 TAGS = ("vllm",)
 PROGRAM, PARALLEL, AT_LOAD = "vLLM", (TENSOR, EXPERTS, STAGES), {"fp8": "--quantization fp8"}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 MORE_BITS_FIRST = False
-CODECS = (Keep, RoundToNearest, Float8Block, Float4Group, NvFloat4, NvFloat4Inputs, Weight4Float8)
+CODECS = (Keep, RoundToNearest, Float8Block, Float4Group, NvFloat4, NvFloat4Inputs, Weight4Float8, ConvolutionalCode)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
+parts, constants, pack, unpack, weight_of = packed.parts, packed.constants, packed.pack, packed.unpack, packed.weight_of
 model_problems, stem, fallback, notes = usual.model_problems, usual.stem, usual.fallback, _advice.notes
 quantization_config, codecs_of, misread = promise.quantization_config, promise.codecs_of, promise.misread
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_scale_inv", *float4.GLOBAL, "weight")
 
 
 def folder(role: str) -> str:
@@ -68,8 +66,8 @@ def kept_as(role: str, spec: TensorSpec, *, quantized: bool) -> str:
 
 
 def recognizes(config: Mapping[str, Any]) -> bool:
-    """Integers as compressed-tensors, float8 as DeepSeek."""
-    return config.get("quant_method") in ("compressed-tensors", "fp8")
+    """Integers as compressed-tensors, float8 as DeepSeek, WINT2 in words of its own."""
+    return config.get("quant_method") in ("compressed-tensors", "fp8", wint2.METHOD)
 
 
 def metadata(about: About) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -82,78 +80,6 @@ def unsupported(linears: Sequence[Linear]) -> list[str]:
     return []
 
 
-def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
-    """Stored tensors of the weight `name`."""
-    module = name.removesuffix(".weight")
-    match codec:
-        case RoundToNearest(bits=bits, group_size=group):
-            out, width = spec.shape
-            return {
-                f"{module}.weight_packed": Part(TensorSpec((out, -(-width * bits // 32)), "I32"), 0, 1),
-                f"{module}.weight_scale": Part(codec.specs(spec)["scale"], 0, None if group == CHANNEL else 1),
-                f"{module}.weight_shape": Part(TensorSpec((2,), "I64"), None, None),
-            }
-        case Float4Group() | NvFloat4():
-            return float4.parts(module, codec, spec)
-        case Float8Block():
-            fields = codec.specs(spec)
-            return {f"{module}.weight": Part(fields["codes"], 0, 1), f"{module}.{_scale(codec)}": Part(fields["scale"], 0, 1)}
-    assert isinstance(codec, Keep), codec
-    return {name: kept(codec.specs(spec)["weight"])}
-
-
-def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[str, torch.Tensor]:
-    """`weight_shape`: the [out, in] that packing hides; numbers for a whole weight."""
-    import torch
-
-    module = name.removesuffix(".weight")
-    if isinstance(codec, RoundToNearest):
-        return {f"{module}.weight_shape": torch.tensor(spec.shape, dtype=torch.int64)}
-    return float4.constants(module, codec, once) if isinstance(codec, float4.FORMS) else {}
-
-
-def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
-    """Stored tensors of a slab of rows."""
-    module = name.removesuffix(".weight")
-    match codec:
-        case RoundToNearest(bits=bits):
-            return {
-                f"{module}.weight_packed": kernels.of("packing", encoded["codes"]).pack(encoded["codes"], bits),
-                f"{module}.weight_scale": encoded["scale"],
-            }
-        case Float4Group() | NvFloat4():
-            return float4.pack(module, codec, encoded)
-        case Float8Block():
-            return {f"{module}.weight": encoded["codes"], f"{module}.{_scale(codec)}": encoded["scale"]}
-    return {name: encoded["weight"]}
-
-
-def unpack(name: str, codec: Codec, stored: Mapping[str, torch.Tensor]) -> Encoded:
-    """What was encoded, from the stored tensors of a slab of rows."""
-    module = name.removesuffix(".weight")
-    match codec:
-        case RoundToNearest(bits=bits):
-            columns = int(stored[f"{module}.weight_shape"][1])
-            packed = stored[f"{module}.weight_packed"]
-            codes = kernels.of("packing", packed).unpack(packed, bits, columns)
-            return {"codes": codes, "scale": stored[f"{module}.weight_scale"]}
-        case Float4Group() | NvFloat4():
-            return float4.unpack(module, stored)
-        case Float8Block():
-            return {"codes": stored[f"{module}.weight"], "scale": stored[f"{module}.{_scale(codec)}"]}
-    return {"weight": stored[name]}
-
-
-def _scale(codec: Float8Block) -> str:
-    return "weight_scale_inv" if codec.quant_method == FP8 else "weight_scale"
-
-
-def weight_of(name: str) -> tuple[str, str]:
-    """`….up_proj.weight_packed` -> (`….up_proj.weight`, `weight_packed`)."""
-    module, _, part = name.rpartition(".")
-    return (f"{module}.weight", part) if part in PARTS else (name, part)
-
-
 def problems(linears: Sequence[Linear]) -> list[str]:
     """Forms that vLLM has no kernel for, and layers whose parts differ."""
     misfits = [
@@ -161,6 +87,11 @@ def problems(linears: Sequence[Linear]) -> list[str]:
         " --runtime transformers takes it"
         for li in linears
         if isinstance(li.codec, RoundToNearest) and (li.codec.bits not in BITS or li.codec.group_size not in GROUPS)
+    ]
+    misfits += [
+        f"{li.name}: {li.codec.describe()} is for routed experts, which the plug-in for vLLM decodes; another codec, or keep it"
+        for li in linears
+        if isinstance(li.codec, ConvolutionalCode) and li.role not in EXPERT_ROLES
     ]
     return misfits + w4afp8.problems(linears) + float4.problems(linears) + unknown(linears) + mixed(linears)
 
@@ -192,9 +123,11 @@ alike = layer_of
 
 
 def candidates(role: str) -> tuple[Codec, ...]:
-    """Integers, or the weight as it is; float8 blocks have the bytes of int8 and more of its error."""
-    int4 = [RoundToNearest(4, group) for group in (128, 64, 32)]
-    return (*int4, RoundToNearest(8, CHANNEL), KEEP) if role in QUANTIZABLE and role != MTP else (KEEP,)
+    """WINT2 for experts, integers, or the weight as it is; float8 blocks have the bytes of int8 and more of its error."""
+    if role not in QUANTIZABLE or role == MTP:
+        return (KEEP,)
+    few = (ConvolutionalCode(),) if role in EXPERT_ROLES else ()
+    return (*few, *(RoundToNearest(4, group) for group in (128, 64, 32)), RoundToNearest(8, CHANNEL), KEEP)
 
 
 def suited(codec: Codec, roles: Collection[str]) -> Codec:
@@ -208,7 +141,7 @@ def mixed(linears: Sequence[Linear]) -> list[str]:
     """Layers that are one module in memory but would be stored in several schemes."""
     misfits = []
     if len(promise.quant_methods(linears)) > 1:
-        misfits = [f"fp8 and integer codes cannot stand in one checkpoint, unless fp8 has quant_method = '{COMPRESSED_TENSORS}'"]
+        misfits = [f"fp8 and other codes cannot stand in one checkpoint, unless fp8 has quant_method = '{COMPRESSED_TENSORS}'"]
     modules: dict[str, set[str]] = defaultdict(set)
     for linear in linears:
         modules[layer_of(linear.name, linear.role)].add(linear.codec.form)
@@ -229,6 +162,8 @@ def share_multiple(linear: Linear) -> int:
             return math.lcm(tile, 1 if group == CHANNEL else int(group))
         case Float4Group() | NvFloat4() if linear.ranks == IN:
             return TILE if linear.role in EXPERT_ROLES else DENSE_TILE
+        case ConvolutionalCode():
+            return IN_MULTIPLE if linear.ranks == IN else 1  # a byte has the local scales of 128 inputs
         case RoundToNearest() | Float4Group() | NvFloat4():
             return TILE
         case Float8Block():

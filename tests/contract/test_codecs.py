@@ -14,6 +14,7 @@ from helpers.hessians import once_of, statistics_of
 
 from ernie_quant import codecs, plugins, runtimes
 from ernie_quant.checkpoint import TensorSpec
+from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.dtypes import dtype_name
 from ernie_quant.errors import CheckpointError, ErnieQuantError
 from ernie_quant.measure import checked, squares
@@ -194,7 +195,9 @@ def test_bits_per_weight_counts_every_stored_bit(stored: tuple[ModuleType, codec
     runtime, codec = stored
     parts = runtime.parts(weight_name(runtime, codec), codec, spec)
     nbytes = sum(part.spec.nbytes for name, part in parts.items() if not name.endswith("weight_shape"))
-    assert 8 * nbytes == codec.bits_per_weight(spec) * spec.numel
+    # in PT files the three scales of a WINT2 output are one float32 tensor, one of them with 16 bits that say nothing
+    idle = 16 * spec.shape[0] if isinstance(codec, ConvolutionalCode) and runtime.LAYOUT == "pt" else 0
+    assert 8 * nbytes - idle == codec.bits_per_weight(spec) * spec.numel
 
 
 def test_a_runtime_gives_back_what_it_packed(

@@ -166,6 +166,8 @@ def test_a_codec_it_cannot_load_is_refused_by_name_and_form(runtime: ModuleType,
 
 def plan_of(folder: Path, runtime: ModuleType, codec: Codec, *, experts_only: bool = False) -> Plan:
     rules = built_in.one_codec("test", codec, experts_only=experts_only, mtp=True, keep_unfit=False)
+    if isinstance(codec, ConvolutionalCode):  # of experts, with other codecs beside them
+        rules = built_in.make("wint2", "vllm", wint4_layers=0, experts_only=experts_only, effort=codec.effort).recipe
     return planned(folder, runtime, recipe.KEEP_ALL if codec == KEEP else rules)
 
 
@@ -203,6 +205,10 @@ def test_config_json_promises_what_is_written(runtime: ModuleType, codec: Codec,
         return
     if runtime is not fastdeploy or codec == KEEP:
         for experts_only in (False,) if dense else (False, True):
+            if dense and isinstance(codec, ConvolutionalCode):
+                with pytest.raises(PlanError, match="this model has no experts"):
+                    plan_of(release, runtime, codec)
+                continue
             plan = plan_of(release, runtime, codec, experts_only=experts_only)
             assert ("quantization_config" in plan.config) == (codec != KEEP)
             if codec != KEEP:

@@ -76,7 +76,10 @@ def test_a_vl_model_is_refused_and_written_only_with_unsupported(
     source = random_model(tmp_path / "src", layouts.PADDLE, "vl", **VL)
     lines = refusal(command, arguments[0], source, tmp_path / "out", *arguments[1:])
     assert len(lines) == 2
-    assert "has no loader for a WINT2 or WINT4 VL checkpoint: wint4 --runtime vllm and fp8 make ones that load" in lines[1]
+    assert (
+        "has no loader for a WINT2 or WINT4 VL checkpoint: fp8, and wint2 or wint4 with --runtime vllm, make ones that load"
+        in lines[1]
+    )
     code, out, _ = command(arguments[0], source, tmp_path / "out", *arguments[1:], "--unsupported")
     assert code == 0
     assert "note: FastDeploy has no loader for a WINT2 or WINT4 VL checkpoint" in out
@@ -131,7 +134,9 @@ def test_what_is_quantized_already_is_refused(folder: Path, command: Command, tm
         (("wint4", "--runtime", "fastdeploy", "--keep-unfit"), "--keep-unfit does not go with --runtime fastdeploy"),
         (("wint4", "--unsupported"), "--unsupported does not go with --runtime vllm"),
         (("wint4", "--runtime", "transformers", "--unsupported"), "--unsupported does not go with --runtime transformers"),
-        (("wint2", "--runtime", "vllm"), "'vllm' is not 'fastdeploy'"),
+        (("wint2", "--runtime", "llama_cpp"), "'llama_cpp' is not one of 'fastdeploy', 'vllm'"),
+        (("wint2", "--group-size", "64"), "--group-size does not go with --runtime fastdeploy"),
+        (("wint2", "--runtime", "vllm", "--tp", "2"), "--tp does not go with --runtime vllm"),
         (("wint2", "--wint4-layers", "-1"), "-1 is not in the range"),
         (("wint2", "--effort", "2"), "'2' is not one of"),
     ],

@@ -156,7 +156,7 @@ LIMIT, ROWS = (
 OTHER = r"in \d+ of 2048 blocks of 64 weights the codes are not the nearest to the source at their scales, in all others .*"
 DIFFER = r"its (relative|squared|largest) error is [\d.e-]+, the report says [\d.e-]+"
 FIT_NAN = "was fitted to text, and holds NaN or infinity"
-FIELD = "rows 0 to 512 have not the source's {}; resharding changes none"
+FIELD = "rows 0 to 512 have not the source's {}; nothing should change any"
 OTHER_FORM = "is (int4|fp8), .*, in the source (int8|fp8|wint2).*; compare it with what it was made from"
 
 LIE, DECODES = "its relative error is {}, the report says 0.25", "should be what the source decodes to, and is not"
