@@ -1,4 +1,4 @@
-"""Linears: integers, both forms of float8 blocks, and those that are not quantized."""
+"""Linears: integers, NVFP4, both forms of float8 blocks, and those that are not quantized."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def become_plain(layer: nn.Module, decoded: dict[str, torch.Tensor], dropped: tu
 
 
 def replace() -> None:
-    """vLLM asks for a kernel in two places, one for integers and one for float8 of either form."""
+    """vLLM asks for a kernel in three places: for integers, for NVFP4, and for float8 of either form."""
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization import fp8
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_nvfp4 as ct_float4
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w8a8_fp8 as ct_float8
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16 as ct_integers
 
@@ -53,10 +54,26 @@ def replace() -> None:
             return product(layer, x, bias)
 
     ct_integers.choose_mp_linear_kernel = lambda *args, **kwargs: Integers
+    ct_float4.init_nvfp4_linear_kernel = lambda **kwargs: Float4()
+    ct_float4.expose_input_quant_key = lambda *args: None
     fp8.init_fp8_linear_kernel = ct_float8.init_fp8_linear_kernel = lambda **kwargs: Float8Blocks()
     ct_float8.expose_input_quant_key = lambda *args: None  # it would ask for inputs that are quantized before they come
     UnquantizedLinearMethod.process_weights_after_loading = lambda self, layer: None
     UnquantizedLinearMethod.apply = lambda self, layer, x, bias=None: product(layer, x, bias)
+
+
+class Float4:
+    """The kernel of NVFP4; vLLM has made one number of those of all parts, and turned it into a factor."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        weight = decode.float4(layer.weight, layer.weight_scale, layer.weight_global_scale)
+        if (inputs := getattr(layer, "input_global_scale", None)) is not None and not 0 < float(inputs) < float("inf"):
+            raise ValueError(f"the scale of the inputs is {float(inputs)}")
+        numbers = ("weight_global_scale", "input_global_scale", "input_global_scale_inv", "alpha")
+        become_plain(layer, {"weight": weight}, ("weight_scale", *numbers))
+
+    def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return product(layer, x, bias)
 
 
 class Float8Blocks:
