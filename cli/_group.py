@@ -26,7 +26,7 @@ GROUPS = {
         "mxfp4":      "To float4, for vLLM on Blackwell, and transformers.",
         "nvfp4":      "To float4 with float8 scales, for vLLM on Blackwell.",
         "w4a8":       "Experts to int4 for int8 inputs, int8 KV cache; FastDeploy.",
-        "wint2":      "Experts to 2 bits, for FastDeploy.",
+        "wint2":      "Experts to 2 bits, for FastDeploy or vLLM.",
         "gguf":       "To one file for llama.cpp, Ollama and LM Studio.",
         "quantize":   "By a recipe of your own.",
         "allocate":   "A recipe for a size: the bits where they matter.",

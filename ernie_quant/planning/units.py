@@ -134,11 +134,14 @@ def _uniform(recipes: Sequence[Recipe], free: Sequence[Unit], forms: Sequence[tu
 
 
 def _recipes(target: Runtime, method: str) -> list[Recipe]:
-    """One that gives every linear its first candidate, one with the second ones, and so on; the last one for those with fewer."""
-    offered = {role: target.candidates(role) for role in ROLES}
+    """One that gives every linear its last candidate, one before it with the last but one, and so on; the first one is that of
+    all recipes before it too. The roles that have most candidates come first in each.
+    """
+    offered = {role: target.candidates(role) for role in sorted(ROLES, key=lambda role: -len(target.candidates(role)))}
+    most = max(map(len, offered.values()))
     found = []
-    for number in range(max(map(len, offered.values()))):
-        chosen = {role: codecs[min(number, len(codecs) - 1)] for role, codecs in offered.items()}
+    for number in range(most):
+        chosen = {role: codecs[max(0, number - most + len(codecs))] for role, codecs in offered.items()}
         rules = [RecipeRule(codec, (role,), optional=True) for role, codec in chosen.items() if codec != KEEP]
         recipe = Recipe("candidates", tuple(rules), keep_unfit=True)
         found.append(with_method(recipe, method) if method else recipe)

@@ -115,7 +115,9 @@ def test_units_hold_every_linear_once(runtime: str, wide: Path) -> None:
     assert linears <= set(names)
     assert all(list(unit.options) == sorted(unit.options, key=lambda o: o.nbytes) for unit in units.free)
     for form, chosen in units.uniform.items():
-        assert any(unit.options[i].codec.form == form for unit, i in zip(units.free, chosen, strict=True)), form
+        have = [(unit.options[i].codec.form, unit) for unit, i in zip(units.free, chosen, strict=True)]
+        assert any(found == form for found, _ in have), form
+        assert [u.name for found, u in have if found != form and form in [o.codec.form for o in u.options]] == [], form
 
 
 def test_what_a_program_stores_alike_is_one_unit(wide: Path) -> None:
