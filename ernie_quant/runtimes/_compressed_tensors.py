@@ -43,6 +43,7 @@ FLOAT8 = {
         "dynamic": True,
     },
 }
+PACKED, MIXED = "pack-quantized", "mixed-precision"
 BESIDE = (KEEP.form, ConvolutionalCode.form)  # no groups
 
 
@@ -52,16 +53,43 @@ def config(linears: Sequence[Linear]) -> dict[str, Any]:
     for linear in linears:
         forms[linear.codec.form].append(linear)
     regexes = _regexes(forms, _modules.names(linears))
-    groups = sorted((form for form in forms if form not in BESIDE), key=lambda form: (not _routed(forms[form]), form))
+    groups = sorted((form for form in forms if form not in BESIDE), key=lambda form: _place(forms[form]))
     return {
         **_method(regexes.get(ConvolutionalCode.form)),
-        "format": _scheme(forms[groups[0]][0].codec)["format"] if groups else "pack-quantized",
+        "format": _format(_scheme(forms[groups[0]][0].codec)["format"]) if groups else PACKED,
         "quantization_status": "compressed",
         "ignore": ["lm_head", *regexes.get(KEEP.form, [])],
         "config_groups": {
-            f"group_{i}": {"targets": regexes[form], **_scheme(forms[form][0].codec)} for i, form in enumerate(groups)
+            f"group_{i}": {"targets": [*regexes[form], *_kinds(forms[form])], **_scheme(forms[form][0].codec)}
+            for i, form in enumerate(groups)
         },
     }
+
+
+def _place(linears: Sequence[Linear]) -> tuple[bool, bool, str]:
+    """Which group comes first: one of routed experts, of those one of integers, whose format is that of all then.
+
+    SGLang has integers as experts only where the format of all is that of integers (compressed_tensors_wNa16_moe.py).
+    """
+    codec, routed = linears[0].codec, _routed(linears)
+    return not routed, routed and _scheme(codec)["format"] != PACKED, codec.form
+
+
+def _format(first: str) -> str:
+    """Of all groups; vLLM and transformers ask it of none that says its own.
+
+    SGLang takes all experts for MXFP4 where it says so (compressed_tensors.py, _is_mxfp4_moe), but its loaders of ERNIE know no
+    `weight_packed` of these: that of VL models would leave them random with a warning. As it is the model is refused.
+    """
+    return MIXED if first == _float4.MXFP4 else first
+
+
+def _kinds(linears: Sequence[Linear]) -> list[str]:
+    """Classes of modules beside the names, by which no layer is looked up that has one of these or is ignored.
+
+    SGLang reads the group of W4AFP8 under this one (compressed_tensors_w4a8_fp8_moe.py).
+    """
+    return ["Linear"] if _routed(linears) and isinstance(linears[0].codec, Weight4Float8) else []
 
 
 def _method(targets: Sequence[str] | None) -> dict[str, Any]:
@@ -104,7 +132,7 @@ def _scheme(codec: Codec) -> dict[str, Any]:
         "dynamic": False,
     }
     inputs = {"input_activations": _w4afp8.INPUTS} if isinstance(codec, Weight4Float8) else {}
-    return {"format": "pack-quantized", "weights": weights, **inputs}
+    return {"format": PACKED, "weights": weights, **inputs}
 
 
 def codecs_of(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Codec]:

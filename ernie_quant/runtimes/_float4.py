@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Float4: TypeAlias = Float4Group | NvFloat4
 FORMS = (Float4Group, NvFloat4)
+MXFP4, NVFP4 = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
 GLOBAL = {"weight_global_scale": "global_scale", "input_global_scale": "activation_scale"}  # part -> the codec's field
 # powers of two per group; the scale's dtype is what tells it from plain float4
 MX = {
@@ -46,9 +47,9 @@ NV_INPUTS = NV | {"dynamic": "local"}  # the program makes the scales of groups;
 def scheme(codec: Float4) -> dict[str, Any]:
     """A group of config.json without its targets."""
     if isinstance(codec, Float4Group):
-        return {"format": "mxfp4-pack-quantized", "weights": MX}
+        return {"format": MXFP4, "weights": MX}
     inputs = {"input_activations": NV_INPUTS} if isinstance(codec, NvFloat4Inputs) else {}
-    return {"format": "nvfp4-pack-quantized", "weights": NV, **inputs}
+    return {"format": NVFP4, "weights": NV, **inputs}
 
 
 def codec_of(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Codec | None:
