@@ -60,11 +60,9 @@ def compare_with(
     problems = [f"{name}: is in the source, not in the result" for name in sorted(weights.keys() - there, key=natural)]
     problems += [f"{name}: is in the result, not in the source" for name in sorted(there - weights.keys(), key=natural)]
     resharded = quantized and any(not isinstance(entry.codec, Keep) for entry in stored)
-    pairs = [
-        _pair(entry, weights[entry.name], None if resharded else reports.get(entry.name), resharded)
-        for entry in chosen
-        if entry.name in weights
-    ]
+    # the report of what was moved speaks of a quantized source, or of the one before that
+    measured = {} if resharded or any(row.as_stored for row in reports.values()) else reports
+    pairs = [_pair(entry, weights[entry.name], measured.get(entry.name), resharded) for entry in chosen if entry.name in weights]
     outcomes = []
     with source.download([[ref.file for ref in build.refs(pair.view)] for pair in pairs]) as download:
         for number, pair in enumerate(pairs):

@@ -21,7 +21,7 @@ from ernie_quant.weights.layouts import LAYOUTS
 from ernie_quant.weights.pieces import Piece, pieces_of
 from ernie_quant.weights.stored import runtime_of
 
-NOTE = "codes and scales are those of the source: an error of 0 here is beside it; what it lost itself, its own report says"
+NOTE = "codes and scales are those of the source, to the bit; what these lose of the original weights, its own report says"
 
 REFUSED = "is quantized in forms that {program} does not load; quantize the original for it, or dequantize --to {layout}"
 

@@ -32,6 +32,11 @@ def given(step: Step, files: Files, rows: tuple[int, int], device: str) -> Encod
     return encoded
 
 
+def moved(step: Step) -> bool:
+    """Has a step's weight the codes and scales of the source, whatever its layout?"""
+    return not isinstance(step.codec, Blocks) and bool(taken_over(step.view, step.codec))
+
+
 def taken_over(view: View, codec: Codec) -> tuple[Piece, ...]:
     """The rows of quantized weights of the source whose codes `codec` may hold as they are; nothing if it may not."""
     found = pieces_of(view)

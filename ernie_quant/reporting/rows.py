@@ -18,7 +18,8 @@ PLOTS_FOLDER, PLOTS = "plots", ("error-heatmap.png", "error-histogram.png", "byt
 
 
 FITTED = "kept, fitted"  # in its dtype, and changed by calibration
-SOMETIMES = {"not_finite": 0, "only_zeros": False, "output_error": None, "fitted": False, "calibration_tokens": None}
+SOMETIMES = {"not_finite": 0, "only_zeros": False, "output_error": None, "fitted": False, "calibration_tokens": None,
+             "as_stored": False}  # fmt: skip
 # columns that stand in report.json where they are not this
 
 
@@ -44,11 +45,12 @@ class TensorReport:
     output_error: float | None = None  # of calibration: part of its output's energy lost on tokens for judging
     fitted: bool = False  # it aims at more than the source's weight
     calibration_tokens: int | None = None  # tokens of its inputs that were looked at
+    as_stored: bool = False  # codes and scales are those of a quantized source, and errors are beside what that decodes to
 
     @property
     def changed(self) -> bool:
-        """Was it quantized, or fitted?"""
-        return self.codec not in (KEPT, *ROUNDED.values())
+        """Was it quantized, or fitted, when this result was made?"""
+        return not self.as_stored and self.codec not in (KEPT, *ROUNDED.values())
 
     @property
     def plain(self) -> bool:

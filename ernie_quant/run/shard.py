@@ -22,7 +22,7 @@ from ernie_quant.codecs import MeasuringEncoder
 from ernie_quant.devices import CPU, Crew, fetched
 from ernie_quant.measure import Difference, Values, checked, means_something, squares, values_of
 from ernie_quant.planning.steps import ShardJob, Step
-from ernie_quant.planning.taken import given
+from ernie_quant.planning.taken import given, moved
 from ernie_quant.reporting.rows import FITTED, ShardResult, TensorReport
 from ernie_quant.runtimes import Runtime
 from ernie_quant.threads import Progress, one_torch_thread, ordered
@@ -172,6 +172,7 @@ def _row(step: Step, difference: Difference, values: Values, writer: ShardWriter
         difference.error, difference.total, step.sources, crc32,
         values.not_finite, values.only_zeros and step.spec.numel > 0 and means_something(step.name),
         made.output_error if made else None, made is not None and made.fitted, made.tokens if made else None,
+        moved(step),
     )  # fmt: skip
 
 

@@ -150,8 +150,21 @@ def test_a_published_checkpoint_becomes_files_for_vllm(folder: Path, converted: 
         (published / name).unlink()
     result = ernie_quant.convert(published, tmp_path / "out", to="pt")
     assert bare(tmp_path / "out") == bare(converted / "wint2/1")
-    assert any("what it lost itself, its own report says" in note for note in result.notes)
+    assert any("what these lose of the original weights, its own report says" in note for note in result.notes)
     assert verify(tmp_path / "out", published).quantized == verify(converted / "wint2/1").quantized
+
+
+@FORMS
+def test_it_claims_no_error_and_is_verified_against_the_original(form: str, folder: Path, converted: Path) -> None:
+    """An error of 0 on a card would be one beside the quantized source."""
+    out = converted / form / "1"
+    assert "## Error" not in (out / "README.md").read_text()
+    rows = json.loads((out / "report.json").read_text())["tensors"]
+    assert {row.get("as_stored", False) for row in rows if "_proj" in row["name"] and "mtp_linear" not in row["name"]} == {True}
+    was = json.loads((folder / form / "1/report.json").read_text())["roles"]["experts"]
+    verified = verify(out, folder / "src")
+    assert verified.against
+    assert verified.compared.worst_rel_error >= was["rel_error"] > 0
 
 
 @FORMS
