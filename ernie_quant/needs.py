@@ -15,6 +15,7 @@ from ernie_quant.errors import NeedsError
 NAMES = {
     "torch": "PyTorch", "triton": "Triton",
     "numpy": "numpy", "numba": "numba", "transformers": "transformers", "google": "protobuf",
+    "compressed_tensors": "compressed-tensors",
     "modelscope_hub": "modelscope-hub", "aistudio_sdk": "aistudio-sdk",
 }  # fmt: skip
 REQUIREMENT = re.compile(r"(?P<wanted>(?P<name>[\w.-]+)[^;]*?)\s*(;.*extra == [\"'](?P<extra>[\w-]+)[\"'].*)?")

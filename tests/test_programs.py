@@ -154,7 +154,7 @@ def test_every_program_reads_what_is_stored(family: str, rules: str, sources: di
         assert all(isinstance(s.codec, Keep) for s in plan.steps)
         return
     entry = json.loads(json.dumps(plan.config["quantization_config"]))
-    # transformers has one scheme for all experts: other plans are refused for it
+    # transformers has one scheme for all experts by itself; of other plans it is said that they need our import
     one_scheme = len({s.codec for s in plan.steps if s.role in names.EXPERT_ROLES} - {KEEP}) < 2
     assert [line for line in misread(plan, entry) if one_scheme or not line.startswith("transformers")] == []
 

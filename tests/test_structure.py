@@ -67,6 +67,7 @@ ORDER = (
     ("archs",),
     ("runtimes", "sources"),
     ("weights",),
+    ("serving",),
     ("planning",),
     ("result", "runners"),
     ("run", "check", "publish"),

@@ -15,8 +15,9 @@ from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.mxfp4 import Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.errors import PlanError
 from ernie_quant.planning import built_in, recipe
+from ernie_quant.planning.make import make_plan
+from ernie_quant.sources import open_source
 from ernie_quant.weights import layouts
 
 ALL = {"experts_only": False, "mtp": True, "keep_unfit": False}
@@ -139,39 +140,34 @@ def test_a_source_of_another_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     assert 0 < (found - original).square().sum() / original.square().sum() < 0.2
 
 
-UNREAD = {
-    "int4, group 128 and int8, per channel, of which transformers reads one only": (
-        (r"layers\.1\.mlp\.experts", INT8), (r"\.experts\.", INT4),
-    ),
-    "int4, group 128 and kept, of which transformers reads one only": ((r"layers\.1\.mlp\.experts", KEEP), ("_proj", INT4)),
-    "experts: would be kept, which transformers refuses": (("self_attn", INT8),),
-}  # fmt: skip
+BY_IMPORT = {
+    "experts in two forms": ((r"layers\.1\.mlp\.experts", INT8), (r"\.experts\.", INT4)),
+    "experts of a layer kept": ((r"layers\.1\.mlp\.experts", KEEP), ("_proj", INT4)),
+    "all experts kept": (("self_attn", INT8),),
+    "float8 in the words of compressed-tensors": (("_proj", Float8Block("compressed-tensors")),),
+}
 
 
-@pytest.mark.parametrize(("problem", "pairs"), UNREAD.items(), ids=UNREAD)
-def test_experts_that_it_does_not_read_are_for_vllm_only(
-    problem: str, pairs: tuple[tuple[str, codecs.Codec], ...], tmp_path: Path
+@pytest.mark.parametrize("pairs", BY_IMPORT.values(), ids=BY_IMPORT)
+def test_what_it_does_not_read_by_itself_is_written_with_a_note(
+    pairs: tuple[tuple[str, codecs.Codec], ...], tmp_path: Path
 ) -> None:
-    """It would decode them wrongly without a word, or refuse the file: neither plan nor card says that it loads."""
+    """It would decode them wrongly without a word, or refuse the file; with our import it does not (tests/serving)."""
     source = model_of_128s(tmp_path / "source")
-    with pytest.raises(PlanError, match=problem):
-        write(source, tmp_path / "out", "transformers", recipe=rules_of(*pairs))
+    plan = make_plan(open_source(source), runtime="transformers", recipe=rules_of(*pairs))
+    assert [note for note in plan.notes if "loads this after `import ernie_quant.transformers` alone" in note]
     write(source, tmp_path / "out", "vllm", recipe=rules_of(*pairs))
-    card = (tmp_path / "out/README.md").read_text()
-    assert "vllm serve" in card
-    assert "transformers" not in card
-    assert not read_rightly(tmp_path)  # if this ever fails, transformers has learned it, and so should we
+    assert "import ernie_quant.transformers; from transformers import pipeline" in (tmp_path / "out/README.md").read_text()
 
 
-def read_rightly(tmp_path: Path) -> bool:
-    plain = logits(dequantized(tmp_path / "out", tmp_path / "plain"), torch.bfloat16)
-    try:
-        return torch.equal(logits(tmp_path / "out", torch.bfloat16), plain)
-    except RuntimeError:
-        return False
+@pytest.mark.parametrize("pairs", MIXED.values(), ids=MIXED)
+def test_what_it_reads_by_itself_is_written_without(pairs: tuple[tuple[str, codecs.Codec], ...], tmp_path: Path) -> None:
+    plan = make_plan(open_source(model_of_128s(tmp_path / "source")), runtime="transformers", recipe=rules_of(*pairs))
+    assert "import ernie_quant" not in "".join(plan.notes)
 
 
-def test_a_quantized_vl_model_is_not_for_transformers(tmp_path: Path) -> None:
+def test_a_quantized_vl_model_is_written_with_a_note(tmp_path: Path) -> None:
     source = random_model(tmp_path / "source", layouts.PT, "vl", **WIDTHS["vl"])
-    with pytest.raises(PlanError, match="transformers has no loader for a quantized VL checkpoint"):
-        write(source, tmp_path / "out", "transformers", recipe=built_in.one_codec("test", INT4, **ALL))
+    rules = built_in.one_codec("test", INT4, **ALL)
+    plan = make_plan(open_source(source), runtime="transformers", recipe=rules)
+    assert "transformers does not know the flat config.json of VL models: --vl-config transformers" in plan.notes

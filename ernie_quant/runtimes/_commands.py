@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant import hubs
-from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
 from ernie_quant.paths import FILE, MTP_FOLDER
 from ernie_quant.runtimes import _wint2 as wint2
+from ernie_quant.runtimes._transformers import ALONE, IMPORT, is_vl, loads_alone, rounds_inputs, versions
 from ernie_quant.runtimes._values import Place, Spread
 
 Commands = list[tuple[str, str]]
@@ -24,9 +24,7 @@ VLLM = "vLLM >= 0.13"
 NVFP4 = "nvfp4-pack-quantized"
 NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32", NVFP4: "vLLM >= 0.32"}
 FLOAT8_INPUTS = "vLLM >= 0.33, on Hopper"
-WINT2 = "vLLM 0.32, with the plug-in of ernie-quant"
-# up to 5.12 experts in integers are left random without a word; fp8 fails in 5.8 and in 5.16.0 (each tried)
-TRANSFORMERS = "transformers >= 5.17"
+WINT2 = "vLLM 0.32 or 0.33, with ernie-quant in the same environment"
 LLAMA_CPP = "llama.cpp (tried: b11549)"
 FD_SOURCES = {"hf": "HUGGINGFACE", "modelscope": "MODELSCOPE", "aistudio": "AISTUDIO"}  # FD_MODEL_SOURCE (FastDeploy, envs.py)
 
@@ -38,11 +36,10 @@ def vllm(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
     words += ["--enable-expert-parallel"] if spread.experts_whole else []
     words += ["--trust-remote-code"] if is_vl(config) else []
     title = _version(config)
-    command = "pip install 'ernie-quant[vllm]' && vllm serve" if title == WINT2 else "vllm serve"
     if place.hub not in ("", "hf", "modelscope"):  # of which vLLM knows nothing
-        return [(title, _downloaded(place, f"{command} {shlex.quote(place.local)} {' '.join(words)}"))]
+        return [(title, _downloaded(place, f"vllm serve {shlex.quote(place.local)} {' '.join(words)}"))]
     hub = "VLLM_USE_MODELSCOPE=True " if place.hub == "modelscope" else ""
-    return [(title, f"{hub}{command} {shlex.quote(place.name)} {' '.join(words)}")]
+    return [(title, f"{hub}vllm serve {shlex.quote(place.name)} {' '.join(words)}")]
 
 
 def _version(config: Mapping[str, Any]) -> str:
@@ -51,26 +48,41 @@ def _version(config: Mapping[str, Any]) -> str:
     groups = entry.get("config_groups", {}).values()
     if entry.get("quant_method") == wint2.METHOD:
         return WINT2
-    if any(map(_for_float8_inputs, groups)):
+    if any(map(rounds_inputs, groups)):
         return FLOAT8_INPUTS
     return max([VLLM, *(NEWER.get(group["format"], VLLM) for group in groups)])
 
 
-def _for_float8_inputs(group: Mapping[str, Any]) -> bool:
-    """Integers that a program shall not multiply with inputs as they are."""
-    return bool(group["format"] == "pack-quantized" and group.get("input_activations"))
-
-
 def transformers(place: Place, config: Mapping[str, Any]) -> Commands:
-    """A pipeline; nothing for what it would not load."""
-    if is_vl(config) or not _one_form_of_experts(config):
+    """A few words of it; nothing for what it would not load, or computes otherwise than the file asks for.
+
+    It does not know the flat config.json of VL models. Of the others text alone is shown: for images it wants files of its own.
+    """
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    if any(rounds_inputs(group) or group["format"] == NVFP4 for group in groups) or (
+        is_vl(config) and "text_config" not in config
+    ):
         return []
     elsewhere = place.hub not in ("", "hf")
-    call = f"pipeline('text-generation', {place.local if elsewhere else place.name!r})('Hello', max_new_tokens=20)"
-    snippet = f"from transformers import pipeline; print({call})"
+    snippet = (_image_text if is_vl(config) else _text)(repr(place.local if elsewhere else place.name))
+    alone = loads_alone(config)
+    snippet = snippet if alone else f"{IMPORT}; {snippet}"
     quoted = shlex.quote(snippet) if SPECIAL & set(snippet) else f'"{snippet}"'
     command = f"python -c {quoted}"
-    return [(TRANSFORMERS, _downloaded(place, command) if elsewhere else command)]
+    title = ALONE if alone else f"transformers {versions()}, with ernie-quant"
+    return [(title, _downloaded(place, command) if elsewhere else command)]
+
+
+def _text(name: str) -> str:
+    return f"from transformers import pipeline; print(pipeline('text-generation', {name})('Hello', max_new_tokens=20))"
+
+
+def _image_text(name: str) -> str:
+    loaded = f"(cls.from_pretrained({name}) for cls in (AutoModelForImageTextToText, AutoTokenizer))"
+    return (
+        f"from transformers import AutoModelForImageTextToText, AutoTokenizer; m, t = {loaded};"
+        " print(t.decode(m.generate(t('Hello', return_tensors='pt').input_ids, max_new_tokens=20)[0]))"
+    )
 
 
 def fastdeploy(place: Place, config: Mapping[str, Any], spread: Spread) -> Commands:
@@ -109,28 +121,3 @@ def _downloaded(place: Place, command: str) -> str:
         return command
     download = hubs.download_command(place.hub).format(name=shlex.quote(place.name), local=shlex.quote(place.local))
     return f"{download} && {command}" if download else command
-
-
-def is_vl(config: Mapping[str, Any]) -> bool:
-    """In either spelling of config.json."""
-    return "text_config" in config or "vision_config" in config
-
-
-def _one_form_of_experts(config: Mapping[str, Any]) -> bool:
-    """Does one group of config.json speak of the routed experts of all layers, none of inputs or NVFP4? See
-    `transformers.problems`."""
-    entry = config.get("quantization_config", {})
-    if entry.get("quant_method") == wint2.METHOD:
-        return False
-    if entry.get("quant_method") != COMPRESSED_TENSORS:
-        return True
-    if any(_for_float8_inputs(group) or group["format"] == NVFP4 for group in entry["config_groups"].values()):
-        return False
-    if "moe_num_experts" not in config:
-        return True
-    groups = [group["targets"] for group in entry["config_groups"].values()]
-    return [any(map(_of_routed, patterns)) for patterns in groups].count(True) == 1 and not any(map(_of_routed, entry["ignore"]))
-
-
-def _of_routed(pattern: str) -> bool:
-    return r"\.experts\." in pattern

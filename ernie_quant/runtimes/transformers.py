@@ -1,4 +1,7 @@
-"""transformers: the files of vLLM, with the forms that only compressed-tensors' own unpacking takes (2 bits, any group)."""
+"""transformers: the files of vLLM, with the forms that only compressed-tensors' own unpacking takes (2 bits, any group).
+
+What transformers does not load by itself it loads with our quantizer, `import ernie_quant.transformers`.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ernie_quant.codecs import Codec
-from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS
-from ernie_quant.codecs.keep import KEEP, Keep
+from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.nvfp4 import NvFloat4
-from ernie_quant.names import EXPERT_ROLES, VISION_EXPERT
+from ernie_quant.names import EXPERT, VISION_EXPERT
 from ernie_quant.runtimes import Linear, Place, Spread, _commands, vllm
-from ernie_quant.runtimes import _promise as promise
 from ernie_quant.runtimes import _w4afp8 as w4afp8
+from ernie_quant.runtimes._transformers import IMPORT, loads_alone, versions
 from ernie_quant.runtimes._values import STAGES
 
 CODECS = vllm.CODECS
 LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
-RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8", "mxfp4"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
+RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8", "mxfp4", "wint2"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
 QUANTIZES_VOCABULARY, CASTS, MORE_BITS_FIRST = vllm.QUANTIZES_VOCABULARY, vllm.CASTS, vllm.MORE_BITS_FIRST
 VERSION = vllm.VERSION
 TAGS: tuple[str, ...] = ()
@@ -29,6 +31,12 @@ layer_of, alike, quantization_config, codecs_of = vllm.layer_of, vllm.alike, vll
 suited, misread, one_scale = vllm.suited, vllm.misread, vllm.one_scale
 share_multiple, folder, metadata = vllm.share_multiple, vllm.folder, vllm.metadata
 model_problems, stem, fallback = vllm.model_problems, vllm.stem, vllm.fallback
+
+NOTE = (
+    f"transformers ({versions()}) loads this after `{IMPORT}` alone; without it experts are left random with no more than a"
+    " warning, decoded wrongly without a word, or refused, as the case may be"
+)
+SPELLING = "transformers does not know the flat config.json of VL models: --vl-config transformers"
 
 
 def recognizes(config: Mapping[str, Any]) -> bool:
@@ -42,12 +50,17 @@ def candidates(role: str) -> tuple[Codec, ...]:
 
 
 def notes(linears: Sequence[Linear]) -> list[str]:
-    """Nothing: it dequantizes."""
-    return []
+    """What it loads with our quantizer alone."""
+    entry = quantization_config(linears)
+    roles = {li.role for li in linears}
+    config = {"quantization_config": entry} | ({"moe_num_experts": 1} if EXPERT in roles else {})
+    if not entry or loads_alone(config | ({"vision_config": {}} if VISION_EXPERT in roles else {})):
+        return []
+    return [NOTE, *([SPELLING] if VISION_EXPERT in roles else [])]
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:
-    """Layers that are one module in memory must be stored in one form here too, and all experts alike.
+    """Layers that are one module in memory must be stored in one form here too.
 
     NVFP4: compressed-tensors 0.20 gives the experts' decoder no weight_global_scale (transformers 5.24,
     integrations/compressed_tensors.py); tried: logits off by up to 11.6.
@@ -58,29 +71,11 @@ def problems(linears: Sequence[Linear]) -> list[str]:
         for li in linears
         if isinstance(li.codec, NvFloat4)
     ]
-    return rounded + vllm.unknown(linears) + vllm.mixed(linears) + _mixed_experts(linears)
-
-
-def _mixed_experts(linears: Sequence[Linear]) -> list[str]:
-    """It takes the first group of config.json that names experts for those of all layers; float8 as `fp8` it reads by layers.
-
-    (integrations/compressed_tensors.py. Seen with 5.24: experts of other bits are decoded wrongly without a word, kept
-    experts beside integers end in an error.)
-    """
-    if COMPRESSED_TENSORS not in promise.quant_methods(linears):
-        return []
-    schemes = sorted({li.codec.form for li in linears if li.role in EXPERT_ROLES})
-    if len(schemes) > 1:
-        return [f"experts: would be stored as {' and '.join(schemes)}, of which transformers reads one only; --runtime vllm"]
-    if schemes and all(isinstance(li.codec, Keep) for li in linears if li.role in EXPERT_ROLES):
-        return ["experts: would be kept, which transformers refuses beside other integers; quantize them too, or --runtime vllm"]
-    return []
+    return rounded + vllm.unknown(linears) + vllm.mixed(linears)
 
 
 def unsupported(linears: Sequence[Linear]) -> list[str]:
-    """What can be written but not loaded: text and vision experts differ in width."""
-    if any(li.role == VISION_EXPERT for li in linears) and promise.quant_methods(linears):
-        return ["transformers has no loader for a quantized VL checkpoint, vLLM has; --unsupported writes this one all the same"]
+    """Nothing that could be written all the same."""
     return []
 
 

@@ -35,6 +35,7 @@ from ernie_quant.runtimes import _promise as promise
 from ernie_quant.runtimes import _usual as usual
 from ernie_quant.runtimes import _w4afp8 as w4afp8
 from ernie_quant.runtimes import _wint2 as wint2
+from ernie_quant.runtimes._transformers import loads_alone
 from ernie_quant.runtimes._values import EXPERTS, STAGES, TENSOR
 
 LAYOUT, FORMAT = "pt", "safetensors"
@@ -172,8 +173,8 @@ def share_multiple(linear: Linear) -> int:
 
 
 def library(config: Mapping[str, Any]) -> str:
-    """transformers where it loads them."""
-    return "transformers" if _commands.transformers(Place("."), config) else "vllm"
+    """transformers where it loads them by itself."""
+    return "transformers" if _commands.transformers(Place("."), config) and loads_alone(config) else "vllm"
 
 
 def commands(place: Place, config: Mapping[str, Any], spread: Spread) -> list[tuple[str, str]]:

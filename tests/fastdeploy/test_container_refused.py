@@ -134,7 +134,7 @@ def test_what_is_quantized_already_is_refused(folder: Path, command: Command, tm
         (("wint4", "--runtime", "fastdeploy", "--keep-unfit"), "--keep-unfit does not go with --runtime fastdeploy"),
         (("wint4", "--unsupported"), "--unsupported does not go with --runtime vllm"),
         (("wint4", "--runtime", "transformers", "--unsupported"), "--unsupported does not go with --runtime transformers"),
-        (("wint2", "--runtime", "llama_cpp"), "'llama_cpp' is not one of 'fastdeploy', 'vllm'"),
+        (("wint2", "--runtime", "llama_cpp"), "'llama_cpp' is not one of 'fastdeploy', 'transformers', 'vllm'"),
         (("wint2", "--group-size", "64"), "--group-size does not go with --runtime fastdeploy"),
         (("wint2", "--runtime", "vllm", "--tp", "2"), "--tp does not go with --runtime vllm"),
         (("wint2", "--wint4-layers", "-1"), "-1 is not in the range"),

@@ -93,7 +93,7 @@ def programs(linears: Sequence[str], text_experts: int) -> list[Program]:
     """Every program that loads this model, and every model that it builds: main and draft."""
     mtp = [li for li in linears if li.startswith("model.mtp_block.0.")]
     last, block = 1 + max(_numbers(r"^model\.layers\.(\d+)\.", linears)), "model.mtp_block.0"
-    if text_experts:  # transformers has no VL with packed experts
+    if text_experts:  # transformers by itself has no VL with packed experts
         vllm = (*_decoder(linears, "language_model.", text_experts=text_experts), *_vision(linears, "qkv"))
         sglang = (*_decoder(linears, "", text_experts=text_experts), *_vision(linears, "qkv_proj"))
         # vision_model is not renamed; the class of SGLang has no packed_modules_mapping

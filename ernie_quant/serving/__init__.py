@@ -1,0 +1,1 @@
+"""Plug-ins for programs that load our files: what vLLM and transformers lack for some of them. They decode as `runtimes` does."""
