@@ -124,7 +124,9 @@ $(VLLM_VENV)/.vllm: | $(VLLM_VENV)/bin/python
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-$(VLLM_VENV)/.plugin: tests/vllm/plugin/pyproject.toml $(wildcard tests/vllm/plugin/plain_arithmetic/*.py) | $(VLLM_VENV)/.vllm
+# this checkout, for its own plug-in, and with what it needs; vLLM's pins are within its bounds
+$(VLLM_VENV)/.plugin: pyproject.toml tests/vllm/plugin/pyproject.toml $(wildcard tests/vllm/plugin/plain_arithmetic/*.py) | $(VLLM_VENV)/.vllm
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable .
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ./tests/vllm/plugin
 	rm -rf tests/vllm/plugin/build
 	@touch $@

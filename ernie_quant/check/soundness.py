@@ -56,5 +56,5 @@ def _problems(name: str, values: Values, reports: Mapping[str, TensorReport]) ->
     zeros = values.only_zeros and means_something(name)
     if row.only_zeros and not zeros:
         yield f"{name}: the report says that it holds nothing but zeros, and it holds others"
-    if zeros and not row.only_zeros and not row.changed:
+    if zeros and not (row.only_zeros or row.changed or row.as_stored):
         yield f"{name}: holds nothing but zeros, and the report does not say so"

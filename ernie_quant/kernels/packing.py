@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
 
@@ -52,6 +54,12 @@ def _pack(codes, bits, out):  # type: ignore[no-untyped-def]
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """int8 codes [out, columns] of packed int32 words; the inverse of `pack`."""
+    if bits > 2 and sys.byteorder == "little":  # whole bytes, in order
+        bytes_ = packed.contiguous().view(torch.uint8)
+        values = unpack_nibbles(bytes_) if bits == 4 else bytes_
+        return values[:, :columns].contiguous().view(torch.int8) - (
+            1 << (bits - 1)
+        )  # 8 bits: 128 is -128, which wraps as it should
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     values = (packed[..., None] >> shifts) & ((1 << bits) - 1)
     return (values.reshape(packed.shape[0], -1)[:, :columns] - (1 << (bits - 1))).to(torch.int8)

@@ -20,6 +20,7 @@ from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Download
 from ernie_quant.codecs import MeasuringEncoder
 from ernie_quant.devices import CPU, Crew, fetched
+from ernie_quant.errors import CheckpointError
 from ernie_quant.measure import Difference, Values, checked, means_something, squares, values_of
 from ernie_quant.planning.steps import ShardJob, Step
 from ernie_quant.planning.taken import given, moved
@@ -79,9 +80,12 @@ def run_shard(job: ShardJob, *, folder: Path, workers: int, progress: Progress, 
             step = rows.step
             with crew.at_work() as own, encoders.of(step) as encoder:
                 device = own if step.quantized else CPU  # what is kept would come back as it went
-                weight = read(step.view, files, (rows.first, rows.last), device)
                 known = given(step, files, (rows.first, rows.last), device)
-                slab = encode_slab(step, runtime, weight, encoder, known, files.buffers)
+                if known is not None and moved(step):
+                    slab = _repacked(step, runtime, known)
+                else:
+                    weight = read(step.view, files, (rows.first, rows.last), device)
+                    slab = encode_slab(step, runtime, weight, encoder, known, files.buffers)
                 parts = fetched(slab.parts, device)
                 once = encoder.once if encoder else known or {}
             constants = {} if rows.first else runtime.constants(step.name, step.codec, step.spec, once)
@@ -121,6 +125,13 @@ def encode_slab(
         slabs = [_finished(step, runtime, block, *measured(block)) for block in _blocks(step, weight)]
         return _joined(step, slabs, buffers or Buffers())
     return _finished(step, runtime, weight, encoded, squares(weight, step.codec.decode({**once, **encoded})))
+
+
+def _repacked(step: Step, runtime: Runtime, known: Encoded) -> Slab:
+    """Codes and scales of a quantized source, which nobody need decode. Raises CheckpointError for scales that are no numbers."""
+    if odd := next((field for field, tensor in known.items() if values_of(tensor).not_finite), None):
+        raise CheckpointError(f"{step.name}: its {odd} is NaN or infinity in the source; get the file again")
+    return Slab(runtime.pack(step.name, step.codec, known), Difference(), Values(only_zeros=False))
 
 
 def _finished(step: Step, runtime: Runtime, weight: torch.Tensor, encoded: Encoded, difference: Difference) -> Slab:

@@ -236,3 +236,12 @@ def test_w4a8_has_no_form_in_pt_files(command: Command, tmp_path: Path) -> None:
     w4a8.with_statistics(w4a8.model(tmp_path / "src"), tmp_path / "w4a8")
     lines = refusal(command, "convert", tmp_path / "w4a8", tmp_path / "out", "--to", "pt")
     assert "is quantized in forms that vLLM does not load" in lines[0]
+
+
+def test_scales_that_are_no_numbers_are_refused_by_name(converted: Path, tmp_path: Path) -> None:
+    source = copy(converted / "wint2/1", tmp_path / "src")
+    stored = tensors(source)
+    stored["model.layers.2.mlp.experts.0.down_proj.weight_channel_scale"][9, 1] = float("nan")
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.0\.down_proj\.weight: its code_scale is NaN or infinity in the source"):
+        ernie_quant.convert(source, tmp_path / "out", to="paddle")

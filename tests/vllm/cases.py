@@ -11,9 +11,17 @@ class Run:
 
     tp: int = 1
     speculate: bool = False
+    ep: bool = False  # ranks have whole experts, not shares of each
+    refused: str = ""  # vLLM must not start, and say this
+    stock: bool = False  # as users start it: nothing replaced, compiled, workers spawned
 
     def __str__(self) -> str:
-        return f"TP {self.tp}{', speculation' if self.speculate else ''}"
+        return f"TP {self.tp}{', speculation' * self.speculate}{', whole experts' * self.ep}{', as users do' * self.stock}"
+
+    @property
+    def folder(self) -> str:
+        """A name for what it leaves."""
+        return f"tp{self.tp}{'-speculation' * self.speculate}{'-ep' * self.ep}{'-stock' * self.stock}"
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Case:
 
 
 TEXT = (Run(1), Run(2))
+EXPERTS = (*TEXT, Run(2, ep=True))
 MTP = (Run(1), Run(1, speculate=True), Run(2, speculate=True))
 SPECULATION = (Run(1, speculate=True),)
 
@@ -115,6 +124,32 @@ role = "experts"
 codec = "rtn"
 bits = 4
 """,
+    # WINT2 before int4, and none of the other linears
+    "wint2-first": """
+[[rule]]
+match = 'layers\\.1\\.mlp\\.experts'
+codec = "ccq"
+effort = 1
+[[rule]]
+role = "experts"
+codec = "rtn"
+bits = 4
+""",
+    # text experts in 2 bits, vision experts in 8, but for one layer
+    "wint2-of-text": """
+[[rule]]
+match = 'layers\\.1\\.mlp\\.experts'
+codec = "ccq"
+effort = 1
+[[rule]]
+role = "experts"
+codec = "ccq"
+effort = 1
+[[rule]]
+role = "vision_experts"
+codec = "rtn"
+bits = 8
+""",
     # integers and float8 in one checkpoint
     "int4-and-fp8": """
 [[rule]]
@@ -126,6 +161,19 @@ role = "attention"
 codec = "fp8"
 quant_method = "compressed-tensors"
 """,
+}
+
+
+WINT2 = "wint2 --runtime vllm --effort 1"
+ALL_WINT2 = f"{WINT2} --wint4-layers 0 --experts-only"
+# damages.py -> how it must be found
+WINT2_DAMAGES = {
+    "one code of WINT2": (Run(2),),
+    "local scales of one group swapped": (Run(1),),
+    "code zero of one row": (Run(2, ep=True),),
+    "a version that is not known": (Run(1, refused="version 2 of ernie-wint2"),),
+    "a local scale is lost": (Run(2, refused="1 of 72 tensors of its experts are not in the checkpoint"),),
+    "a tensor is too short": (Run(1, refused="config.json asks for U8 (256, 64)"),),
 }
 
 
@@ -156,6 +204,19 @@ CASES = [
     *(_recipe("vl", TEXT, recipe) for recipe in ("by-layer", "by-layer-both", "one-layer", "text-and-vision", "int4-and-fp8")),
     *_cases("vl", TEXT, "fp8 --experts-only", "fp8"),
     _recipe("vl", TEXT, "one-layer-fp8"),
+    *_cases("moe", TEXT, "mxfp4 --experts-only", "mxfp4"),
+    *_cases("mtp", MTP, "mxfp4 --mtp"),
+    *_cases("vl", TEXT, "mxfp4 --experts-only", "mxfp4"),
+    *_cases("wide", TEXT, "wint4 --activations fp8 --experts-only", "wint4 --activations fp8"),
+    *_cases("vl", (Run(1),), "wint4 --activations fp8"),
+    *_cases("moe", EXPERTS, ALL_WINT2, f"{WINT2} --wint4-layers 2"),
+    *_cases("mtp", (Run(2, stock=True),), ALL_WINT2),  # minutes: vLLM compiles
+    _recipe("moe", TEXT, "wint2-first"),
+    *_cases("mtp", MTP, f"{WINT2} --wint4-layers 0 --mtp"),
+    *_cases("vl", EXPERTS, f"{WINT2} --wint4-layers 2"),
+    _recipe("vl", TEXT, "wint2-of-text"),
+    *_cases("narrow", (Run(1), Run(2, refused="a rank of 2 has 192 of 384 in down_proj"), Run(2, ep=True)), ALL_WINT2),
+    *(Case("moe", tuple(ALL_WINT2.split()), runs, damage=damage) for damage, runs in WINT2_DAMAGES.items()),
     Case("moe", ("wint4",), (Run(1),), damage="gate and up swapped in one expert"),
     Case("moe", ("wint4",), (Run(2),), damage="scales of one row in another order"),
     Case("moe", ("wint4",), (Run(1),), damage="router off by a millionth"),

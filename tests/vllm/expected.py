@@ -37,8 +37,8 @@ RENAMED = (
 class Rank:
     """The share of one rank in a plain checkpoint, and which of its tensors were asked for."""
 
-    def __init__(self, plain: Tensors, rank: int, ranks: int) -> None:
-        self.plain, self.rank, self.ranks = plain, rank, ranks
+    def __init__(self, plain: Tensors, rank: int, ranks: int, whole_experts: bool = False) -> None:
+        self.plain, self.rank, self.ranks, self.whole_experts = plain, rank, ranks, whole_experts
         self.used: set[str] = set()
 
     def of(self, parameter: str) -> torch.Tensor:
@@ -77,7 +77,11 @@ class Rank:
         numbers = self._numbers(f"{layer}.mlp.experts.", kind)
         projections = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}[stacked]
         names = [[f"{layer}.mlp.experts.{n}.{projection}.weight" for projection in projections] for n in numbers]
-        return torch.stack([torch.cat([self._share(name) for name in of_one]) for of_one in names])
+        if self.whole_experts:  # the first ranks have the first
+            each = len(names) // self.ranks
+            names = names[self.rank * each : (self.rank + 1) * each]
+        share = self._stored if self.whole_experts else self._share
+        return torch.stack([torch.cat([share(name) for name in of_one]) for of_one in names])
 
     def _numbers(self, prefix: str, kind: str) -> range:
         """Of a VL model's experts the first half is for text, the second for vision."""

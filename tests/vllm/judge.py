@@ -16,7 +16,7 @@ def parameters(loaded: Path, plain: Tensors, run: Run) -> list[str]:
     found, used = [], set()
     for kind in ("target", "draft") if run.speculate else ("target",):
         for rank in range(run.tp):
-            share = Rank(plain, rank, run.tp)
+            share = Rank(plain, rank, run.tp, run.ep)
             for name, value in load_file(loaded / f"{kind}-{rank}.safetensors").items():
                 found += [f"{kind} {name}: {problem}" for problem in _problems(share, name, value)]
             used |= share.used

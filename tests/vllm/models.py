@@ -33,6 +33,8 @@ VL = VL_LAYERS | {"moe_num_experts": [4, 4], "moe_intermediate_size": [512, 256]
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {"num_hidden_layers": 2}),  # a tied head
     "moe": ("moe", EXPERTS | {"tie_word_embeddings": False}),  # two shared experts
+    "wide": ("moe", EXPERTS | {"moe_intermediate_size": 512}),  # CUTLASS takes multiples of 256 per rank
+    "narrow": ("moe", EXPERTS | {"moe_intermediate_size": 384}),
     "mtp": ("moe_mtp", EXPERTS),  # no shared experts
     "vl": ("vl", VL),
 }

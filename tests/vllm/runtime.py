@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -25,18 +26,29 @@ class Runtime:
 
     def __init__(self, python: str, log: Path) -> None:
         self.versions: dict[str, str] = json.loads(subprocess.check_output([python, "-c", VERSIONS], text=True))
+        self._python = python
         with log.open("w") as noise:
             command = [python, str(HERE / "jobs.py")]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, text=True)
 
     def load(self, folder: Path, out: Path, run: Run) -> str:
         """Load, dump and compute; why that could not be, or ""."""
-        job = {"folder": str(folder), "out": str(out), "tp": run.tp, "speculate": run.speculate}
+        job = {"folder": str(folder), "out": str(out), "tp": run.tp, "speculate": run.speculate, "ep": run.ep, "stock": False}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(job | {"vocabulary": models.SIZES["vocab_size"]}), file=self._process.stdin, flush=True)
         answer: dict[str, Any] = json.loads(self._process.stdout.readline() or '{"error": "the process ended, see its log"}')
         return str(answer["error"])
+
+    def start(self, folder: Path, out: Path, run: Run) -> str:
+        """As users do, and compute; why that could not be, or ""."""
+        job = {"folder": str(folder), "out": str(out), "tp": run.tp, "speculate": run.speculate, "ep": run.ep, "stock": True}
+        out.mkdir(parents=True)
+        line = [self._python, str(HERE / "jobs.py"), json.dumps(job | {"vocabulary": models.SIZES["vocab_size"]})]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        (out / "log").write_text(done.stdout + done.stderr)
+        errors = re.findall(r"\b\w+(?:Error|Exception): .*", done.stderr)
+        return (errors or ["ended with an error"])[0] if done.returncode else ""
 
     def __enter__(self) -> Runtime:
         return self

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-EXACT, WRONG, FAILS = "exact", "wrong values", "fails"
+EXACT, WRONG, FAILS, REFUSED, CLOSE = "exact", "wrong values", "fails", "refused", "close"
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -28,7 +28,7 @@ class Result:
     run: str
     verdict: Verdict
     seconds: float
-    wanted: str = EXACT  # WRONG, of what was damaged on purpose
+    wanted: str = EXACT  # WRONG or REFUSED, of what was damaged on purpose
 
     @property
     def fine(self) -> bool:

@@ -33,6 +33,26 @@ def blocks(codes: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor
     return _times(codes.float(), rows, block)
 
 
+def mxfp4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """w = code * 2^(v - 127), [..., out, in], of uint8 [..., out, in/2], the even input in the low nibble, and v of 32."""
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
+    values = E2M1[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    return _times(values, torch.exp2(scale.float() - 127), 32)
+
+
+def wint2(packed: torch.Tensor, local: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
+    """[..., out, in] of uint8 [..., out, in/4], two nibbles in uint8 [..., out, in/128], float32 [..., out, 3].
+
+    A byte is four windows of 6 bits of floor(byte * code scale + code zero + 1/2); value 16a + 2b + c of 64 is input 8b + 2a + c.
+    """
+    super_scale, code_scale, code_zero = (column.unsqueeze(-1) for column in channel.double().unbind(-1))
+    code = ((packed * code_scale + code_zero).float() + 0.5).floor().long()
+    values = torch.stack([(code >> shift & 63) - 32 for shift in (9, 6, 3, 0)], -1)
+    scale = torch.stack([local >> 4, local & 15], -1).flatten(-2).float() * super_scale.float()
+    stored = _times(values.flatten(-2).float(), scale.to(torch.bfloat16).float(), 64)
+    return stored.unflatten(-1, (-1, 4, 8, 2)).transpose(-2, -3).flatten(-4)
+
+
 def float4(packed: torch.Tensor, scale: torch.Tensor, of_all: torch.Tensor) -> torch.Tensor:
     """w = code * scale * of_all, [..., out, in], of bytes [..., out, in / 2], scales [..., out, in / 16], numbers [...]."""
     nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).int()

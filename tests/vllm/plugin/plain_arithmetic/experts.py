@@ -1,4 +1,4 @@
-"""Routed experts: integers, NVFP4, both forms of float8 blocks, and those that are not quantized."""
+"""Routed experts: integers, MXFP4, NVFP4, float8 blocks of both forms, plain ones; WINT2 has its own plug-in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def products(
 ) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)) of each chosen expert, weighted and added in float32, one expert after the other."""
     total = torch.zeros_like(x, dtype=torch.float32)
-    for expert in topk_ids.unique().tolist():
+    if layer.expert_map is not None:  # whole experts on each rank; -1 is one of another
+        topk_ids = layer.expert_map[topk_ids.long()]
+    for expert in (number for number in topk_ids.unique().tolist() if number >= 0):
         token, choice = (topk_ids == expert).nonzero(as_tuple=True)
         gate, up = F.linear(x[token], layer.w13_weight[expert]).float().chunk(2, -1)
         out = F.linear((F.silu(gate) * up).to(x.dtype), layer.w2_weight[expert])
@@ -32,7 +34,13 @@ def replace() -> None:
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as plain
     from vllm.model_executor.layers.quantization import fp8
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_mxfp4 as ct_mxfp4,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w4a4_nvfp4 as ct_float4,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a8_fp8 as ct_integers_float8,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w8a8_fp8 as ct_float8,
@@ -47,8 +55,11 @@ def replace() -> None:
     ct_float4.select_nvfp4_moe_backend = lambda **kwargs: (None, None)
     ct_float4.is_global_sf_supported_for_nvfp4_backend = lambda backend: False
     fp8.select_fp8_moe_backend = ct_float8.select_fp8_moe_backend = lambda **kwargs: (None, None)
+    ct_integers_float8.select_w4a8_moe_backend = lambda **kwargs: (None, None)
     _compute_plainly(ct_integers.CompressedTensorsWNA16MoEMethod, _decode_integers)
     _compute_plainly(ct_float4.CompressedTensorsW4A4Nvfp4MoEMethod, _decode_float4)
+    _compute_plainly(ct_integers_float8.CompressedTensorsW4A8Fp8MoEMethod, _decode_integers)
+    _compute_plainly(ct_mxfp4.CompressedTensorsW4A4Mxfp4MoEMethod, _decode_mxfp4)
     _compute_plainly(ct_float8.CompressedTensorsW8A8Fp8MoEMethod, _decode_float8)
     _compute_plainly(fp8.Fp8MoEMethod, _decode_float8)
     _compute_plainly(plain.UnquantizedFusedMoEMethod, lambda self, layer: None)
@@ -85,6 +96,14 @@ def _decode_float4(self: Any, layer: nn.Module) -> None:
         raise ValueError("a scale of inputs that was not loaded")
     parts = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
     become_plain(layer, decoded, tuple(f"{w}_{part}" for w in (W13, W2) for part in parts))
+
+
+def _decode_mxfp4(self: Any, layer: nn.Module) -> None:
+    """`wN_weight_packed` and `wN_weight_scale` to `wN_weight`."""
+    decoded = {
+        f"{w}_weight": decode.mxfp4(getattr(layer, f"{w}_weight_packed"), getattr(layer, f"{w}_weight_scale")) for w in (W13, W2)
+    }
+    become_plain(layer, decoded, tuple(f"{w}_weight_{part}" for w in (W13, W2) for part in ("packed", "scale")))
 
 
 def _decode_float8(self: Any, layer: nn.Module) -> None:

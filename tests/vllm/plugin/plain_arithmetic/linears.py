@@ -1,4 +1,4 @@
-"""Linears: integers, NVFP4, both forms of float8 blocks, and those that are not quantized."""
+"""Linears: integers, MXFP4, NVFP4, both forms of float8 blocks, and those that are not quantized."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ def become_plain(layer: nn.Module, decoded: dict[str, torch.Tensor], dropped: tu
 
 
 def replace() -> None:
-    """vLLM asks for a kernel in three places: for integers, for NVFP4, and for float8 of either form."""
+    """vLLM asks for a kernel in a place for each kind of form."""
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization import fp8
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_mxfp4 as ct_mxfp4
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_nvfp4 as ct_float4
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a8_fp8 as ct_w4afp8
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w8a8_fp8 as ct_float8
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16 as ct_integers
 
@@ -53,9 +56,12 @@ def replace() -> None:
         def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             return product(layer, x, bias)
 
-    ct_integers.choose_mp_linear_kernel = lambda *args, **kwargs: Integers
     ct_float4.init_nvfp4_linear_kernel = lambda **kwargs: Float4()
     ct_float4.expose_input_quant_key = lambda *args: None
+    ct_integers.choose_mp_linear_kernel = ct_w4afp8.choose_mp_linear_kernel = lambda *args, **kwargs: Integers
+    # as on Hopper, which alone multiplies int4 with float8
+    CompressedTensorsConfig._is_fp8_w4a8_sm90 = staticmethod(CompressedTensorsConfig._is_fp8_w4a8)
+    ct_mxfp4.init_mxfp4_linear_kernel = lambda **kwargs: Mxfp4()
     fp8.init_fp8_linear_kernel = ct_float8.init_fp8_linear_kernel = lambda **kwargs: Float8Blocks()
     ct_float8.expose_input_quant_key = lambda *args: None  # it would ask for inputs that are quantized before they come
     UnquantizedLinearMethod.process_weights_after_loading = lambda self, layer: None
@@ -73,6 +79,19 @@ class Float4:
         become_plain(layer, {"weight": weight}, ("weight_scale", *numbers))
 
     def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Without quantizing the input."""
+        return product(layer, x, bias)
+
+
+class Mxfp4:
+    """The kernel of `mxfp4-pack-quantized`, for which `weight_packed` has become `weight`."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Decode."""
+        become_plain(layer, {"weight": decode.mxfp4(layer.weight, layer.weight_scale)}, ("weight_scale",))
+
+    def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Without quantizing the input."""
         return product(layer, x, bias)
 
 
