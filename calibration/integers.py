@@ -1,8 +1,8 @@
-"""What kernels with integer inputs and an integer KV cache make of the values that they are given.
+"""What kernels with inputs of few bits and an integer KV cache make of the values that they are given.
 
-FastDeploy's W4A8C8, in float32 but for the rounding that its files speak of:
+FastDeploy's W4A8C8 and NVFP4's W4A4, in float32 but for the rounding that their files speak of:
 
-- inputs of experts: `codec.rounded`, with the `activation_scale` of a weight.
+- inputs: `codec.rounded`, with the `activation_scale` of a weight.
 - KV cache (PaddlePaddle/FastDeploy, model_executor/layers/quantization/kv_cache.py and QuantToC8 in
   custom_ops/gpu_ops/append_attn/utils.cuh), of a channel with the scale s = max |x|, both factors in bfloat16:
   q = clamp(round to even(x * (127 / s)), -127, 127), and q * (s / 127) is what attention sees.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from ernie_quant.codecs import Codec, RoundsInputs
+from ernie_quant.codecs import Codec, RoundsInputs, of_text
 from ernie_quant.views.build import decoded
 from ernie_quant.views.files import Files
 from ernie_quant.views.kinds import View
@@ -31,7 +31,7 @@ Rounding: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"  # inputs [..., i
 HIGH = 127.0
 LARGEST, KEY, VALUE = "largest", "largest_key", "largest_value"  # what codecs may need to know of a text
 
-WORDS = {LARGEST: "int8 activations of experts", KEY: "an int8 KV cache"}
+CACHE = "an int8 KV cache"
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,15 @@ def cache(codec: Codec, once: Encoded) -> Cache | None:
 
 
 def named(views: Iterable[View]) -> str:
-    """For people: which integers weights under these views are computed with, beside their own; "" for none."""
-    needs = {need for view in views for source in decoded(view) if isinstance(source, Stored) for need in source.codec.needs}
-    return " and ".join(words for need, words in WORDS.items() if need in needs)
+    """For people: what of few bits weights under these views are computed with, beside their own; "" for nothing."""
+    found = {source.codec for view in views for source in decoded(view) if isinstance(source, Stored)}
+    said = sorted({codec.inputs for codec in found if isinstance(codec, RoundsInputs)})
+    return " and ".join([*said, *([CACHE] if any(KEY in codec.needs for codec in found) else [])])
 
 
 def found(view: View, files: Files) -> tuple[Codec, Encoded] | None:
     """How the weight under a view is stored, and its fields (of a few rows); None for one that needs nothing of a text."""
     for source in decoded(view):
-        if isinstance(source, Stored) and source.codec.needs:
+        if isinstance(source, Stored) and of_text(source.codec):
             return source.codec, source.encoded(files, source.slabs(1)[0])
     return None

@@ -71,7 +71,7 @@ class Readable:
 
     @property
     def integers(self) -> str:
-        """For people: which integers it is computed with, beside its weights, and whether that is simulated."""
+        """For people: what of few bits it is computed with, beside its weights, and whether that is simulated."""
         said = integers.named(weight.view for stage in self.stages for weight in stage)
         return said and f"{said}, {'simulated' if self.rounds else 'left out'}"
 

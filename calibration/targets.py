@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
     from ernie_quant.codecs import Encoded
 
-# of the largest input, tried as a scale. Beside 1 alone, on benchmarks/smol_ernie.py --pad-hidden 640: KL .104 -> .091 (English),
-# .151 -> .144 (Chinese), .218 -> .200 (Italian, which the calibration text leaves out)
-RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
-
 
 @dataclass
 class Layer:
@@ -186,8 +182,9 @@ class Largest:
         """
         import torch
 
-        lost, scales = torch.zeros(len(RATIOS), dtype=torch.float64), self.value * torch.tensor(RATIOS)
-        for inputs, weight in shown if self.value else ():
+        ratios = self.codec.ratios
+        lost, scales = torch.zeros(len(ratios), dtype=torch.float64), self.value * torch.tensor(ratios)
+        for inputs, weight in shown if self.value and len(ratios) > 1 else ():
             for i, scale in enumerate(scales):
                 lost[i] += float((self.codec.rounded(inputs, scale[None]) - inputs).square() @ columns @ weight)
         return {integers.LARGEST: scales[int(lost.argmin())][None]}

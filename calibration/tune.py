@@ -11,11 +11,12 @@ from ernie_quant.calibration import integers
 from ernie_quant.calibration.ridge import Seen
 
 from ernie_quant import runtimes
-from ernie_quant.codecs import Codec, Encoder
+from ernie_quant.codecs import LARGEST_WEIGHT, Codec, Encoder, of_text
 from ernie_quant.dtypes import torch_dtype
 from ernie_quant.planning.recipe import takes_method
 from ernie_quant.planning.steps import Step
 from ernie_quant.threads import ordered
+from ernie_quant.views.largest import largest
 from ernie_quant.writers import ShardWriter
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Tuner:
 
     def needs(self, name: str) -> tuple[str, ...]:
         """What must be known of a text to store it."""
-        return self.codec(name).needs if self.changes(name) else ()
+        return of_text(self.codec(name)) if self.changes(name) else ()
 
     def rounding(self, name: str) -> integers.Rounding | None:
         """What is done to the inputs of a weight that has been stored."""
@@ -95,11 +96,24 @@ class Tuner:
 
         made: dict[str, torch.Tensor] = {}
         of = dict(zip(names, wanted, strict=True))
-        for step in {step.name: step for step in (self.steps[name] for name in names)}.values():
+        steps = {step.name: step for step in (self.steps[name] for name in names)}
+        weighed = self._weighed(list(steps.values()), of)
+        for step in steps.values():
             whole = torch.cat([of[name] for name in step.holds]) if len(step.holds) > 1 else of[step.holds[0]]
-            stored = self._store(step, whole, seen, fitted, known)
+            stored = self._store(step, whole, seen, fitted, {**known, **weighed.get(step.name, {})})
             made |= zip(step.holds, torch.split(stored, [len(of[name]) for name in step.holds]), strict=True)
         return [made[name] for name in names]
+
+    def _weighed(self, steps: Sequence[Step], of: Mapping[str, torch.Tensor]) -> dict[str, Encoded]:
+        """Step -> the largest of its weights and of those with which it has a scale in common, where its codec asks for it."""
+        asking = [step for step in steps if LARGEST_WEIGHT in step.codec.needs]
+        scale_of = runtimes.find(self.runtime).one_scale
+        found: dict[str, torch.Tensor] = {}
+        for step in asking:
+            for name in step.holds:
+                key, mine = scale_of(step.name), largest(of[name])
+                found[key] = found[key].maximum(mine) if key in found else mine
+        return {step.name: {LARGEST_WEIGHT: found[scale_of(step.name)]} for step in asking}
 
     def _store(self, step: Step, wanted: torch.Tensor, seen: Seen, fitted: bool, known: Encoded) -> torch.Tensor:
         """f32 [out, in] as it will be read."""
@@ -142,6 +156,8 @@ class Tuner:
 
     def _encoder(self, step: Step, seen: Seen, known: Encoded) -> Encoder | None:
         """One for all weights with the same inputs and form; those of other inputs are dropped. Of its `once`, see `_once`."""
+        if LARGEST_WEIGHT in step.codec.needs:  # no two layers have it in common
+            return step.codec.prepare(step.spec, known)
         if self._of is not seen:
             self._encoders.clear()
             self._of = seen

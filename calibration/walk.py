@@ -53,15 +53,30 @@ def attention(layer: Layer, streams: Streams) -> tuple[torch.Tensor, torch.Tenso
     made, length = list(sources), streams.original.shape[1]
     if layer.asks(layer.tuner.changes, *places):
         seen, change = inputs_seen(layer, places, x, made_x, weights_of(before))
-        known = _cached(layer, made_x, sources, length) if layer.needs(places[1]) else None
+        known = _cached(layer, made_x, sources, length) if integers.KEY in layer.needs(places[1]) else {}
+        known |= _largest(layer, places[0], made_x, weights_of(before), sources)
         made = layer.tuned(places, sources, seen, turned(sources, change), known)
     cache = layer.tuner.cache(f"{layer.name(places[1])}.weight") if layer.needs(places[1]) else None
     mixed, made_mixed = _mixed(layer, x, sources, length), _mixed(layer, made_x, made, length, cache)
     after = before + o(mixed)
     del x, made_x, mixed
     weight, made_after = between(weights_of(before), weights_of(after)), made_before + o(made_mixed)
-    corrected(layer, Member("self_attn.o_proj", torch.arange(len(after)), made_mixed), o, after, made_after, weight)
+    member = Member("self_attn.o_proj", torch.arange(len(after)), made_mixed, largest=layer.largest("self_attn.o_proj"))
+    if member.largest is not None:
+        member.largest.add(made_mixed)
+    corrected(layer, member, o, after, made_after, weight)
     return after, made_after
+
+
+def _largest(layer: Layer, place: str, made_x: torch.Tensor, weight: torch.Tensor, sources: Sequence[Linear]) -> Encoded:
+    """What the codec of projections that all tokens come to needs to know of their inputs; nothing, if it rounds none."""
+    largest = layer.largest(place)
+    if largest is None:
+        return {}
+    for c in chunks(len(made_x)):
+        largest.add(made_x[c])
+    columns = sum((source.weight.square().sum(0) for source in sources[1:]), sources[0].weight.square().sum(0))
+    return largest.known(((made_x[c], weight[c]) for c in chunks(len(made_x))), columns)
 
 
 def _windows(x: torch.Tensor, length: int) -> Iterator[torch.Tensor]:

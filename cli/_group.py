@@ -24,6 +24,7 @@ GROUPS = {
         "wint8":      "To int8, for vLLM and transformers.",
         "fp8":        "To float8, for vLLM and transformers.",
         "mxfp4":      "To float4, for vLLM on Blackwell, and transformers.",
+        "nvfp4":      "To float4 with float8 scales, for vLLM on Blackwell.",
         "w4a8":       "Experts to int4 for int8 inputs, int8 KV cache; FastDeploy.",
         "wint2":      "Experts to 2 bits, for FastDeploy or vLLM.",
         "gguf":       "To one file for llama.cpp, Ollama and LM Studio.",

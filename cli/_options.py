@@ -66,15 +66,11 @@ class RuntimeName(ParamType):
         return self._choice().shell_complete(ctx, param, incomplete)
 
 
-def runtime(recipe: str) -> Callable[[F], F]:
+def runtime(recipe: str, help: str = "; the files of vllm load in transformers too") -> Callable[[F], F]:
     """`--runtime`, one of those that a built-in recipe is for."""
-    return _runtime(lambda: built_in.known_runtimes(recipe), built_in.KINDS[recipe].default_runtime)
-
-
-def _runtime(known: Callable[[], tuple[str, ...]], usual: str) -> Callable[[F], F]:
     return click.option(
-        "--runtime", type=RuntimeName(known), default=usual, show_default=True,
-        help="Program that shall load the result; the files of vllm load in transformers too.",
+        "--runtime", type=RuntimeName(lambda: built_in.known_runtimes(recipe)), default=built_in.KINDS[recipe].default_runtime,
+        show_default=True, help=f"Program that shall load the result{help}.",
     )  # fmt: skip
 
 

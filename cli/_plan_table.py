@@ -19,8 +19,8 @@ WIDTH, FORM = 80, 42
 def lines(found: Estimate, limits: Limits, gpus: Sequence[Gpu], count: int | None, cores: int) -> Iterator[str]:
     """All that is shown."""
     if count is not None:
-        heads: tuple[str, ...] = (" GiB", "shared", "GiB each", "context", "seqs")
-        widths = [6, 10, 9, 8, 5]
+        heads: tuple[str, ...] = (" GiB", "shared", "each", "context", "seqs")
+        widths = [6, 13, 6, 8, 5]
         cells = {id(row): _of_many(row) for row in found.rows}
     elif len(gpus) > 1:
         heads = (" GiB", *(gpu.name.removesuffix("GiB") for gpu in gpus))

@@ -74,12 +74,12 @@ def quantize(
 ) -> Result:  # fmt: skip
     """A quantized checkpoint in the folder `out`.
 
-    `recipe`: `wint4`, `wint8`, `fp8`, `mxfp4`, `wint2`, `w4a8` or `gguf` with the options of that command (`experts_only=True`,
-    `group_size=64`, `type="Q4_K_M"`, …), a TOML file of rules (`keep_unfit=True`), or a `Recipe`. Options of `Writing` go
-    with all of them, and `vl_config`, `fixes` and `unsupported`. `runtime`: `vllm`, `transformers`, `fastdeploy` or
-    `llama_cpp`; by default that which the recipe is for. `tp`: ranks to write, for FastDeploy. `calibration`: `auto`, or
-    files of text that codes are chosen by; `imatrix`: statistics of `calibrate`, for gguf. `device`: `cpu`, `cuda` for all GPUs,
-    or `cuda:1`; the files are the same.
+    `recipe`: `wint4`, `wint8`, `fp8`, `mxfp4`, `nvfp4`, `wint2`, `w4a8` or `gguf` with the options of that command
+    (`experts_only=True`, `group_size=64`, `type="Q4_K_M"`, …), a TOML file of rules (`keep_unfit=True`), or a `Recipe`.
+    Options of `Writing` go with all of them, and `vl_config`, `fixes` and `unsupported`. `runtime`: `vllm`, `transformers`,
+    `fastdeploy` or `llama_cpp`; by default that which the recipe is for. `tp`: ranks to write, for FastDeploy.
+    `calibration`: `auto`, or files of text that codes are chosen by; `imatrix`: statistics of `calibrate`, for gguf.
+    `device`: `cpu`, `cuda` for all GPUs, or `cuda:1`; the files are the same.
 
     Raises PlanError with everything that does not fit, OutputError, RetryError, CheckpointError, TextError; ValueError for
     an option that is none.

@@ -23,6 +23,7 @@ COMMAND_LINES = [
     ("wint8", "SRC", "--group-size", "32"),
     ("fp8", "SRC", "--keep-unfit"),
     ("mxfp4", "SRC"),
+    ("nvfp4", "SRC"),
     ("wint2", "SRC", "--wint4-layers", "0"),
     ("w4a8", "WIDE", "--calibration", "auto"),
     ("quantize", "SRC", "--recipe", "RECIPE"),

@@ -8,6 +8,7 @@ import torch
 
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.codecs.mxfp4 import Float4Group
+from ernie_quant.codecs.nvfp4 import NvFloat4
 from ernie_quant.codecs.rtn import CHANNEL, GROUP_RATIOS, RoundToNearest
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.kernels import rtn
@@ -30,6 +31,8 @@ def error(codec, rows: int, columns: int) -> float:
         (RoundToNearest(8, CHANNEL, "absmax"), 8192, 1e-4),
         (Float8Block(), 4096, 7.5e-4),
         (Float4Group(), 4096, 0.0126),
+        (NvFloat4(), 4096, 0.0067),
+        (RoundToNearest(4, 32), 4096, 0.0069),
         (RoundToNearest(4, 64), 4096, 0.0083),
         (Weight4Float8(), 4096, 0.0105),
     ],

@@ -25,7 +25,7 @@ def test_every_command_has_its_whole_line_in_eighty_columns() -> None:
     assert "..." not in text.partition("Options:")[2]
     shown = text.splitlines()
     assert [name for name, line in _group.LINES.items() if f"  {name:{_group.WIDEST}}  {line}" not in shown] == []
-    assert len(COMMANDS) == len(set(COMMANDS)) == 21
+    assert len(COMMANDS) == len(set(COMMANDS)) == 22
 
 
 def test_commands_stand_under_headings() -> None:

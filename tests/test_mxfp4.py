@@ -157,11 +157,11 @@ def test_compressed_tensors_reads_a_weight_the_same() -> None:
     from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    from ernie_quant.runtimes import _compressed_tensors, vllm
+    from ernie_quant.runtimes import _float4, vllm
 
     encoded = Float4Group().encode(gaussian(64, 256))
     packed = vllm.pack("m.weight", Float4Group(), encoded)
-    scheme = QuantizationScheme(targets=["Linear"], weights=_compressed_tensors.FLOAT4)
+    scheme = QuantizationScheme(targets=["Linear"], weights=_float4.MX)
     state = {name.removeprefix("m."): tensor for name, tensor in packed.items()}
     found = MXFP4PackedCompressor.decompress(state, scheme)["weight"]
     assert torch.equal(found.bfloat16(), Float4Group().decode(encoded))

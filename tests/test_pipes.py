@@ -33,6 +33,7 @@ LINES = {
     "wint8": "SRC OUT --experts-only",
     "fp8": "SRC OUT --experts-only",
     "mxfp4": "SRC OUT --experts-only",
+    "nvfp4": "SRC OUT --experts-only",
     "wint2": "SRC OUT --wint4-layers 0 --effort 1",
     "w4a8": "WIDE OUT --calibration BOOK --calibration-tokens 512",
     "quantize": "SRC OUT --recipe RULES",
@@ -97,7 +98,7 @@ def shell(script: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_command_is_here() -> None:
     assert LINES.keys() == set(COMMANDS)
-    assert len(WRITING) == 11
+    assert len(WRITING) == 12
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def test_the_files_are_those_of_int4_and_config_json_speaks_of_inputs(tmp_path: 
     fp8, usual = (config(folder)["quantization_config"] for folder in (out, tmp_path / "usual"))
     (group,) = fp8["config_groups"].values()
     assert group.pop("input_activations") == INPUTS
+    assert group["targets"].pop() == "Linear"  # for SGLang
     assert fp8 == usual
     found, plain = tensors(out), tensors(dequantized(out, tmp_path / "plain"))
     modules = [name.removesuffix(".weight_packed") for name in found if name.endswith(".weight_packed")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from ernie_quant import plugins
 from ernie_quant.checkpoint import TensorSpec
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     Encoded: TypeAlias = dict[str, torch.Tensor]
+
+
+LARGEST_WEIGHT = "largest_weight"  # a statistic of no text: of the weight and those with which it has a scale in common, f32 [1]
 
 
 class Encoder(Protocol):
@@ -60,7 +63,10 @@ class Codec(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Statistics without which a weight cannot be stored: fields of `Encoder.once` are made of them, which `encode` omits."""
+        """Statistics without which a weight cannot be stored: fields of `Encoder.once` are made of them, which `encode` omits.
+
+        All are of the text that its inputs come from, but for LARGEST_WEIGHT, which the plan itself sees to.
+        """
         ...
 
     @property
@@ -109,8 +115,27 @@ class Codec(Protocol):
 
 
 @runtime_checkable
+class MeasuringEncoder(Encoder, Protocol):
+    """One that sees what is lost while it encodes, as `Codec.measured`."""
+
+    def measured(self, weight: torch.Tensor) -> tuple[Encoded, Difference]:
+        """`encode`, and what `decode` will have lost."""
+        ...
+
+
+@runtime_checkable
 class RoundsInputs(Protocol):
     """A codec whose weights are multiplied with inputs of few bits, by a scale that is stored with the weight."""
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Parts of the largest input that are tried as `largest`, if there is more than one: what is above them is cut off."""
+        ...
+
+    @property
+    def inputs(self) -> str:
+        """What it is computed with, for people: `int8 activations`."""
+        ...
 
     def seen(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the kernel rounds of inputs [tokens, in]; the largest of it is the statistic `largest`."""
@@ -133,7 +158,7 @@ class CodesAnother(Protocol):
 class Measured(ABC):
     """Base of the codecs whose kernels do not measure what they lose while they encode."""
 
-    needs: tuple[str, ...] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def encode(self, weight: torch.Tensor) -> Encoded:
@@ -158,6 +183,11 @@ class DataFree(Measured):
     def prepare(self, spec: TensorSpec, statistics: Encoded) -> Encoder | None:
         """Nothing is."""
         return None
+
+
+def of_text(codec: Codec) -> tuple[str, ...]:
+    """What of its `needs` only a text can say."""
+    return tuple(name for name in codec.needs if name != LARGEST_WEIGHT)
 
 
 def name_of(codec: Codec) -> str:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from ernie_quant import kernels
 from ernie_quant.checkpoint import TensorSpec
 from ernie_quant.codecs import Measured, _feedback
+from ernie_quant.codecs._largest import LARGEST, magnitude
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.errors import ErnieQuantError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 LARGEST_INPUT = 127  # of the 8 bits, on both sides of zero
 MOST_BLOCK = 1024
-LARGEST = "largest"  # of the statistics: the largest |what the kernel rounds| that is not cut off, f32 [1]
+# of the largest input, tried as a scale. Beside 1 alone, on benchmarks/smol_ernie.py --pad-hidden 640: KL .104 -> .091 (English),
+# .151 -> .144 (Chinese), .218 -> .200 (Italian, which the calibration text leaves out)
+RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Weight4Activation8(Measured):
     version = 1
     decodes_to = "BF16"
     needs = (LARGEST,)
+    ratios = RATIOS
+    inputs = "int8 activations of experts"
 
     def __post_init__(self) -> None:
         size = self.hadamard_block_size
@@ -99,13 +103,20 @@ class Weight4Activation8(Measured):
         """
         if not statistics:
             return None
-        once = {"activation_scale": _positive(statistics)}
+        once = {"activation_scale": self._activation_scale(statistics)}
         if self.method == _feedback.NEAREST or "hessian" not in statistics:
             return _feedback.Feedback(self.encode, self.encode, once)
         hessian = _feedback.hessian(spec, statistics)
         encoder = self._integers.prepare(spec, {"hessian": self._turned(self._turned(hessian).T)})
         assert encoder is not None
         return _feedback.Feedback(lambda weight: self._fields(encoder.encode(self._coded(weight))), self.encode, once)
+
+    def _activation_scale(self, statistics: Encoded) -> torch.Tensor:
+        """f32 [1]. Inputs that are all zeros have 1: any scale codes them, and programs divide by it. Raises ErnieQuantError."""
+        import torch
+
+        largest = magnitude(statistics, LARGEST, "w4a8", "the scale of the activations")
+        return torch.where(largest > 0, largest, 1.0)
 
     def encode(self, weight: torch.Tensor) -> Encoded:
         """Codes and scale of a weight [out, in] of any float dtype; what they know of the inputs is in none."""
@@ -157,18 +168,6 @@ class Weight4Activation8(Measured):
 
     def _fields(self, integers: Encoded) -> Encoded:
         return {"codes": integers["codes"], "scale": integers["scale"].float()}
-
-
-def _positive(statistics: Encoded) -> torch.Tensor:
-    """f32 [1]. Inputs that are all zeros have 1: any scale codes them, and programs divide by it. Raises ErnieQuantError."""
-    import torch
-
-    if LARGEST not in statistics:
-        raise ErnieQuantError("w4a8: the largest input is not among the statistics: the scale of the activations is made of it")
-    largest = statistics[LARGEST].detach().float().reshape(-1)
-    if len(largest) != 1 or not 0 <= float(largest) < float("inf"):
-        raise ErnieQuantError(f"w4a8: the largest input is {largest.tolist()}, not one finite number")
-    return torch.where(largest > 0, largest, 1.0)
 
 
 CODEC = Weight4Activation8

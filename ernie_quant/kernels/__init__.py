@@ -8,7 +8,7 @@ A file that ends with `_triton` holds kernels for GPUs, again with the same bits
 group, or one column, by itself and in order, so that nothing is summed by a tree. What has none is done on the CPU (`of`).
 
 numba keeps what it compiled in __pycache__ or, where that cannot be written, in the user's cache or nowhere (`_compiled`). It
-does not see that a function of another file has changed: after an edit in _ggml_search, _lanes, _registers, ccq_bytes,
+does not see that a function of another file has changed: after an edit in _float4, _ggml_search, _lanes, _registers, ccq_bytes,
 ccq_feedback_loops or ccq_scores delete the *.nbi there, or the old code goes on in those who call it.
 """
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ernie_quant.kernels.rtn_reference import _sum_in_lanes
+from ernie_quant.kernels import float4_reference as float4
 
 GROUP = 32  # inputs that share a scale (OCP Microscaling Formats 1.0, 5.2)
-LARGEST = 6.0
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; bit 3 is the sign (the same, 5.3.3)
 BIAS = 127  # a scale v stands for 2**(v - 127)
 EXPONENT_OF_LARGEST = 2  # 4 <= 6 < 8
 # 2**-127 is a denormal of bf16, which programs that shift v into a bf16 take for 0; 6 x 2**126 is more than bf16 holds
@@ -24,7 +22,7 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale, best = torch.full_like(ideal, BIAS), torch.full(ideal.shape, torch.inf, dtype=torch.float64)
     for beside in TRIED:
         trial = (ideal + beside).clamp(FIRST, LAST)
-        error = _error(x, trial)
+        error = float4.error(x, _power(trial), _power(2 * BIAS - trial))
         better = (error < best) & (peak > 0)
         if beside == TRIED[0]:  # also where the error is none, for a NaN
             better = peak > 0
@@ -36,31 +34,12 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """uint8 [out, in] of weight / 2**(scale - 127), rounded half to even; what is larger than 6, or no number, becomes 6."""
     ratio = _groups(weight.float()) * _power(2 * BIAS - scale.int())[..., None]
-    return _codes(ratio).to(torch.uint8).reshape(weight.shape)
+    return float4.nearest(ratio).to(torch.uint8).reshape(weight.shape)
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """bf16 [out, in]: the value of a code times its power of two, which is exact."""
-    value = torch.tensor([*VALUES, *(-value for value in VALUES)], device=codes.device)[codes.int()]
-    return (_groups(value) * _power(scale.int())[..., None]).bfloat16().reshape(codes.shape)
-
-
-def _codes(ratio: torch.Tensor) -> torch.Tensor:
-    """int32: below 1 steps of a half, above it one bit of mantissa, as float32 has 23."""
-    bits = ratio.contiguous().view(torch.int32)
-    y = ratio.abs()
-    y = torch.where(y < LARGEST, y, LARGEST)
-    small = (y + 2.0**22).view(torch.int32) - 0x4A800000  # float32 has steps of a half from 2**22 on
-    of_y = y.view(torch.int32)
-    normal = ((of_y + 0x1FFFFF + ((of_y >> 22) & 1)) >> 22) - 0xFC
-    return torch.where(y < 1, small, normal) | ((bits >> 28) & 8)
-
-
-def _error(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """|x - q scale|^2 in float64, from a sum in units of the scale."""
-    ratio = x * _power(2 * BIAS - scale)[..., None]
-    value = torch.tensor([*VALUES, *(-value for value in VALUES)], device=x.device)[_codes(ratio)]
-    return _sum_in_lanes((ratio - value).square()).double() * _power(scale).double().square()
+    return (_groups(float4.values(codes)) * _power(scale.int())[..., None]).bfloat16().reshape(codes.shape)
 
 
 def _power(scale: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ revision = "main"
 
 [[target]]
 repo = "my-org/ERNIE-4.5-21B-A3B-WINT4"
-recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, mxfp4, gguf, wint2, w4a8; a file of rules, as
-                                                # seen from here; or [[target.rule]] tables
+recipe = "wint4"                                # pt, paddle, wint4, wint8, fp8, mxfp4, nvfp4, gguf, wint2, w4a8; a file of
+                                                # rules, as seen from here; or [[target.rule]] tables
 experts_only = true
 name = "ERNIE 4.5 21B in 4 bits"                # of the model, in its card
 [target.calibration]                            # as in a recipe file
@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ernie_quant import hubs, runtimes, settings
+from ernie_quant import codecs, hubs, runtimes, settings
 from ernie_quant.errors import PlanError
 from ernie_quant.planning import built_in, calibration, recipe
 from ernie_quant.planning.recipe import KEEP_ALL, Recipe
@@ -179,12 +179,18 @@ def _target(table: Settings, beside: Path) -> JobTarget:
     shard_bytes = usual if size is None else table.attempt(lambda: parse_size(size), usual, "max_shard_size")
     if (asked := table.inner("calibration")) is not None:
         rules = replace(rules, calibration=calibration.read(asked, beside))
-    elif rules.name in built_in.KINDS and built_in.wants_text(rules.name):
+    elif _by_text(rules):
         table.wrong(f"recipe {rules.name} is made of what a text shows: it wants a [target.calibration]")
     table.end()
     if not 1 <= tp <= MOST_RANKS or (tp > 1 and not runtimes.find(runtime).PER_RANK):
         table.wrong(f"tp is {tp}, not 1, or up to {MOST_RANKS} with runtime fastdeploy")
     return JobTarget(scheme, name, revision, private, tag, rules, runtime, tp, shard_bytes, copy, odd, called, base)
+
+
+def _by_text(rules: Recipe) -> bool:
+    """Can it be made with calibration only?"""
+    of_name = rules.name in built_in.KINDS and built_in.wants_text(rules.name)
+    return of_name or any(codecs.of_text(rule.codec) for rule in rules.rules)
 
 
 def _patterns(table: Settings) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ GGUF_BYTES = 45_000_000_000  # of a file: that of every type of the 21B is one; 
 
 WHICH: Mapping[str, Any] = {"experts_only": False, "mtp": False, "keep_unfit": False}
 INTEGERS: Mapping[str, Any] = {"group_size": GROUP_SIZE, "scale": SCALE, **WHICH}
+NVFP4: Mapping[str, Any] = {"activations": packed.FLOAT4_ACTIVATIONS[0], **WHICH}
 WINT4: Mapping[str, Any] = {"activations": packed.ACTIVATIONS[0], **INTEGERS}
 GGUF: Mapping[str, Any] = {"type": GGUF_TYPE, "pure": False, "experts_only": False, "keep_unfit": False}
 W4A8: Mapping[str, Any] = {"scale": SCALE, "hadamard_block_size": HADAMARD}
@@ -218,6 +219,7 @@ KINDS: Mapping[str, _Kind] = {
     "wint8": _Kind(VLLM, {"": _Form(INTEGERS, packed.integers)}),
     "fp8": _Kind(VLLM, {"": _Form(WHICH, packed.float8)}),
     "mxfp4": _Kind(VLLM, {"": _Form(WHICH, packed.float4)}),
+    "nvfp4": _Kind(VLLM, {"": _Form(NVFP4, packed.nv_float4)}),
     "gguf": _Kind(LLAMA_CPP, {"": _Form(GGUF, _gguf)}),
     "wint2": _Kind(FASTDEPLOY, {"": _Form(WINT2_PACKED, packed.wint2), FASTDEPLOY: _Form(WINT2, _wint2_container)}),
     "w4a8": _Kind(FASTDEPLOY, {"": _Form(W4A8, _w4a8)}, by_text=True),

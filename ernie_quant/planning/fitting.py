@@ -38,10 +38,10 @@ def _may_be_fitted(step: Step) -> bool:
 
 def unknown(chosen: Sequence[Choice], recipe: str, statistics: Mapping[str, Collection[str]]) -> list[str]:
     """What codecs must know of a text that no text is there for; `statistics`: weight -> what is known of its inputs."""
-    lacking = {c.weight.name: [n for n in c.codec.needs if n not in statistics.get(c.weight.name, ())] for c in chosen}
+    lacking = {c.weight.name: [n for n in codecs.of_text(c.codec) if n not in statistics.get(c.weight.name, ())] for c in chosen}
     if statistics:
         return [f"{name}: there are no statistics {', '.join(needs)} of it" for name, needs in lacking.items() if needs]
-    forms = " and ".join(sorted({codecs.name_of(c.codec) for c in chosen if c.codec.needs}))
+    forms = " and ".join(sorted({codecs.name_of(c.codec) for c in chosen if codecs.of_text(c.codec)}))
     return [f"{recipe} wants --calibration: {forms} have scales of activations, which are measured on text"] if forms else []
 
 
@@ -60,9 +60,9 @@ def _problem(plan: Plan, steps: Sequence[Step]) -> str:
     if not steps:
         return "nothing that is quantized is in a layer that text runs through; leave it out"
     reached = {step.name for step in steps}
-    if unmeasured := next((s for s in plan.steps if s.codec.needs and s.name not in reached), None):
+    if unmeasured := next((s for s in plan.steps if codecs.of_text(s.codec) and s.name not in reached), None):
         return f"{unmeasured.name}: {unmeasured.codec.form} stores what is measured on text, and no text runs through it"
-    if not any(step.kept or takes_method(step.codec) for step in steps):
+    if not any(step.kept or takes_method(step.codec) or codecs.of_text(step.codec) for step in steps):
         forms = " and ".join(sorted({codecs.name_of(step.codec) for step in steps}))
         return f"{forms} takes the nearest codes whatever a text says; leave it out"
     return ""
@@ -77,7 +77,8 @@ def _notes(plan: Plan, steps: Sequence[Step]) -> Iterator[str]:
         yield f"vision experts: {_weights(vision)} quantized data-free: text goes to other experts"
     if free:
         forms = " and ".join(sorted({codecs.name_of(step.codec) for step in free}))
-        yield f"{forms}: {_weights(free)} quantized data-free: no method of it looks at inputs"
+        beside = ", but for the scales of inputs" if any(codecs.of_text(step.codec) for step in free) else ""
+        yield f"{forms}: {_weights(free)} quantized data-free{beside}: no method of it looks at inputs"
     if kept := [step for step in steps if step.kept]:
         names = ", ".join(sorted({folded(step.name) for step in kept}))
         yield f"{len(kept)} weights that are kept may be fitted to the text, where that helps: {names}"

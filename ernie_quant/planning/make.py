@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ernie_quant import jsonio, runtimes, writers
@@ -28,6 +29,7 @@ from ernie_quant.planning.identity import identity, of_statistics
 from ernie_quant.planning.recipe import KEEP_ALL, Recipe
 from ernie_quant.planning.steps import SHARD_BYTES, Plan, Step
 from ernie_quant.planning.taken import taken_over
+from ernie_quant.planning.weighed import weighed
 from ernie_quant.runtimes import About, Runtime
 from ernie_quant.views.kinds import View
 from ernie_quant.weights.claims import notes_of, refuse_quantized
@@ -83,7 +85,13 @@ def make_plan(
     if problems:
         why = as_stored.REFUSED.format(program=target.PROGRAM, layout=layout.name) if stored else "cannot be done as asked"
         raise PlanError(f"{source.folder}: {why}", folded_problems(problems))
-    steps = [_step(choice, target, (statistics or {}).get(choice.weight.name, {})) for choice in choices.chosen]
+    of_layers = weighed(choices.chosen, target)
+    steps = [
+        replace(
+            _step(choice, target, (statistics or {}).get(choice.weight.name, {})), weighed=of_layers.get(choice.weight.name, {})
+        )
+        for choice in choices.chosen
+    ]
     along = carried(source, copy, copy_code, documents_only=writers.find(target.FORMAT).SELF_CONTAINED)
     config = _config(table, layout, vl_config, steps, modules_of(along.files))
     metadata, said = target.metadata(about)

@@ -65,13 +65,15 @@ def all_offers(wint4_layers: int) -> list[Offer]:
         offers += [_of(name, vllm), _of(name, vllm, experts_only=True)]
     offers += [_of("wint4", vllm, group_size=group) for group in GROUPS]
     offers += [_of("wint4", vllm, experts_only=True, group_size=group) for group in GROUPS]
-    offers += [_of("mxfp4", vllm), _of("mxfp4", vllm, experts_only=True)]
+    for name, options in (("wint4", {"activations": "fp8"}), ("mxfp4", {}), ("nvfp4", {})):
+        offers += [_of(name, vllm, **options), _of(name, vllm, experts_only=True, **options)]
+    offers.append(_with_text(_of("nvfp4", vllm, activations="fp4")))
     offers += [_of("wint2", vllm, wint4_layers=wint4_layers), _of("wint2", vllm, wint4_layers=wint4_layers, experts_only=True)]
     offers.append(_of("paddle", fastdeploy))
     at_load = {"wint8": built_in.all_wint8(), "wint4": built_in.fastdeploy_container("wint4", None)}
     offers += [Offer(words, fastdeploy, at_load[k], at_load=True) for k, words in runtimes.find(fastdeploy).AT_LOAD.items()]
     offers.append(_of("wint4", fastdeploy))
-    offers.append(replace(_of("w4a8", fastdeploy), words="w4a8 --calibration auto"))  # it is nothing without
+    offers.append(_with_text(_of("w4a8", fastdeploy)))
     offers.append(_of("wint2", fastdeploy, wint4_layers=wint4_layers))
     return offers + [_of("gguf", llama_cpp, type=kind) for kind in GGUF]
 
@@ -80,6 +82,11 @@ def _of(name: str, runtime: str, **options: object) -> Offer:
     """A short command with options."""
     recipe = built_in.make(name, runtime, **options).recipe
     return Offer(recipe.words, runtime, recipe)
+
+
+def _with_text(offer: Offer) -> Offer:
+    """It is nothing without."""
+    return replace(offer, words=f"{offer.words} --calibration auto")
 
 
 def make(offer: Offer, source: Checkpoint, table: Resolved, weights: Sequence[tuple[Weight, int]]) -> Made | list[str]:

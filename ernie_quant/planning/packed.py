@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ernie_quant.errors import PlanError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 1000
 ACTIVATIONS = ("bf16", "fp8")  # what vLLM multiplies int4 with: inputs as they are, or rounded
+FLOAT4_ACTIVATIONS = ("bf16", "fp4")  # what it multiplies NVFP4 with
 
 
 def one_codec(name: str, codec: Codec, *, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
@@ -62,6 +64,25 @@ def float4(name: str, **which: bool) -> Recipe:
     from ernie_quant import codecs
 
     return one_codec(name, codecs.make("mxfp4", {}), **which)
+
+
+def nv_float4(name: str, *, activations: str, experts_only: bool, mtp: bool, keep_unfit: bool) -> Recipe:
+    """NVFP4; with `activations` fp4 but for the MTP block, which no text runs through. Raises ValueError."""
+    from ernie_quant import codecs
+    from ernie_quant.names import MTP
+    from ernie_quant.planning.recipe import RecipeRule
+
+    if activations not in FLOAT4_ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}, not {' or '.join(FLOAT4_ACTIVATIONS)}")
+    alone, rounds = codecs.make("nvfp4", {}), activations != FLOAT4_ACTIVATIONS[0]
+    recipe = one_codec(
+        name,
+        codecs.make("w4a4", {}) if rounds else alone,
+        experts_only=experts_only,
+        mtp=mtp and not rounds,
+        keep_unfit=keep_unfit,
+    )
+    return replace(recipe, rules=(*recipe.rules, RecipeRule(alone, (MTP,), optional=True))) if rounds and mtp else recipe
 
 
 def wint2(

@@ -47,8 +47,8 @@ class Made:
 class Step:
     """One weight of the result: where it comes from, what is done to it, what is stored.
 
-    `statistics`: what is known of its inputs, for codecs that look at it. `row`: of the table. `made`: it need not be
-    encoded any more.
+    `statistics`: of its inputs, for codecs that look at them. `weighed`: of it and of the weights with which it shares a scale,
+    from the source. `row`: of the table. `made`: it need not be encoded any more.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Step:
     statistics: Mapping[str, View] = field(default_factory=dict)
     row: Row | None = None
     made: Made | None = None
+    weighed: Mapping[str, View] = field(default_factory=dict)
 
     @property
     def holds(self) -> tuple[str, ...]:
@@ -115,16 +116,14 @@ class Shard:
     @cached_property
     def needs(self) -> tuple[Path, ...]:
         """Files of the source that it is made from, in order of their first use."""
-        return tuple(dict.fromkeys(ref.file for step in self.steps for ref in build.refs(step.view)))
+        views = (view for step in self.steps for view in (step.view, *step.weighed.values()))
+        return tuple(dict.fromkeys(ref.file for view in views for ref in build.refs(view)))
 
     @property
     def statistics_files(self) -> set[Path]:
         """Files that statistics, or weights that calibration has made, are read from; they lie on this machine."""
-        views = [
-            view
-            for step in self.steps
-            for view in (*step.statistics.values(), *(step.made.stored.parts.values() if step.made else ()))
-        ]
+        made = [view for step in self.steps if step.made for view in step.made.stored.parts.values()]
+        views = [*made, *(view for step in self.steps for view in step.statistics.values())]
         return {ref.file for view in views for ref in build.refs(view)}
 
     @property

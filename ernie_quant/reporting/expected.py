@@ -37,6 +37,8 @@ OTHERS = {
     "int4, group 128, fp8 inputs, mse": 10350,
     "int4, group 128, fp8 inputs, absmax": 13800,
     "mxfp4, group 32": 12420,
+    "nvfp4, group 16": 6660,
+    "nvfp4, group 16, fp4 inputs": 6660,
     "IQ4_NL": 5384,
     "IQ4_XS": 5466,
     "Q2_K": 67290,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ernie_quant import runtimes, writers
 from ernie_quant.checkpoint import Download
+from ernie_quant.codecs import MeasuringEncoder
 from ernie_quant.devices import CPU, Crew, fetched
 from ernie_quant.errors import CheckpointError
 from ernie_quant.measure import Difference, Values, checked, means_something, squares, values_of
@@ -28,6 +29,7 @@ from ernie_quant.runtimes import Runtime
 from ernie_quant.threads import Progress, one_torch_thread, ordered
 from ernie_quant.views.buffers import Buffers
 from ernie_quant.views.files import Files
+from ernie_quant.views.kinds import View
 from ernie_quant.views.read import read, row_bytes
 from ernie_quant.writers import ShardWriter
 
@@ -116,10 +118,11 @@ def encode_slab(
         return Slab(runtime.pack(step.name, step.codec, step.codec.encode(weight)), Difference(), values_of(weight))
     if known is not None:
         encoded, once = known, encoder.once if encoder else {}
-    elif encoder is not None:
+    elif encoder is not None and not isinstance(encoder, MeasuringEncoder):
         encoded, once = encoder.encode(weight), encoder.once
     else:
-        slabs = [_finished(step, runtime, block, *step.codec.measured(block)) for block in _blocks(step, weight)]
+        measured = encoder.measured if encoder else step.codec.measured
+        slabs = [_finished(step, runtime, block, *measured(block)) for block in _blocks(step, weight)]
         return _joined(step, slabs, buffers or Buffers())
     return _finished(step, runtime, weight, encoded, squares(weight, step.codec.decode({**once, **encoded})))
 
@@ -194,11 +197,19 @@ class _Encoders:
         self._files, self._device = files, device
         self._left = Counter(rows.step.name for rows in todo)
         self._alive: dict[str, Future[Encoder | None]] = {}
+        self._weighed: dict[int, torch.Tensor] = {}  # the id of a view, which several steps may have -> the number under it
         self._lock = threading.Lock()
 
     def _prepared(self, step: Step) -> Encoder | None:
         statistics = {name: read(view, self._files, device=self._device) for name, view in step.statistics.items()}
+        statistics |= {name: self._number(view) for name, view in step.weighed.items()}
+        assert statistics.keys() >= {*step.codec.needs}, f"{step.name}: {step.codec.needs} are not all in {[*statistics]}"
         return step.codec.prepare(step.spec, statistics)
+
+    def _number(self, view: View) -> torch.Tensor:
+        if id(view) not in self._weighed:  # two threads may find the same
+            self._weighed[id(view)] = read(view, self._files, device=self._device)
+        return self._weighed[id(view)]
 
     @contextmanager
     def of(self, step: Step) -> Iterator[Encoder | None]:

@@ -173,6 +173,10 @@ class Runtime(Protocol):
         """The layer in memory that a linear is a part of: all of it is stored alike."""
         ...
 
+    def one_scale(self, name: str) -> str:
+        """What has one scale, where a codec gives a whole weight one: a name that the weights of the layer share."""
+        ...
+
     def suited(self, codec: Codec, roles: Collection[str]) -> Codec:
         """The codec as a model that has these roles wants it: the same values, which other tensors may hold."""
         ...

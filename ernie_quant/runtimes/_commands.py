@@ -21,7 +21,8 @@ SPECIAL = set('"$`\\!')  # to a shell, in double quotes
 # vLLM 0.12 looks for experts under "Linear" (compressed_tensors_moe.py), which no config.json of this tool has
 VLLM = "vLLM >= 0.13"
 # forms of newer versions: the oldest whose loader was read
-NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32"}
+NVFP4 = "nvfp4-pack-quantized"
+NEWER = {"mxfp4-pack-quantized": "vLLM >= 0.32", NVFP4: "vLLM >= 0.32"}
 FLOAT8_INPUTS = "vLLM >= 0.33, on Hopper"
 WINT2 = f"vLLM {wint2.vllm_versions()}, with ernie-quant in the same environment"
 LLAMA_CPP = "llama.cpp (tried: b11549)"
@@ -58,7 +59,9 @@ def transformers(place: Place, config: Mapping[str, Any]) -> Commands:
     It does not know the flat config.json of VL models. Of the others text alone is shown: for images it wants files of its own.
     """
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    if any(map(rounds_inputs, groups)) or (is_vl(config) and "text_config" not in config):
+    if any(rounds_inputs(group) or group["format"] == NVFP4 for group in groups) or (
+        is_vl(config) and "text_config" not in config
+    ):
         return []
     elsewhere = place.hub not in ("", "hf")
     snippet = (_image_text if is_vl(config) else _text)(repr(place.local if elsewhere else place.name))

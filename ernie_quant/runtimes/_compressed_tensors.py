@@ -16,12 +16,11 @@ from ernie_quant.codecs import Codec
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, Float8Block
 from ernie_quant.codecs.keep import KEEP
-from ernie_quant.codecs.mxfp4 import GROUP, Float4Group
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import ConfigError
 from ernie_quant.names import EXPERT_ROLES
-from ernie_quant.runtimes import Linear, _modules, _w4afp8
+from ernie_quant.runtimes import Linear, _float4, _modules, _w4afp8
 from ernie_quant.runtimes import _wint2 as wint2
 from ernie_quant.runtimes._patterns import covers
 
@@ -44,16 +43,7 @@ FLOAT8 = {
         "dynamic": True,
     },
 }
-# powers of two per group; the scale's dtype is what tells it from plain float4 (compressed-tensors, mxfp4)
-FLOAT4 = {
-    "num_bits": 4,
-    "type": "float",
-    "symmetric": True,
-    "strategy": "group",
-    "group_size": GROUP,
-    "dynamic": False,
-    "scale_dtype": "torch.uint8",
-}
+PACKED, MIXED = "pack-quantized", "mixed-precision"
 BESIDE = (KEEP.form, ConvolutionalCode.form)  # no groups
 
 
@@ -63,16 +53,43 @@ def config(linears: Sequence[Linear]) -> dict[str, Any]:
     for linear in linears:
         forms[linear.codec.form].append(linear)
     regexes = _regexes(forms, _modules.names(linears))
-    groups = sorted((form for form in forms if form not in BESIDE), key=lambda form: (not _routed(forms[form]), form))
+    groups = sorted((form for form in forms if form not in BESIDE), key=lambda form: _place(forms[form]))
     return {
         **_method(regexes.get(ConvolutionalCode.form)),
-        "format": _scheme(forms[groups[0]][0].codec)["format"] if groups else "pack-quantized",
+        "format": _format(_scheme(forms[groups[0]][0].codec)["format"]) if groups else PACKED,
         "quantization_status": "compressed",
         "ignore": ["lm_head", *regexes.get(KEEP.form, [])],
         "config_groups": {
-            f"group_{i}": {"targets": regexes[form], **_scheme(forms[form][0].codec)} for i, form in enumerate(groups)
+            f"group_{i}": {"targets": [*regexes[form], *_kinds(forms[form])], **_scheme(forms[form][0].codec)}
+            for i, form in enumerate(groups)
         },
     }
+
+
+def _place(linears: Sequence[Linear]) -> tuple[bool, bool, str]:
+    """Which group comes first: one of routed experts, of those one of integers, whose format is that of all then.
+
+    SGLang has integers as experts only where the format of all is that of integers (compressed_tensors_wNa16_moe.py).
+    """
+    codec, routed = linears[0].codec, _routed(linears)
+    return not routed, routed and _scheme(codec)["format"] != PACKED, codec.form
+
+
+def _format(first: str) -> str:
+    """Of all groups; vLLM and transformers ask it of none that says its own.
+
+    SGLang takes all experts for MXFP4 where it says so (compressed_tensors.py, _is_mxfp4_moe), but its loaders of ERNIE know no
+    `weight_packed` of these: that of VL models would leave them random with a warning. As it is the model is refused.
+    """
+    return MIXED if first == _float4.MXFP4 else first
+
+
+def _kinds(linears: Sequence[Linear]) -> list[str]:
+    """Classes of modules beside the names, by which no layer is looked up that has one of these or is ignored.
+
+    SGLang reads the group of W4AFP8 under this one (compressed_tensors_w4a8_fp8_moe.py).
+    """
+    return ["Linear"] if _routed(linears) and isinstance(linears[0].codec, Weight4Float8) else []
 
 
 def _method(targets: Sequence[str] | None) -> dict[str, Any]:
@@ -102,8 +119,8 @@ def _scheme(codec: Codec) -> dict[str, Any]:
     """A group without its targets. `format` stands in each: vLLM has no fallback to the global one."""
     if isinstance(codec, Float8Block):
         return {"format": "float-quantized", **FLOAT8}
-    if isinstance(codec, Float4Group):
-        return {"format": "mxfp4-pack-quantized", "weights": FLOAT4}
+    if isinstance(codec, _float4.FORMS):
+        return _float4.scheme(codec)
     assert isinstance(codec, RoundToNearest), codec
     per_channel = codec.group_size == CHANNEL
     weights = {
@@ -115,7 +132,7 @@ def _scheme(codec: Codec) -> dict[str, Any]:
         "dynamic": False,
     }
     inputs = {"input_activations": _w4afp8.INPUTS} if isinstance(codec, Weight4Float8) else {}
-    return {"format": "pack-quantized", "weights": weights, **inputs}
+    return {"format": PACKED, "weights": weights, **inputs}
 
 
 def codecs_of(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Codec]:
@@ -149,8 +166,8 @@ def _compiled(patterns: Sequence[str]) -> re.Pattern[str]:
 def _codec(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Codec:
     if weights == FLOAT8["weights"]:
         return Float8Block(COMPRESSED_TENSORS)
-    if weights == FLOAT4:
-        return Float4Group()
+    if (found := _float4.codec_of(weights, inputs)) is not None:
+        return found
     if weights["type"] != "int":
         raise ValueError(f"weights of type {weights['type']}, {weights['strategy']}")
     if inputs is not None:

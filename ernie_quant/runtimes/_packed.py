@@ -1,11 +1,11 @@
 """Names and bytes of quantized weights in PT checkpoints. P is a layer's name, [N, K] its weight:
 
     integers  P.weight_packed int32 [N, K x bits / 32], P.weight_scale bf16 [N, groups], P.weight_shape int64 [2]
-    MXFP4     P.weight_packed uint8 [N, K/2], P.weight_scale uint8 [N, K/32]
+    float4    _float4.py
     float8    P.weight float8_e4m3fn [N, K], P.weight_scale_inv (as `fp8`) or P.weight_scale float32, one per block
     WINT2     _wint2.py
 
-vllm-project/compressed-tensors (compressors/pack_quantized, mxfp4), vllm-project/vllm (quantization/fp8.py).
+vllm-project/compressed-tensors (compressors/pack_quantized), vllm-project/vllm (quantization/fp8.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.fp8 import FP8, Float8Block
 from ernie_quant.codecs.keep import Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
+from ernie_quant.codecs.nvfp4 import NvFloat4
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.runtimes import Part, kept
+from ernie_quant.runtimes import _float4 as float4
 from ernie_quant.runtimes import _wint2 as wint2
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from ernie_quant.codecs import Encoded
 
-PARTS = (*wint2.PARTS, "weight_shape", "weight_scale_inv", "weight")
+PARTS = (*wint2.PARTS, "weight_shape", "weight_scale_inv", *float4.GLOBAL, "weight")
 
 
 def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
@@ -43,10 +45,8 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
                 f"{module}.weight_scale": Part(codec.specs(spec)["scale"], 0, None if group == CHANNEL else 1),
                 f"{module}.weight_shape": Part(TensorSpec((2,), "I64"), None, None),
             }
-        case Float4Group():
-            out, width = spec.shape
-            packed = Part(TensorSpec((out, width // 2), "U8"), 0, 1)
-            return {f"{module}.weight_packed": packed, f"{module}.weight_scale": Part(codec.specs(spec)["scale"], 0, 1)}
+        case Float4Group() | NvFloat4():
+            return float4.parts(module, codec, spec)
         case ConvolutionalCode():
             return wint2.parts(module, spec)
         case Float8Block():
@@ -57,13 +57,13 @@ def parts(name: str, codec: Codec, spec: TensorSpec) -> dict[str, Part]:
 
 
 def constants(name: str, codec: Codec, spec: TensorSpec, once: Encoded) -> dict[str, torch.Tensor]:
-    """`weight_shape`: the [out, in] that packing hides."""
+    """`weight_shape`: the [out, in] that packing hides; numbers for a whole weight."""
     import torch
 
     module = name.removesuffix(".weight")
     if isinstance(codec, RoundToNearest):
         return {f"{module}.weight_shape": torch.tensor(spec.shape, dtype=torch.int64)}
-    return {}
+    return float4.constants(module, codec, once) if isinstance(codec, float4.FORMS) else {}
 
 
 def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
@@ -75,9 +75,8 @@ def pack(name: str, codec: Codec, encoded: Encoded) -> dict[str, torch.Tensor]:
                 f"{module}.weight_packed": kernels.of("packing", encoded["codes"]).pack(encoded["codes"], bits),
                 f"{module}.weight_scale": encoded["scale"],
             }
-        case Float4Group():
-            packed = kernels.of("packing", encoded["codes"]).pack_nibbles(encoded["codes"])
-            return {f"{module}.weight_packed": packed, f"{module}.weight_scale": encoded["scale"]}
+        case Float4Group() | NvFloat4():
+            return float4.pack(module, codec, encoded)
         case ConvolutionalCode():
             return wint2.pack(module, encoded)
         case Float8Block():
@@ -94,10 +93,8 @@ def unpack(name: str, codec: Codec, stored: Mapping[str, torch.Tensor]) -> Encod
             packed = stored[f"{module}.weight_packed"]
             codes = kernels.of("packing", packed).unpack(packed, bits, columns)
             return {"codes": codes, "scale": stored[f"{module}.weight_scale"]}
-        case Float4Group():
-            packed = stored[f"{module}.weight_packed"]
-            codes = kernels.of("packing", packed).unpack_nibbles(packed)
-            return {"codes": codes, "scale": stored[f"{module}.weight_scale"]}
+        case Float4Group() | NvFloat4():
+            return float4.unpack(module, stored)
         case ConvolutionalCode():
             return wint2.unpack(module, stored)
         case Float8Block():

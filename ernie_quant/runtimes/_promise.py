@@ -14,6 +14,7 @@ from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, FP8, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
+from ernie_quant.codecs.nvfp4 import NvFloat4
 from ernie_quant.codecs.rtn import RoundToNearest
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import ConfigError
@@ -35,7 +36,7 @@ def _stored(codec: Codec) -> tuple[str, Any, Any]:
             return method, 8, BLOCK
         case ConvolutionalCode():
             return wint2.METHOD, codec.form, None
-        case Float4Group() | Weight4Float8():
+        case Float4Group() | NvFloat4() | Weight4Float8():
             return COMPRESSED_TENSORS, codec.form, None
         case RoundToNearest(bits=bits, group_size=group):
             return COMPRESSED_TENSORS, bits, group

@@ -27,3 +27,8 @@ def fallback(codec: Codec, spec: TensorSpec) -> Codec | None:
 def suited(codec: Codec, roles: Collection[str]) -> Codec:
     """The codec as it is."""
     return codec
+
+
+def one_scale(name: str) -> str:
+    """Every weight has its own."""
+    return name

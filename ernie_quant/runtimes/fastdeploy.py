@@ -36,6 +36,7 @@ parts, constants, pack, unpack, weight_of = (
     container.parts, container.constants, container.pack, container.unpack, container.weight_of
 )  # fmt: skip
 model_problems, stem, fallback, suited = usual.model_problems, usual.stem, usual.fallback, usual.suited
+one_scale = usual.one_scale
 VERSION = 1
 TAGS = ("fastdeploy",)
 PROGRAM, PARALLEL = "FastDeploy", (TENSOR,)

@@ -45,7 +45,7 @@ FALLBACKS = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL",
 }  # fmt: skip
 F32_ROLES = (NORM, ROUTER)
-suited = usual.suited
+suited, one_scale = usual.suited, usual.one_scale
 metadata, model_problems, stem, commands = _gguf_file.metadata, _gguf_file.problems, _gguf_file.stem, _commands.llama_cpp
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

@@ -23,10 +23,13 @@ from ernie_quant.codecs.ccq import IN_MULTIPLE, ConvolutionalCode
 from ernie_quant.codecs.fp8 import BLOCK, COMPRESSED_TENSORS, Float8Block
 from ernie_quant.codecs.keep import KEEP, Keep
 from ernie_quant.codecs.mxfp4 import Float4Group
+from ernie_quant.codecs.nvfp4 import NvFloat4
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
+from ernie_quant.codecs.w4a4 import NvFloat4Inputs
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.names import EXPERT_ROLES, IN, MTP, QUANTIZABLE, VISION_EXPERT
 from ernie_quant.runtimes import About, Linear, Place, Spread, _advice, _commands, _modules
+from ernie_quant.runtimes import _float4 as float4
 from ernie_quant.runtimes import _packed as packed
 from ernie_quant.runtimes import _promise as promise
 from ernie_quant.runtimes import _usual as usual
@@ -38,13 +41,13 @@ from ernie_quant.runtimes._values import EXPERTS, STAGES, TENSOR
 LAYOUT, FORMAT = "pt", "safetensors"
 ROWS = 1
 CONFIG: dict[str, Any] = {}
-RECIPES = ("pt", "wint4", "wint8", "fp8", "mxfp4", "wint2")
+RECIPES = ("pt", "wint4", "wint8", "fp8", "mxfp4", "nvfp4", "wint2")
 VERSION = 1
 TAGS = ("vllm",)
 PROGRAM, PARALLEL, AT_LOAD = "vLLM", (TENSOR, EXPERTS, STAGES), {"fp8": "--quantization fp8"}
 PER_RANK, SPLITS_VOCABULARY, QUANTIZES_VOCABULARY, CASTS = False, False, False, False
 MORE_BITS_FIRST = False
-CODECS = (Keep, RoundToNearest, Float8Block, Float4Group, Weight4Float8, ConvolutionalCode)
+CODECS = (Keep, RoundToNearest, Float8Block, Float4Group, NvFloat4, NvFloat4Inputs, Weight4Float8, ConvolutionalCode)
 TILE = 64  # of a rank's outputs, and of the inputs of experts: what Marlin loads (vllm, marlin_utils.py)
 DENSE_TILE = 128  # of a rank's inputs of other linears
 BITS, GROUPS = (4, 8), (32, 64, 128, CHANNEL)  # what Marlin takes
@@ -91,7 +94,7 @@ def problems(linears: Sequence[Linear]) -> list[str]:
         for li in linears
         if isinstance(li.codec, ConvolutionalCode) and li.role not in EXPERT_ROLES
     ]
-    return misfits + w4afp8.problems(linears) + unknown(linears) + mixed(linears)
+    return misfits + w4afp8.problems(linears) + float4.problems(linears) + unknown(linears) + mixed(linears)
 
 
 def unknown(linears: Sequence[Linear]) -> list[str]:
@@ -107,6 +110,14 @@ def layer_of(name: str, role: str) -> str:
     """qkv_proj, gate_up_proj, or all experts of a layer."""
     module = name.removesuffix(".weight")
     return re.sub(r"experts\.\d+\.\w+$", role, module) if role in EXPERT_ROLES else _modules.fused(module)
+
+
+def one_scale(name: str) -> str:
+    """qkv_proj, or the gate_up_proj of one expert: vLLM takes the global scale of one part for all.
+
+    (compressed_tensors_moe_w4a4_nvfp4.py, schemes/compressed_tensors_w4a4_nvfp4.py, process_weights_after_loading.)
+    """
+    return _modules.fused(name.removesuffix(".weight"))
 
 
 alike = layer_of
@@ -150,11 +161,11 @@ def share_multiple(linear: Linear) -> int:
         case RoundToNearest(group_size=group) if linear.ranks == IN:
             tile = TILE if linear.role in EXPERT_ROLES else DENSE_TILE
             return math.lcm(tile, 1 if group == CHANNEL else int(group))
-        case Float4Group() if linear.ranks == IN:
+        case Float4Group() | NvFloat4() if linear.ranks == IN:
             return TILE if linear.role in EXPERT_ROLES else DENSE_TILE
         case ConvolutionalCode():
             return IN_MULTIPLE if linear.ranks == IN else 1  # a byte has the local scales of 128 inputs
-        case RoundToNearest() | Float4Group():
+        case RoundToNearest() | Float4Group() | NvFloat4():
             return TILE
         case Float8Block():
             return BLOCK

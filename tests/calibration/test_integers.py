@@ -13,7 +13,7 @@ import torch
 from ernie_quant.calibration import forward, integers
 from ernie_quant.calibration.evaluate import evaluate, pair
 from ernie_quant.calibration.opened import readable
-from ernie_quant.calibration.targets import RATIOS, Largest
+from ernie_quant.calibration.targets import Largest
 from ernie_quant.calibration.tokenizer import tokenizer_of
 from ernie_quant.calibration.windows import windows
 from helpers.commands import Command
@@ -23,7 +23,7 @@ from helpers.plain_w4a8c8 import PlainModel, Tensors
 from helpers.words import byte_tokenizer
 from safetensors.torch import save_file
 
-from ernie_quant.codecs.w4a8 import Weight4Activation8
+from ernie_quant.codecs.w4a8 import RATIOS, Weight4Activation8
 from ernie_quant.planning import built_in
 from ernie_quant.planning.make import make_plan
 from ernie_quant.run.whole import run_plan

@@ -12,6 +12,7 @@ from ernie_quant.codecs import (
     iq4_xs,
     keep,
     mxfp4,
+    nvfp4,
     q2_k,
     q3_k,
     q4_0,
@@ -23,6 +24,7 @@ from ernie_quant.codecs import (
     q8_0,
     rtn,
     rtn_kv,
+    w4a4,
     w4a8,
     w4afp8,
 )  # fmt: skip
@@ -41,7 +43,7 @@ ARCHS: tuple[Arch, ...] = (ernie4_5, ernie4_5_moe, ernie4_5_vl_moe)
 CODECS: tuple[Codec, ...] = (
     *ccq.EXAMPLES, *fp8.EXAMPLES, *keep.EXAMPLES, *rtn.EXAMPLES, *q8_0.EXAMPLES, *q6_k.EXAMPLES, *q5_k.EXAMPLES, *q4_k.EXAMPLES,
     *q3_k.EXAMPLES, *q2_k.EXAMPLES, *q5_0.EXAMPLES, *q5_1.EXAMPLES, *q4_0.EXAMPLES, *iq4_nl.EXAMPLES, *iq4_xs.EXAMPLES,
-    *rtn_kv.EXAMPLES, *w4a8.EXAMPLES, *mxfp4.EXAMPLES, *w4afp8.EXAMPLES,
+    *rtn_kv.EXAMPLES, *w4a8.EXAMPLES, *mxfp4.EXAMPLES, *w4afp8.EXAMPLES, *nvfp4.EXAMPLES, *w4a4.EXAMPLES,
 )  # fmt: skip
 FORMATS: tuple[Format, ...] = (gguf, safetensors)
 RUNNERS: tuple[Runner, ...] = (local, processes, ray)

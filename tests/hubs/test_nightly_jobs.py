@@ -68,7 +68,7 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
         "[source]: branch: unknown",
         "[source]: hf://baidu: is not SCHEME://ORG/NAME or SCHEME://ORG/NAME@REVISION",
         "[[target]] 1: repo 'tiny' is not ORG/NAME or SCHEME://ORG/NAME",
-        "[[target]] 1: recipe 'wint5' is none of pt, paddle, wint4, wint8, fp8, mxfp4, gguf, wint2, w4a8; for others name a ",
+        "[[target]] 1: recipe 'wint5' is none of pt, paddle, wint4, wint8, fp8, mxfp4, nvfp4, gguf, wint2, w4a8; for others na",
         "[[target]] 1: privat: unknown",
         "[[target]] 2: repo 'ftp://me/tiny': nothing can be published there; there is ",
         "[[target]] 2: experts_only is 'yes', not true or false",
@@ -157,6 +157,7 @@ OPTIONS = {
     "wint8": "group_size = 64",
     "fp8": "experts_only = true",
     "mxfp4": "experts_only = true",
+    "nvfp4": 'activations = "fp4"\n[target.calibration]\ntext = "auto"',
     "gguf": 'type = "Q8_0"\npure = true',
     "wint2": 'wint4_layers = 0\neffort = 1\nscale = "absmax"\ntp = 2',
     "w4a8": 'hadamard_block_size = 256\ntp = 2\n[target.calibration]\ntext = "auto"',
@@ -182,6 +183,7 @@ def test_every_recipe_can_be_asked_for_with_its_options(name: str, tmp_path: Pat
         "wint8": ["int8, group 64, mse"],
         "fp8": ["fp8, blocks 128x128"],
         "mxfp4": ["mxfp4, group 32"],
+        "nvfp4": ["nvfp4, group 16, fp4 inputs"],
         "wint2": ["wint2 (CCQ), effort 1"],
     }.get(name, [])
 

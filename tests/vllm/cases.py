@@ -193,6 +193,10 @@ CASES = [
     *_cases("moe", TEXT, "wint4 --group-size channel", "wint8 --experts-only", "wint8 --group-size channel"),
     *_cases("moe", TEXT, "fp8 --experts-only", "fp8"),
     *(_recipe("moe", TEXT, recipe) for recipe in ("by-layer", "one-layer", "one-layer-fp8", "shared-in-8-bits", "int4-and-fp8")),
+    *_cases("dense", TEXT, "nvfp4"),
+    *_cases("moe", TEXT, "nvfp4 --experts-only", "nvfp4", "nvfp4 --activations fp4 --calibration auto --calibration-tokens 512"),
+    *_cases("mtp", MTP, "nvfp4 --mtp"),
+    *_cases("vl", TEXT, "nvfp4"),
     *_cases("mtp", MTP, "wint4 --experts-only", "wint4", "wint4 --mtp", "wint8", "wint8 --mtp --group-size channel"),
     *_cases("mtp", MTP, "wint4 --experts-only --mtp", "fp8 --experts-only", "fp8", "fp8 --mtp"),
     _recipe("mtp", MTP, "mtp-alone"),
@@ -216,6 +220,7 @@ CASES = [
     Case("moe", ("wint4",), (Run(1),), damage="gate and up swapped in one expert"),
     Case("moe", ("wint4",), (Run(2),), damage="scales of one row in another order"),
     Case("moe", ("wint4",), (Run(1),), damage="router off by a millionth"),
+    Case("moe", ("nvfp4",), (Run(1),), damage="a number of its own for all scales of up_proj"),
     Case("vl", ("wint4",), (Run(1),), damage="one code of a vision expert"),
     Case("mtp", ("wint4", "--experts-only"), SPECULATION, damage="one weight of the draft"),
 ]

@@ -28,6 +28,13 @@ def router_off_by_a_millionth(stored: Tensors) -> None:
     stored["model.layers.2.mlp.gate.weight"][0, 0] *= 1 + 2**-20
 
 
+def another_number_for_all_scales(stored: Tensors) -> None:
+    """What the file says is the same weight; vLLM takes gate's number for both."""
+    place = f"{EXPERT}.3.up_proj"
+    stored[f"{place}.weight_global_scale"] *= 2
+    stored[f"{place}.weight_scale"] = (stored[f"{place}.weight_scale"].float() * 2).to(torch.float8_e4m3fn)
+
+
 def one_code_of_a_vision_expert(stored: Tensors) -> None:
     stored[f"{EXPERT}.6.down_proj.weight_packed"][0, 0] ^= 1
 
@@ -68,6 +75,7 @@ DAMAGES: dict[str, Callable[[Tensors], None]] = {
     "gate and up swapped in one expert": swapped_gate_and_up,
     "scales of one row in another order": scales_in_another_order,
     "router off by a millionth": router_off_by_a_millionth,
+    "a number of its own for all scales of up_proj": another_number_for_all_scales,
     "one code of a vision expert": one_code_of_a_vision_expert,
     "one weight of the draft": one_weight_of_the_draft,
     "one code of WINT2": one_code_of_wint2,

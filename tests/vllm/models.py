@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from helpers.models import tensors
 from helpers.paths import GOLDEN
+from helpers.words import byte_tokenizer
 from safetensors.torch import save_file
 
 from ernie_quant import archs, names
@@ -53,7 +54,7 @@ def make(source: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(table, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return byte_tokenizer(folder)  # for those that want to see a text
 
 
 def _weight(name: str, shape: tuple[int, ...], tied: bool, random: torch.Generator) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """From stored parameters to bf16 weights, written from the specifications alone.
 
 compressed-tensors `pack-quantized`: element i of a row at bit i * bits of the row's int32 words, as code + 2^(bits-1).
+`nvfp4-pack-quantized`: e2m1, the even input in the low nibble of a byte, bit 3 its sign; an e4m3 scale per 16 inputs.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 
 WORD = 32
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def integers(packed: torch.Tensor, scale: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -31,9 +33,6 @@ def blocks(codes: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor
     return _times(codes.float(), rows, block)
 
 
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-
-
 def mxfp4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """w = code * 2^(v - 127), [..., out, in], of uint8 [..., out, in/2], the even input in the low nibble, and v of 32."""
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
@@ -52,6 +51,17 @@ def wint2(packed: torch.Tensor, local: torch.Tensor, channel: torch.Tensor) -> t
     scale = torch.stack([local >> 4, local & 15], -1).flatten(-2).float() * super_scale.float()
     stored = _times(values.flatten(-2).float(), scale.to(torch.bfloat16).float(), 64)
     return stored.unflatten(-1, (-1, 4, 8, 2)).transpose(-2, -3).flatten(-4)
+
+
+def float4(packed: torch.Tensor, scale: torch.Tensor, of_all: torch.Tensor) -> torch.Tensor:
+    """w = code * scale * of_all, [..., out, in], of bytes [..., out, in / 2], scales [..., out, in / 16], numbers [...]."""
+    nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).int()
+    if nibbles.shape[-1] != 16 * scale.shape[-1]:
+        raise ValueError(f"{scale.shape[-1]} scales for {nibbles.shape[-1]} inputs")
+    if not (scale.float() > 0).all():
+        raise ValueError("a scale that is not positive, which Marlin would not see")
+    values = E2M1[nibbles & 7] * torch.where(nibbles > 7, -1.0, 1.0)
+    return _times(values, scale.float() * of_all.reshape(*of_all.shape, 1, 1), 16)
 
 
 def _times(values: torch.Tensor, scale: torch.Tensor, width: int) -> torch.Tensor:

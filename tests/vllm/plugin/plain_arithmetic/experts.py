@@ -1,4 +1,4 @@
-"""Routed experts: integers, MXFP4, both forms of float8 blocks, and those that are not quantized; WINT2 has its own plug-in."""
+"""Routed experts: integers, MXFP4, NVFP4, float8 blocks of both forms, plain ones; WINT2 has its own plug-in."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ def replace() -> None:
         compressed_tensors_moe_w4a4_mxfp4 as ct_mxfp4,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_nvfp4 as ct_float4,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w4a8_fp8 as ct_integers_float8,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
@@ -49,9 +52,12 @@ def replace() -> None:
     # names of the backends that GPUs would get; they decide about the parameters' shapes
     ct_integers.select_wna16_moe_backend = lambda **kwargs: (ct_integers.WNA16MoEBackend.MARLIN, None)
     ct_integers.check_moe_marlin_supports_config = lambda *args, **kwargs: True
+    ct_float4.select_nvfp4_moe_backend = lambda **kwargs: (None, None)
+    ct_float4.is_global_sf_supported_for_nvfp4_backend = lambda backend: False
     fp8.select_fp8_moe_backend = ct_float8.select_fp8_moe_backend = lambda **kwargs: (None, None)
     ct_integers_float8.select_w4a8_moe_backend = lambda **kwargs: (None, None)
     _compute_plainly(ct_integers.CompressedTensorsWNA16MoEMethod, _decode_integers)
+    _compute_plainly(ct_float4.CompressedTensorsW4A4Nvfp4MoEMethod, _decode_float4)
     _compute_plainly(ct_integers_float8.CompressedTensorsW4A8Fp8MoEMethod, _decode_integers)
     _compute_plainly(ct_mxfp4.CompressedTensorsW4A4Mxfp4MoEMethod, _decode_mxfp4)
     _compute_plainly(ct_float8.CompressedTensorsW8A8Fp8MoEMethod, _decode_float8)
@@ -76,6 +82,20 @@ def _decode_integers(self: Any, layer: nn.Module) -> None:
         for w in (W13, W2)
     }
     become_plain(layer, decoded, tuple(f"{w}_weight_{part}" for w in (W13, W2) for part in ("packed", "scale", "shape")))
+
+
+def _decode_float4(self: Any, layer: nn.Module) -> None:
+    """`wN_weight_packed`, its scales, and as vLLM has it the global scale of gate for up too; a divisor."""
+    of_all = {W13: layer.w13_weight_global_scale[:, 0], W2: layer.w2_weight_global_scale}
+    decoded = {
+        f"{w}_weight": decode.float4(getattr(layer, f"{w}_weight_packed"), getattr(layer, f"{w}_weight_scale"), 1 / of_all[w])
+        for w in (W13, W2)
+    }
+    inputs = [getattr(layer, f"{w}_input_global_scale") for w in (W13, W2)]
+    if not self.use_a16 and not all(bool(((scale > 0) & scale.isfinite()).all()) for scale in inputs):
+        raise ValueError("a scale of inputs that was not loaded")
+    parts = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+    become_plain(layer, decoded, tuple(f"{w}_{part}" for w in (W13, W2) for part in parts))
 
 
 def _decode_mxfp4(self: Any, layer: nn.Module) -> None:

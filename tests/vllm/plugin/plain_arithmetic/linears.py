@@ -1,4 +1,4 @@
-"""Linears: integers, MXFP4, both forms of float8 blocks, and those that are not quantized."""
+"""Linears: integers, MXFP4, NVFP4, both forms of float8 blocks, and those that are not quantized."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def become_plain(layer: nn.Module, decoded: dict[str, torch.Tensor], dropped: tu
 
 
 def replace() -> None:
-    """vLLM asks for a kernel in two places, one for integers and one for float8 of either form."""
+    """vLLM asks for a kernel in a place for each kind of form."""
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization import fp8
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_mxfp4 as ct_mxfp4
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_nvfp4 as ct_float4
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a8_fp8 as ct_w4afp8
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w8a8_fp8 as ct_float8
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16 as ct_integers
@@ -55,6 +56,8 @@ def replace() -> None:
         def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             return product(layer, x, bias)
 
+    ct_float4.init_nvfp4_linear_kernel = lambda **kwargs: Float4()
+    ct_float4.expose_input_quant_key = lambda *args: None
     ct_integers.choose_mp_linear_kernel = ct_w4afp8.choose_mp_linear_kernel = lambda *args, **kwargs: Integers
     # as on Hopper, which alone multiplies int4 with float8
     CompressedTensorsConfig._is_fp8_w4a8_sm90 = staticmethod(CompressedTensorsConfig._is_fp8_w4a8)
@@ -63,6 +66,21 @@ def replace() -> None:
     ct_float8.expose_input_quant_key = lambda *args: None  # it would ask for inputs that are quantized before they come
     UnquantizedLinearMethod.process_weights_after_loading = lambda self, layer: None
     UnquantizedLinearMethod.apply = lambda self, layer, x, bias=None: product(layer, x, bias)
+
+
+class Float4:
+    """The kernel of NVFP4; vLLM has made one number of those of all parts, and turned it into a factor."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        weight = decode.float4(layer.weight, layer.weight_scale, layer.weight_global_scale)
+        if (inputs := getattr(layer, "input_global_scale", None)) is not None and not 0 < float(inputs) < float("inf"):
+            raise ValueError(f"the scale of the inputs is {float(inputs)}")
+        numbers = ("weight_global_scale", "input_global_scale", "input_global_scale_inv", "alpha")
+        become_plain(layer, {"weight": weight}, ("weight_scale", *numbers))
+
+    def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Without quantizing the input."""
+        return product(layer, x, bias)
 
 
 class Mxfp4:
