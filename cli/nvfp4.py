@@ -19,7 +19,7 @@ from ernie_quant.planning import packed
     "--activations", type=click.Choice(packed.FLOAT4_ACTIVATIONS), default=packed.FLOAT4_ACTIVATIONS[0], show_default=True,
     help="Inputs of the weights: as they are, or float4 too, for Blackwell (W4A4; with --calibration).",
 )  # fmt: skip
-@_options.runtime("nvfp4", "; transformers would decode it wrongly")
+@_options.runtime("nvfp4", "; transformers needs `import ernie_quant.transformers`")
 @_options.mtp
 @_options.keep_unfit
 @_options.calibration
@@ -30,7 +30,7 @@ def command(src: Path | str, out: Path, **options: Any) -> None:
 
     With --activations fp4 vLLM computes on the float4 tensor cores of Blackwell; scales of the inputs are measured on
     text, which --calibration must name. Without, weights are decoded on every GPU, and nothing is gained: the error is
-    that of `wint4 --group-size 32`, which has as many bits (4.5), runs as fast there and loads in transformers too.
+    that of `wint4 --group-size 32`, which has as many bits (4.5), runs as fast there and loads in transformers by itself.
 
     Without --experts-only, shared experts, attention and dense FFN linears are quantized too. Router, norms,
     embeddings, head, vision tower and resampler never are.

@@ -366,9 +366,8 @@ def test_widths_that_16_does_not_divide_are_refused_by_name() -> None:
 
 
 def test_others_have_no_form_of_it(tmp_path: Path) -> None:
-    for runtime in ("fastdeploy", "transformers"):
-        with pytest.raises(PlanError, match=f"nvfp4 is not stored for {runtime}; it is for vllm"):
-            built_in.make("nvfp4", runtime)
+    with pytest.raises(PlanError, match="nvfp4 is not stored for fastdeploy; it is for vllm, transformers"):
+        built_in.make("nvfp4", "fastdeploy")
     rules = tmp_path / "rules.toml"
     rules.write_text('[[rule]]\nrole = "experts"\ncodec = "nvfp4"\n')
     source = random_model(tmp_path / "source", layouts.PT, "moe", **WIDTHS["moe"])
@@ -376,19 +375,25 @@ def test_others_have_no_form_of_it(tmp_path: Path) -> None:
     assert layers_of(tmp_path / "out")
 
 
-def test_transformers_would_decode_it_wrongly(command: Command, tmp_path: Path) -> None:
+def test_transformers_by_itself_would_decode_it_wrongly(tmp_path: Path) -> None:
+    """So the card has no command without our quantizer (tests/serving: what it decodes with it)."""
+    source = random_model(tmp_path / "source", layouts.PT, "moe", **WIDTHS["moe"])
+    invoke("nvfp4", source, tmp_path / "out", "--experts-only", "-q")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "vLLM >= 0.32" in card
+    assert "import ernie_quant.transformers; from transformers" in card
+
+
+def test_with_inputs_in_float4_it_is_for_vllm_alone(command: Command, tmp_path: Path) -> None:
     rules = tmp_path / "rules.toml"
-    rules.write_text('[[rule]]\nrole = "experts"\ncodec = "nvfp4"\n')
+    rules.write_text('[[rule]]\nrole = "experts"\ncodec = "w4a4"\n')
     source = random_model(tmp_path / "source", layouts.PT, "moe", **WIDTHS["moe"])
     code, _, said = command("quantize", source, tmp_path / "out", "--recipe", rules, "--runtime", "transformers")
     assert code == 1
-    assert "transformers decodes nvfp4, group 16 wrongly, without a word; --runtime vllm" in said
-    invoke("quantize", source, tmp_path / "out", "--recipe", rules, "-q")
-    there = config(tmp_path / "out")
-    assert _commands.transformers(Place("out"), there) == []
-    assert vllm.library(there) == "vllm"
-    assert "vLLM >= 0.32" in (tmp_path / "out/README.md").read_text()
-    assert "from transformers" not in (tmp_path / "out/README.md").read_text()
+    assert "nvfp4, group 16, fp4 inputs is computed by vLLM alone; --runtime vllm" in said
+    group = {"format": "nvfp4-pack-quantized", "targets": ["re:x"], "input_activations": {"num_bits": 4}}
+    entry = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    assert _commands.transformers(Place("out"), {"quantization_config": entry}) == []
 
 
 def test_the_plan_says_what_it_is_for(tmp_path: Path) -> None:

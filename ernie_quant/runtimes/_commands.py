@@ -59,9 +59,7 @@ def transformers(place: Place, config: Mapping[str, Any]) -> Commands:
     It does not know the flat config.json of VL models. Of the others text alone is shown: for images it wants files of its own.
     """
     groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    if any(rounds_inputs(group) or group["format"] == NVFP4 for group in groups) or (
-        is_vl(config) and "text_config" not in config
-    ):
+    if any(map(rounds_inputs, groups)) or (is_vl(config) and "text_config" not in config):
         return []
     elsewhere = place.hub not in ("", "hf")
     snippet = (_image_text if is_vl(config) else _text)(repr(place.local if elsewhere else place.name))

@@ -10,7 +10,7 @@ from typing import Any
 
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP
-from ernie_quant.codecs.nvfp4 import NvFloat4
+from ernie_quant.codecs.w4a4 import NvFloat4Inputs
 from ernie_quant.names import EXPERT, VISION_EXPERT
 from ernie_quant.runtimes import Linear, Place, Spread, _commands, vllm
 from ernie_quant.runtimes import _w4afp8 as w4afp8
@@ -19,7 +19,7 @@ from ernie_quant.runtimes._values import STAGES
 
 CODECS = vllm.CODECS
 LAYOUT, FORMAT, ROWS, CONFIG = vllm.LAYOUT, vllm.FORMAT, vllm.ROWS, vllm.CONFIG
-RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8", "mxfp4", "wint2"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
+RECIPES, PER_RANK, SPLITS_VOCABULARY = ("wint4", "wint8", "fp8", "mxfp4", "nvfp4", "wint2"), vllm.PER_RANK, vllm.SPLITS_VOCABULARY
 QUANTIZES_VOCABULARY, CASTS, MORE_BITS_FIRST = vllm.QUANTIZES_VOCABULARY, vllm.CASTS, vllm.MORE_BITS_FIRST
 VERSION = vllm.VERSION
 TAGS: tuple[str, ...] = ()
@@ -60,17 +60,9 @@ def notes(linears: Sequence[Linear]) -> list[str]:
 
 
 def problems(linears: Sequence[Linear]) -> list[str]:
-    """Layers that are one module in memory must be stored in one form here too.
-
-    NVFP4: compressed-tensors 0.20 gives the experts' decoder no weight_global_scale (transformers 5.24,
-    integrations/compressed_tensors.py); tried: logits off by up to 11.6.
-    """
-    rounded = [f"{li.name}: {li.codec.describe()} is computed by vLLM alone; --runtime vllm" for li in w4afp8.held(linears)]
-    rounded += [
-        f"{li.name}: transformers decodes {li.codec.describe()} wrongly, without a word; --runtime vllm"
-        for li in linears
-        if isinstance(li.codec, NvFloat4)
-    ]
+    """Layers that are one module in memory must be stored in one form here too, and inputs are never rounded."""
+    alone = [*w4afp8.held(linears), *(li for li in linears if isinstance(li.codec, NvFloat4Inputs))]
+    rounded = [f"{li.name}: {li.codec.describe()} is computed by vLLM alone; --runtime vllm" for li in alone]
     return rounded + vllm.unknown(linears) + vllm.mixed(linears)
 
 

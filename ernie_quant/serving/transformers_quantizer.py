@@ -17,6 +17,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ernie_quant.codecs.keep import Keep
+from ernie_quant.codecs.w4a4 import NvFloat4Inputs
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from ernie_quant.errors import ConfigError, ErnieQuantError
 from ernie_quant.runtimes._transformers import loads_alone
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 MODELS = ("ernie4_5", "ernie4_5_moe", "ernie4_5_vl_moe")  # model_type
 EXPERTS = re.compile(r"^(.*experts\.\*\.\w+)\.weight\$?$")  # a pattern of a converter that merges experts
-INPUTS = "ernie_quant: weights for fp8 inputs are decoded; the inputs are not rounded to fp8, as vLLM would"
+INPUTS = "ernie_quant: weights for fp8 or fp4 inputs are decoded; the inputs are not rounded, as vLLM would"
 UNSAVED = "ernie_quant: packed experts are not saved: copy the checkpoint, or load it without native=True and save it as bf16"
 logger = logging.get_logger(__name__)
 
@@ -80,7 +81,7 @@ class Decoding:
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **named: Any) -> Any:
         if self.held is None:
             return super()._process_model_before_weight_loading(model, **named)  # type: ignore[misc]
-        if any(isinstance(stored.codec, Weight4Float8) for stored in self.held.stored()):
+        if any(isinstance(stored.codec, Weight4Float8 | NvFloat4Inputs) for stored in self.held.stored()):
             logger.warning_once(INPUTS)
         for name, module in list(model.named_modules()) if self.native else ():
             names = {projection: f"{name}.{projection}" for projection in PROJECTIONS}

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from ernie_quant.codecs.ccq import ConvolutionalCode
 from ernie_quant.codecs.fp8 import COMPRESSED_TENSORS, Float8Block
 from ernie_quant.codecs.keep import KEEP
+from ernie_quant.codecs.nvfp4 import NvFloat4
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
 from ernie_quant.codecs.w4afp8 import Weight4Float8
 from helpers.models import config
@@ -30,6 +31,7 @@ CASES: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
     "attention alone": ("moe", (("self_attn", INT8),)),
     "float8 in the words of compressed-tensors": ("moe", (("_proj", FLOAT8),)),
     "int4 for float8 inputs": ("moe", ((EXPERTS, Weight4Float8()),)),
+    "NVFP4": ("moe", (("_proj", NvFloat4()),)),
     "VL, int4": ("vl", (("_proj", INT4),)),
     "VL, float8": ("vl", (("_proj", FLOAT8),)),
     "VL, WINT2": ("vl", ((EXPERTS, WINT2), ("self_attn", INT8))),

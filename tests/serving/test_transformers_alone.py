@@ -161,7 +161,7 @@ def test_inputs_that_are_not_rounded_are_said_once(pairs: Pairs, ours: Any, monk
     said: list[str] = []
     monkeypatch.setattr(transformers_quantizer.logger, "warning_once", said.append)
     loaded(pairs("int4 for float8 inputs").out)
-    assert said == ["ernie_quant: weights for fp8 inputs are decoded; the inputs are not rounded to fp8, as vLLM would"]
+    assert said == ["ernie_quant: weights for fp8 or fp4 inputs are decoded; the inputs are not rounded, as vLLM would"]
 
 
 # --- bad files -------------------------------------------------------------------------------------------------------
