@@ -28,8 +28,8 @@ def loads_alone(config: Mapping[str, Any]) -> bool:
     """Does it load a checkpoint of this config.json, as it is meant, without our import?
 
     It decodes the experts of all layers by the first group of config.json that names some, those in NVFP4 without their global
-    scale (compressed-tensors 0.20: logits off by up to 11.6), does not know blocks of float8 in compressed-tensors' words, and has
-    no loader for quantized experts of two widths (integrations/compressed_tensors.py; tried: tests/serving/).
+    scale (compressed-tensors 0.20: logits off by up to 11.6), does not know blocks of float8 in compressed-tensors' words, and
+    has no loader for quantized experts of two widths (integrations/compressed_tensors.py; tried: tests/serving/).
     """
     entry = config.get("quantization_config")
     if not entry:

@@ -22,7 +22,7 @@ def test_every_kernel_is_built_with_exact_arithmetic_and_all_tensors_stay_on_the
     assert done.returncode == 0, done.stderr[-3000:]
     built = {out.split()[0] for out in done.stdout.splitlines()[:-1]}
     names = {path.stem for path in (ROOT / "ernie_quant/kernels").glob("?*_triton.py")}
-    assert names == {"ccq_search_triton", "ccq_triton", "difference_triton", "fp8_triton", "hadamard_triton", "packing_triton", "rtn_triton",
-                     "weight_quantize_triton"}  # fmt: skip
+    assert names == {"ccq_search_triton", "ccq_triton", "difference_triton", "fp8_triton", "hadamard_triton", "packing_triton",
+                     "rtn_triton", "weight_quantize_triton"}  # fmt: skip
     assert built == {"_search", "_sums_of_rows", "_pack", "_squares", "_scales", "_codes", "_codes_and_sums", "_liked_scales",
                      "_super_scales", "_gains", "_best_pairs", "_best_locals", "_decode", "_nearest_bytes"}  # fmt: skip
