@@ -45,7 +45,7 @@ class TensorReport:
     output_error: float | None = None  # of calibration: part of its output's energy lost on tokens for judging
     fitted: bool = False  # it aims at more than the source's weight
     calibration_tokens: int | None = None  # tokens of its inputs that were looked at
-    as_stored: bool = False  # codes and scales are those of a quantized source, and errors are beside what that decodes to
+    as_stored: bool = False  # codes and scales are those of a quantized source, and nothing was measured
 
     @property
     def changed(self) -> bool:
