@@ -6,17 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers.bits import gaussian, same
+from helpers.bits import SHUFFLED, every_bf16, gaussian, same
 
 from ernie_quant.codecs.fp8 import Float8Block
 from ernie_quant.kernels import fp8, fp8_reference
 from ernie_quant.measure import squares
-
-
-def every_bf16() -> torch.Tensor:
-    """All that are finite, and 512 zeros: bf16 [65536], from 0 up to the largest and then the negative ones."""
-    values = torch.arange(65536).to(torch.uint16).view(torch.bfloat16)
-    return torch.where(values.isfinite(), values, 0)
 
 
 def odd() -> torch.Tensor:
@@ -30,7 +24,6 @@ def odd() -> torch.Tensor:
     return weight
 
 
-SHUFFLED = torch.randperm(65536, generator=torch.Generator().manual_seed(1))
 WEIGHTS = {
     "every bf16, alike in a block": lambda: every_bf16().reshape(512, 128),
     "every bf16, shuffled": lambda: every_bf16()[SHUFFLED].reshape(128, 512),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.bits import gaussian, same
+from helpers.bits import ODD_WEIGHTS, gaussian, same
 from helpers.models import GOLDEN, config, dequantized, invoke, random_model, tensors
 from helpers.results import WIDTHS
 from safetensors import safe_open
@@ -24,27 +24,9 @@ from ernie_quant.planning import built_in
 from ernie_quant.weights import layouts
 
 
-def every_bf16() -> torch.Tensor:
-    """All that are finite, and zeros: bf16 [65536]."""
-    values = torch.arange(65536).to(torch.uint16).view(torch.bfloat16)
-    return torch.where(values.isfinite(), values, 0)
-
-
-SHUFFLED = torch.randperm(65536, generator=torch.Generator().manual_seed(1))
-WEIGHTS = {
-    "Gaussian": lambda: gaussian(67, 512),
-    "Gaussian, f32": lambda: gaussian(67, 512).float() * 1.001,
-    "every bf16, alike in a group": lambda: every_bf16().reshape(512, 128),
-    "every bf16, shuffled": lambda: every_bf16()[SHUFFLED].reshape(128, 512),
-    "denormals, f32": lambda: gaussian(8, 64).float() * 2.0**-124,
-    "f16": lambda: gaussian(8, 64).half(),
-    "of a larger matrix": lambda: gaussian(64, 512)[3:, 128:256],
-}
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", ODD_WEIGHTS)
 def test_it_is_the_plain_one(name: str) -> None:
-    weight = WEIGHTS[name]()
+    weight = ODD_WEIGHTS[name]()
     codes, scale, lost = mxfp4.encode(weight)
     plain_codes, plain_scale = mxfp4_reference.encode(weight)
     assert same(codes, plain_codes)
