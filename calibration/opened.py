@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ernie_quant.calibration import integers
 from ernie_quant.calibration.model import EMBEDDINGS, HEAD, LAST_NORM, Geometry, Model, geometry_of, model_of
+
 from ernie_quant.checkpoint import Checkpoint, Download
 from ernie_quant.errors import PlanError
 from ernie_quant.names import VISION_EXPERT, Weight

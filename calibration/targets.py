@@ -12,6 +12,7 @@ from ernie_quant.calibration.layer import Linear
 from ernie_quant.calibration.model import Model
 from ernie_quant.calibration.ridge import Seen, fitted
 from ernie_quant.calibration.tune import Tuner
+
 from ernie_quant.codecs import RoundsInputs
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ernie_quant import runtimes
 from ernie_quant.calibration import integers
 from ernie_quant.calibration.ridge import Seen
+
+from ernie_quant import runtimes
 from ernie_quant.codecs import LARGEST_WEIGHT, Codec, Encoder, of_text
 from ernie_quant.dtypes import torch_dtype
 from ernie_quant.planning.recipe import takes_method

@@ -10,6 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from ernie_quant.calibration import forward, integers
+from ernie_quant.calibration.evaluate import evaluate, pair
+from ernie_quant.calibration.opened import readable
+from ernie_quant.calibration.targets import Largest
+from ernie_quant.calibration.tokenizer import tokenizer_of
+from ernie_quant.calibration.windows import windows
 from helpers.commands import Command
 from helpers.disk import no_waiting
 from helpers.models import config, copy, invoke, random_model, tensors
@@ -17,12 +23,6 @@ from helpers.plain_w4a8c8 import PlainModel, Tensors
 from helpers.words import byte_tokenizer
 from safetensors.torch import save_file
 
-from ernie_quant.calibration import forward, integers
-from ernie_quant.calibration.evaluate import evaluate, pair
-from ernie_quant.calibration.opened import readable
-from ernie_quant.calibration.targets import Largest
-from ernie_quant.calibration.tokenizer import tokenizer_of
-from ernie_quant.calibration.windows import windows
 from ernie_quant.codecs.w4a8 import RATIOS, Weight4Activation8
 from ernie_quant.planning import built_in
 from ernie_quant.planning.make import make_plan

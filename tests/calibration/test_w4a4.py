@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ernie_quant.calibration import forward
+from ernie_quant.calibration.opened import readable
+from ernie_quant.calibration.targets import Largest
+from ernie_quant.calibration.tokenizer import tokenizer_of
+from ernie_quant.calibration.windows import windows
 from helpers.bits import gaussian
 from helpers.commands import Command, refusal
 from helpers.disk import contents, no_waiting
@@ -20,11 +25,6 @@ from helpers.runs import Killed
 from helpers.words import byte_tokenizer
 from safetensors.torch import save_file
 
-from ernie_quant.calibration import forward
-from ernie_quant.calibration.opened import readable
-from ernie_quant.calibration.targets import Largest
-from ernie_quant.calibration.tokenizer import tokenizer_of
-from ernie_quant.calibration.windows import windows
 from ernie_quant.codecs.w4a4 import NvFloat4Inputs
 from ernie_quant.planning import built_in
 from ernie_quant.planning.make import make_plan
