@@ -190,7 +190,7 @@ def test_the_example_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.Mo
     """On a small model of that name."""
     copy(SOURCE, tmp_path / "ERNIE-4.5-21B-A3B-Paddle")
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)  # the other: tests/serving
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         exec(compile(example, "docs/library.md", "exec"), {})

@@ -12,7 +12,7 @@ from ernie_quant.checkpoint import Checkpoint
 from ernie_quant.codecs import Codec
 from ernie_quant.codecs.keep import KEEP
 from ernie_quant.codecs.rtn import CHANNEL, RoundToNearest
-from ernie_quant.errors import PlanError
+from ernie_quant.errors import ConfigError, PlanError
 from ernie_quant.names import Weight
 from ernie_quant.runtimes import Runtime
 from ernie_quant.views import build
@@ -27,14 +27,23 @@ REFUSED = "is quantized in forms that {program} does not load; quantize the orig
 
 
 def moves(source: Checkpoint, target: Runtime) -> bool:
-    """Is it quantized, for a runtime of another layout but the same file format? Raises PlanError or ConfigError."""
-    if not evidence(source) or (mine := runtime_of(source)).FORMAT != target.FORMAT:
+    """Is it quantized, for a known runtime of another layout but the same file format? Raises PlanError for the same layout."""
+    mine = _known(source) if evidence(source) else None
+    if mine is None or mine.FORMAT != target.FORMAT:
         return False
     if mine.LAYOUT == target.LAYOUT:
         name, title = plugins.name_of(mine, runtimes), LAYOUTS[mine.LAYOUT].title
         more = "; reshard changes its ranks" if mine.PER_RANK else ""
         raise PlanError(f"{source.folder}: is quantized for {name} already, in {title} layout{more}", [])
     return True
+
+
+def _known(source: Checkpoint) -> Runtime | None:
+    """The runtime whose files these are; None for those of a stranger."""
+    try:
+        return runtime_of(source)
+    except (ConfigError, PlanError):
+        return None
 
 
 def codec_of(weight: Weight, target: Runtime) -> Codec:

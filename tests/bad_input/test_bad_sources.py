@@ -222,12 +222,13 @@ def test_experts_only_on_a_model_without_experts(run: Run, source: Callable[...,
     refused(run(*WINT4), "this model has no experts; without --experts-only its other linears are quantized")
 
 
-@pytest.mark.parametrize("command", [WINT4, CONVERT, ("fp8", "SRC", "OUT")])
+@pytest.mark.parametrize("command", [WINT4, ("fp8", "SRC", "OUT")])
 def test_a_source_that_is_quantized_already(run: Run, source: Callable[..., Path], command: tuple[str, ...]) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     folder = source({name: tiny()[1][name].to(torch.float8_e4m3fn)}, quantization_config={"quant_method": "fp8"})
     line = "is quantized already (config.json has quantization_config); start from the original checkpoint"
     refused(run(*command), f"{folder}: {line}")
+    refused(run(*CONVERT), f"{folder}: is quantized for vllm already, in PT layout")
 
 
 def test_our_own_output_is_not_quantized_again(run: Run, source: Callable[..., Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -30,6 +31,7 @@ from ernie_quant.serving import transformers_held, transformers_versions
 
 Pairs = Callable[[str], Pair]
 EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
+ROOT = Path(__file__).parents[2]
 
 
 # --- without the import ----------------------------------------------------------------------------------------------
@@ -238,3 +240,13 @@ def test_a_model_of_another_kind(pairs: Pairs, ours: Any, tmp_path: Path) -> Non
     (tmp_path / "out/config.json").write_text(json.dumps(table))
     with pytest.raises(ErnieQuantError, match=r"ernie-wint2 is for ernie4_5, .*, not for 'llama'"):
         loaded(tmp_path / "out")
+
+
+def test_the_example_of_the_document_runs(pairs: Pairs, ours: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/library.md, on a small checkpoint of that name."""
+    (tmp_path / "out").symlink_to(pairs("WINT2").out)
+    monkeypatch.chdir(tmp_path)
+    _, example = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(compile(example, "docs/library.md", "exec"), space)
+    assert any(type(module).__name__ == "PackedExperts" for module in space["model"].modules())
