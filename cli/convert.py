@@ -14,6 +14,7 @@ from ernie_quant.cli import _execute, _options
 @_options.out
 @_options.to_layout
 @_options.tp
+@_options.unsupported
 @_options.run_options
 def command(src: Path | str, out: Path, layout: str, **options: Any) -> None:
     """Convert names, layouts and config.json between Paddle and PT; every weight keeps its bits.

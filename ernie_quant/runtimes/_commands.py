@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_quant import hubs
+from ernie_quant.names import natural
 from ernie_quant.paths import FILE, MTP_FOLDER
 from ernie_quant.runtimes import _wint2 as wint2
 from ernie_quant.runtimes._transformers import ALONE, IMPORT, is_vl, loads_alone, rounds_inputs, versions
@@ -50,7 +51,7 @@ def _version(config: Mapping[str, Any]) -> str:
         return WINT2
     if any(map(rounds_inputs, groups)):
         return FLOAT8_INPUTS
-    return max([VLLM, *(NEWER.get(group["format"], VLLM) for group in groups)])
+    return max([VLLM, *(NEWER.get(group["format"], VLLM) for group in groups)], key=natural)
 
 
 def transformers(place: Place, config: Mapping[str, Any]) -> Commands:

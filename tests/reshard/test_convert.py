@@ -13,13 +13,14 @@ import pytest
 import torch
 from helpers import w4a8
 from helpers.containers import decode_all, read_folder, widened
-from helpers.models import copy, invoke, tensors
-from helpers.ranks import FORMS, LAST_WINT4, lasting
+from helpers.models import copy, invoke, random_model, tensors
+from helpers.ranks import FORMS, LAST_WINT4, WIDTHS, lasting
 from safetensors.torch import load_file, save_file
 
 import ernie_quant
 from ernie_quant.check.verify import verify
 from ernie_quant.errors import CheckpointError, VerifyError
+from ernie_quant.weights import layouts
 
 Command = Callable[..., tuple[int, str, str]]
 Arrays = dict[str, np.ndarray]
@@ -245,3 +246,15 @@ def test_scales_that_are_no_numbers_are_refused_by_name(converted: Path, tmp_pat
     save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"experts\.0\.down_proj\.weight: its code_scale is NaN or infinity in the source"):
         ernie_quant.convert(source, tmp_path / "out", to="paddle")
+
+
+def test_a_vl_container_is_written_only_with_unsupported(command: Command, tmp_path: Path) -> None:
+    """FastDeploy has no loader for it; the files are those that wint2 would write."""
+    shape = {k: v for k, v in WIDTHS.items() if "moe" not in k} | {"moe_intermediate_size": [256, 128]}
+    source = random_model(tmp_path / "src", layouts.PADDLE, "vl", **shape)
+    invoke("wint2", source, tmp_path / "pt", "--wint4-layers", 0, "--runtime", "vllm", "--effort", 1, "--quiet")
+    lines = refusal(command, "convert", tmp_path / "pt", tmp_path / "out", "--to", "paddle")
+    assert "--unsupported writes this one all the same" in lines[1]
+    invoke("convert", tmp_path / "pt", tmp_path / "out", "--to", "paddle", "--unsupported", "--quiet")
+    invoke("wint2", source, tmp_path / "like", "--wint4-layers", 0, "--effort", 1, "--unsupported", "--quiet")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "like/model.safetensors").read_bytes()
