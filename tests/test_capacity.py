@@ -30,6 +30,7 @@ from ernie_quant.sources import open_source
 
 MAKE_GEOMETRY = Path(__file__).parents[1] / "benchmarks/make_geometry.py"
 Command = Callable[..., tuple[int, str, str]]
+WINT2_PACKED = "wint2 --runtime vllm"
 BF16, WINT4, WINT2, CONTAINER = "convert --to pt", "wint4", "wint2", "wint4 --runtime fastdeploy"
 AT_LOAD_8, AT_LOAD_4 = "--quantization wint8", "--quantization wint4"  # FastDeploy's
 INT8_EXPERTS = '[[rule]]\nrole = "experts"\ncodec = "rtn"\nbits = 8\ngroup_size = "channel"\n'
@@ -80,7 +81,11 @@ PUBLISHED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "form", "gpu", "count"), PUBLISHED)
+# what the README says of our own form
+OURS = [("300b", WINT2_PACKED, "80", 2), ("vl-424b", WINT2_PACKED, "80", 2)]
+
+
+@pytest.mark.parametrize(("model", "form", "gpu", "count"), [*PUBLISHED, *OURS])
 def test_published_counts(model: str, form: str, gpu: str, count: int, geometry: Callable[[str], Checkpoint]) -> None:
     assert fit(geometry(model), form, gpu=gpu).gpus == count
 

@@ -37,7 +37,7 @@ class NvFloat4(Measured):
     """It has no options: group and scales are those of the hardware."""
 
     rows = 1
-    rate = 85.0
+    rate = 114.0
     version = 1
     decodes_to = "BF16"
     needs: ClassVar[tuple[str, ...]] = (LARGEST_WEIGHT,)
